@@ -1,0 +1,170 @@
+"""What a user chooses: degrees of parallelism and cache thresholds, as frozen dataclasses that validate themselves.
+
+Nothing here imports torch, so a wrong degree is refused before any process or device is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MESH_AXES = ("ring", "ulysses", "tp")
+"""Axes of the device mesh, outermost first: adjacent ranks share a tensor-parallel group."""
+
+
+@dataclass(frozen=True)
+class ParallelismConfig:
+    """Degrees of hybrid parallelism; their product is the number of ranks ("world").
+
+    Context parallelism (cp) shards the sequence over ``ring_size * ulysses_size`` ranks, tensor parallelism shards the
+    weights over ``tp_size`` ranks.
+
+    Args:
+        ulysses_size: degree of Ulysses (DeepSpeed-Ulysses, arXiv:2309.14509): all-to-all from sequence to heads.
+        ring_size: degree of Ring Attention (arXiv:2310.01889): keys and values travel around a ring.
+        tp_size: degree of tensor parallelism (Megatron-LM, arXiv:1909.08053).
+        extra_parallel_modules: modules (or names of pipeline components, such as ``"text_encoder"``) that are sharded
+            over all ranks beside the transformer.
+        parallel_kwargs: the same under the key ``"extra_parallel_modules"``, as cache-dit's users write it.
+
+    Raises:
+        ValueError: a degree that is not a whole number of at least 1, or an unknown key in ``parallel_kwargs``.
+    """
+
+    ulysses_size: int = 1
+    ring_size: int = 1
+    tp_size: int = 1
+    extra_parallel_modules: tuple[Any, ...] = ()
+    parallel_kwargs: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # None means "not asked for", as it does for cache-dit's users.
+        for name in ("ulysses_size", "ring_size", "tp_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 1)
+        bad = [
+            name
+            for name in ("ulysses_size", "ring_size", "tp_size")
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if bad:
+            raise ValueError(f"{' and '.join(bad)} must be a whole number of at least 1; got {self.describe()}")
+        extra = list(self.extra_parallel_modules or ())
+        for key, value in (self.parallel_kwargs or {}).items():
+            if key != "extra_parallel_modules":
+                raise ValueError(
+                    f"unknown key {key!r} in parallel_kwargs; the one that is known is 'extra_parallel_modules'"
+                )
+            extra += [module for module in value if not any(module is seen for seen in extra)]
+        object.__setattr__(self, "extra_parallel_modules", tuple(extra))
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks that the sequence is sharded over."""
+        return self.ring_size * self.ulysses_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the layout."""
+        return self.cp_size * self.tp_size
+
+    def describe(self) -> str:
+        """Every degree and their product, for messages."""
+        product = "?"
+        degrees = (self.ulysses_size, self.ring_size, self.tp_size)
+        if all(_is_int(degree) for degree in degrees):
+            product = str(self.ulysses_size * self.ring_size * self.tp_size)
+        return (
+            f"ulysses_size={self.ulysses_size!r}, ring_size={self.ring_size!r}, tp_size={self.tp_size!r} "
+            f"(product {product})"
+        )
+
+    @property
+    def name(self) -> str:
+        """Short name as the field writes it: ``Ulysses-4-TP-2``, ``USP-2-2-TP-2``, ``single``."""
+        parts = []
+        if self.ulysses_size > 1 and self.ring_size > 1:
+            parts.append(f"USP-{self.ulysses_size}-{self.ring_size}")
+        elif self.ulysses_size > 1:
+            parts.append(f"Ulysses-{self.ulysses_size}")
+        elif self.ring_size > 1:
+            parts.append(f"Ring-{self.ring_size}")
+        if self.tp_size > 1:
+            parts.append(f"TP-{self.tp_size}")
+        return "-".join(parts) or "single"
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ValueError unless the degrees multiply to ``world_size`` ranks."""
+        if self.world_size != world_size:
+            raise ValueError(
+                f"{self.describe()} does not match the {world_size} available rank(s); "
+                f"choose degrees whose product is {world_size}, or start {self.world_size} rank(s)"
+            )
+
+    def check_heads(self, heads: int, model: str) -> None:
+        """Raise ValueError unless ``heads`` attention heads divide over tp x ulysses; names the degrees that would."""
+        split = self.tp_size * self.ulysses_size
+        if heads % split:
+            fitting = [
+                f"ulysses={u} tp={t}"
+                for t in _divisors(self.world_size)
+                for u in _divisors(self.world_size // t)
+                if heads % (t * u) == 0
+            ]
+            raise ValueError(
+                f"{model} has {heads} attention heads, which do not divide by tp x ulysses = {split} "
+                f"({self.describe()}); on {self.world_size} rank(s) these would work, the rest of the product as ring: "
+                f"{', '.join(fitting)}"
+            )
+
+
+@dataclass(frozen=True)
+class DBCacheConfig:
+    """Thresholds of DBCache, the dual block cache of cache-dit (its names and defaults).
+
+    Args:
+        Fn_compute_blocks: first blocks that are computed in each step and whose residual is measured.
+        Bn_compute_blocks: last blocks that are computed in each step.
+        residual_diff_threshold: relative L1 difference of residuals below which a step is taken from the cache.
+        max_warmup_steps: first steps that are always computed.
+        warmup_interval: within the warmup, every how many steps one is computed.
+        max_cached_steps: most cached steps in a run; -1 means no limit.
+        max_continuous_cached_steps: most cached steps in a row; -1 means no limit.
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    Fn_compute_blocks: int = 8
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.08
+    max_warmup_steps: int = 8
+    warmup_interval: int = 1
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = -1
+
+    def __post_init__(self) -> None:
+        least = {
+            "Fn_compute_blocks": 1,
+            "Bn_compute_blocks": 0,
+            "max_warmup_steps": 0,
+            "warmup_interval": 1,
+            "max_cached_steps": -1,
+            "max_continuous_cached_steps": -1,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not _is_int(value) or value < minimum:
+                raise ValueError(f"DBCacheConfig.{name} must be a whole number of at least {minimum}; got {value!r}")
+        threshold = self.residual_diff_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ValueError(f"DBCacheConfig.residual_diff_threshold must lie between 0 and 1; got {threshold!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,41 @@
+"""The model families that are known: one file each, found here by the names that pipelines and models go by."""
+
+from __future__ import annotations
+
+from .base import Family, ModelAdapter
+from .flux2 import Flux2
+
+FAMILIES: tuple[Family, ...] = (Flux2(),)
+
+
+def family_of_pipeline(class_name: str) -> Family:
+    """The family of a diffusers pipeline class.
+
+    Raises:
+        ValueError: no family knows it; names those that are supported.
+    """
+    for family in FAMILIES:
+        if class_name in family.pipeline_classes:
+            return family
+    raise ValueError(f"the pipeline class {class_name} is not supported; supported are: {_supported()}")
+
+
+def family_of_transformer(class_name: str) -> Family:
+    """The family of a diffusers transformer class.
+
+    Raises:
+        ValueError: no family knows it; names those that are supported.
+    """
+    for family in FAMILIES:
+        if class_name == family.transformer_class:
+            return family
+    raise ValueError(f"the transformer class {class_name} is not supported; supported are: {_supported()}")
+
+
+def _supported() -> str:
+    return "; ".join(
+        f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
+    )
+
+
+__all__ = ["FAMILIES", "Family", "ModelAdapter", "family_of_pipeline", "family_of_transformer"]

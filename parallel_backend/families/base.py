@@ -1,0 +1,122 @@
+"""What a model family has to state: the interface that every file in this folder fills in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import ParallelismConfig
+from ..parallel.attention import ShardedAttention
+from ..parallel.tensor import Shard
+
+
+@dataclass
+class ModelAdapter:
+    """The modules of one model that are to be parallelised, for callers who have no diffusers pipeline.
+
+    Args:
+        transformer: the diffusion transformer.
+        text_encoder: its text encoder, if that is to be sharded too.
+    """
+
+    transformer: nn.Module
+    text_encoder: nn.Module | None = None
+
+
+class Family(ABC):
+    """Everything known about one model family. Methods take configurations as plain mappings, as files store them."""
+
+    name: str
+    """Short name in messages and file names."""
+    title: str
+    """The name people know."""
+    pipeline_classes: tuple[str, ...]
+    """diffusers pipeline classes, as ``model_index.json`` spells them."""
+    transformer_class: str
+    """diffusers transformer class."""
+    text_encoder_class: str
+    """transformers class of the text encoder."""
+    sequence_inputs: tuple[tuple[str, ...], ...]
+    """For each token stream the arguments of the transformer's forward that are cut along their second to last dim."""
+    output_stream: int
+    """Index of the stream that the transformer's output belongs to."""
+    latent_channels: int
+    """Channels of the latent as ComfyUI and the transformer see it."""
+    latent_downscale: int
+    """Pixels to one latent position, along each side."""
+
+    # The transformer.
+
+    @abstractmethod
+    def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
+        """Raise ValueError, naming degrees that would work, if the transformer cannot be split so."""
+
+    @abstractmethod
+    def transformer_plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        """How each weight of the transformer is sharded over tp; what is not named is replicated."""
+
+    @abstractmethod
+    def install_attention(self, transformer: nn.Module, attention: ShardedAttention) -> None:
+        """Give the transformer's attention modules processors that compute over the sharded sequence."""
+
+    @abstractmethod
+    def transformer_inputs(
+        self, x: Tensor, timestep: Tensor, context: Tensor, guidance: Tensor | None, references: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
+
+    @abstractmethod
+    def prediction(self, output: Tensor, x: Tensor) -> Tensor:
+        """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
+
+    # The text encoder.
+
+    @abstractmethod
+    def text_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Which hidden states of the text encoder make the context."""
+
+    @abstractmethod
+    def text_plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        """How each weight of the text model is sharded; names are relative to the text model."""
+
+    @abstractmethod
+    def text_degree(self, config: Mapping[str, Any], ranks: int) -> int:
+        """Over how many ranks (a divisor of ``ranks``) one copy of the text encoder can be sharded."""
+
+    @abstractmethod
+    def text_model(self, text_encoder: nn.Module) -> nn.Module:
+        """The part of the text encoder that `text_plan` speaks of."""
+
+    @abstractmethod
+    def build_text_model(self, config: Mapping[str, Any]) -> nn.Module:
+        """A text model with just the layers that are used, with weights on the meta device."""
+
+    @abstractmethod
+    def localize_text(self, text_model: nn.Module, degree: int) -> None:
+        """Tell a sharded text model's attention how many heads a rank holds."""
+
+    @abstractmethod
+    def text_keys(self, names: Sequence[str]) -> dict[str, str]:
+        """From parameter names of the text model to the names in a checkpoint that has ``names``."""
+
+    @abstractmethod
+    def messages(self, prompt: str) -> list[dict[str, Any]]:
+        """The conversation that the tokenizer's chat template turns into the text encoder's input."""
+
+    @abstractmethod
+    def encode_text(self, text_model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+
+    # The VAE.
+
+    @abstractmethod
+    def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        """Image ``[B, 3, H, W]`` in -1..1 from a latent as the transformer sees it."""
+
+    @abstractmethod
+    def encode_image(self, vae: nn.Module, image: Tensor) -> Tensor:
+        """Latent as the transformer sees it from an image ``[B, 3, H, W]`` in -1..1."""

@@ -1,0 +1,298 @@
+"""FLUX.2 (Black Forest Labs): `Flux2Transformer2DModel` with a Mistral3 text encoder and `AutoencoderKLFlux2`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, format_input
+from torch import Tensor, nn
+
+from ..config import ParallelismConfig
+from ..parallel.attention import ShardedAttention
+from ..parallel.tensor import Shard
+from .base import Family
+
+REFERENCE_SPACING = 10
+"""Distance of reference images along the time coordinate, as the model was trained."""
+
+
+class Flux2(Family):
+    """FLUX.2-dev: 8 double-stream and 48 single-stream blocks of 48 heads x 128, 32.2 B parameters.
+
+    Double-stream blocks keep text and image apart but for attention; single-stream blocks run on both joined, text
+    first. One modulation per stream type is shared by all blocks.
+    """
+
+    name = "flux2"
+    title = "FLUX.2"
+    pipeline_classes = ("Flux2Pipeline",)
+    transformer_class = "Flux2Transformer2DModel"
+    text_encoder_class = "Mistral3ForConditionalGeneration"
+    sequence_inputs = (("encoder_hidden_states", "txt_ids"), ("hidden_states", "img_ids"))
+    output_stream = 1
+    latent_channels = 128
+    latent_downscale = 16
+
+    # The transformer.
+
+    def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
+        layout.check_heads(config["num_attention_heads"], f"this {self.title} transformer")
+        _, mlp = _widths(config)
+        if mlp % layout.tp_size:
+            fitting = [d for d in range(1, layout.tp_size) if mlp % d == 0 and config["num_attention_heads"] % d == 0]
+            raise ValueError(
+                f"the {mlp} features of this {self.title} transformer's MLP do not divide by tp_size={layout.tp_size} "
+                f"({layout.describe()}); tp_size {', '.join(map(str, fitting))} would work"
+            )
+
+    def transformer_plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        inner, mlp = _widths(config)
+        column, row = Shard("column"), Shard("row")
+        gathered = Shard("column", gather_output=True)
+        swiglu = Shard("column", blocks=(mlp, mlp))  # gate, up
+        return {
+            # Double-stream blocks: image and text side, attention and MLP.
+            "transformer_blocks.*.attn.to_q": column,
+            "transformer_blocks.*.attn.to_k": column,
+            "transformer_blocks.*.attn.to_v": column,
+            "transformer_blocks.*.attn.to_out.0": row,
+            "transformer_blocks.*.attn.add_q_proj": column,
+            "transformer_blocks.*.attn.add_k_proj": column,
+            "transformer_blocks.*.attn.add_v_proj": column,
+            "transformer_blocks.*.attn.to_add_out": row,
+            "transformer_blocks.*.ff.linear_in": swiglu,
+            "transformer_blocks.*.ff.linear_out": row,
+            "transformer_blocks.*.ff_context.linear_in": swiglu,
+            "transformer_blocks.*.ff_context.linear_out": row,
+            # Single-stream blocks: q, k, v, gate and up are one linear; attention and MLP outputs are one linear.
+            "single_transformer_blocks.*.attn.to_qkv_mlp_proj": Shard("column", blocks=(inner, inner, inner, mlp, mlp)),
+            "single_transformer_blocks.*.attn.to_out": Shard("row", blocks=(inner, mlp)),
+            # Modulation: 17 D^2 weights (1.2 GiB in FLUX.2-dev) that run on one vector a step. They are sharded, and
+            # the vectors gathered; embedders and proj_out (0.4 GiB) are replicated, since they run on whole sequences.
+            "double_stream_modulation_img.linear": gathered,
+            "double_stream_modulation_txt.linear": gathered,
+            "single_stream_modulation.linear": gathered,
+            "norm_out.linear": gathered,
+        }
+
+    def install_attention(self, transformer: nn.Module, attention: ShardedAttention) -> None:
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(DoubleStreamProcessor(attention))
+        for block in transformer.single_transformer_blocks:
+            block.attn.set_processor(SingleStreamProcessor(attention))
+
+    def transformer_inputs(
+        self, x: Tensor, timestep: Tensor, context: Tensor, guidance: Tensor | None, references: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        tokens, ids = [_tokens(x)], [_position_ids(x, 0)]
+        for index, reference in enumerate(references):
+            if reference.shape[0] not in (1, x.shape[0]):
+                raise ValueError(f"a reference batch of {reference.shape[0]} does not fit a batch of {x.shape[0]}")
+            tokens.append(_tokens(reference).expand(x.shape[0], -1, -1))
+            ids.append(_position_ids(reference, REFERENCE_SPACING * (index + 1)))
+        text_ids = torch.zeros(context.shape[1], 4, device=x.device)
+        text_ids[:, 3] = torch.arange(context.shape[1], device=x.device)
+        return {
+            "hidden_states": torch.cat(tokens, dim=1),
+            "encoder_hidden_states": context,
+            "timestep": timestep,
+            "guidance": guidance,
+            "img_ids": torch.cat(ids),
+            "txt_ids": text_ids,
+        }
+
+    def prediction(self, output: Tensor, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return output[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+    # The text encoder.
+
+    def text_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        # FLUX.2-dev reads layers 10, 20 and 30 of 40; a model with other layers says so in its configuration.
+        return tuple(config.get("text_encoder_out_layers", (10, 20, 30)))
+
+    def text_plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        text = config["text_config"]
+        column, row = Shard("column"), Shard("row")
+        kv = Shard("column", units=text["num_key_value_heads"])
+        return {
+            "embed_tokens": Shard("embedding"),
+            "layers.*.self_attn.q_proj": column,
+            "layers.*.self_attn.k_proj": kv,
+            "layers.*.self_attn.v_proj": kv,
+            "layers.*.self_attn.o_proj": row,
+            "layers.*.mlp.gate_proj": column,
+            "layers.*.mlp.up_proj": column,
+            "layers.*.mlp.down_proj": row,
+        }
+
+    def text_degree(self, config: Mapping[str, Any], ranks: int) -> int:
+        text = config["text_config"]
+        heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+        sizes = (heads, text["intermediate_size"], text["hidden_size"])
+        return max(
+            degree
+            for degree in range(1, ranks + 1)
+            if ranks % degree == 0
+            and all(size % degree == 0 for size in sizes)
+            and (kv_heads % degree == 0 or degree % kv_heads == 0)
+        )
+
+    def text_model(self, text_encoder: nn.Module) -> nn.Module:
+        return text_encoder.model.language_model
+
+    def build_text_model(self, config: Mapping[str, Any]) -> nn.Module:
+        from transformers import AutoModel, Mistral3Config
+
+        full = Mistral3Config(**config).text_config
+        available = full.num_hidden_layers
+        used = max(self.text_layers(config))
+        if used > available:
+            raise ValueError(f"the text encoder has {available} layers, but layer {used} is asked for")
+        full.num_hidden_layers = used
+        if getattr(full, "layer_types", None):
+            full.layer_types = full.layer_types[:used]
+        with torch.device("meta"):
+            model = AutoModel.from_config(full)
+        # Frequencies are computed, not stored: they must be real. They stay in fp32 whatever the weights are.
+        model.rotary_emb = type(model.rotary_emb)(full)
+        if used < available:
+            # The last of the hidden states is normed; it is taken from the middle here, so it must not be.
+            model.norm = nn.Identity()
+        return model
+
+    def localize_text(self, text_model: nn.Module, degree: int) -> None:
+        kv_heads = text_model.config.num_key_value_heads
+        heads = text_model.config.num_attention_heads // degree
+        for layer in text_model.layers:
+            layer.self_attn.num_key_value_groups = heads // max(1, kv_heads // degree)
+
+    def text_keys(self, names: Sequence[str]) -> dict[str, str]:
+        anchor = "embed_tokens.weight"
+        found = [name for name in names if name.endswith(anchor) and "vision" not in name]
+        if len(found) != 1:
+            raise ValueError(f"the text encoder's weights have {len(found)} tensors named *{anchor}; one is expected")
+        prefix = found[0][: -len(anchor)]
+        return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+
+    def messages(self, prompt: str) -> list[dict[str, Any]]:
+        return format_input([prompt])[0]
+
+    def encode_text(self, text_model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
+        states = text_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+    # The VAE.
+
+    def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        mean, std = _latent_statistics(vae, latent)
+        return vae.decode(Flux2Pipeline._unpatchify_latents(latent * std + mean), return_dict=False)[0]
+
+    def encode_image(self, vae: nn.Module, image: Tensor) -> Tensor:
+        latent = Flux2Pipeline._patchify_latents(vae.encode(image, return_dict=False)[0].mode())
+        mean, std = _latent_statistics(vae, latent)
+        return (latent - mean) / std
+
+
+class DoubleStreamProcessor:
+    """Attention of a double-stream block (`Flux2Attention`) over text and image shards."""
+
+    def __init__(self, attention: ShardedAttention) -> None:
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,  # [B, S_image_local, C]
+        encoder_hidden_states: Tensor,  # [B, S_text_local, C]
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _refuse_mask(attention_mask)
+        text_tokens = encoder_hidden_states.shape[1]
+        image, text = hidden_states, encoder_hidden_states
+        query = torch.cat(
+            [attn.norm_added_q(_heads(attn.add_q_proj(text), attn)), attn.norm_q(_heads(attn.to_q(image), attn))], 1
+        )
+        key = torch.cat(
+            [attn.norm_added_k(_heads(attn.add_k_proj(text), attn)), attn.norm_k(_heads(attn.to_k(image), attn))], 1
+        )
+        value = torch.cat([_heads(attn.add_v_proj(text), attn), _heads(attn.to_v(image), attn)], 1)
+        out = self.attention(_rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb), value).flatten(2)
+        text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
+        return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
+
+
+class SingleStreamProcessor:
+    """Attention and MLP of a single-stream block (`Flux2ParallelSelfAttention`) over a shard of the joint sequence."""
+
+    def __init__(self, attention: ShardedAttention) -> None:
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,  # [B, S_local, C]
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        _refuse_mask(attention_mask)
+        fused = attn.to_qkv_mlp_proj(hidden_states)
+        # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
+        full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
+        width = attn.inner_dim * fused.shape[-1] // full
+        query, key, value, mlp = fused.split([width, width, width, fused.shape[-1] - 3 * width], dim=-1)
+        out = self.attention(
+            _rotate(attn.norm_q(_heads(query, attn)), image_rotary_emb),
+            _rotate(attn.norm_k(_heads(key, attn)), image_rotary_emb),
+            _heads(value, attn),
+        )
+        return attn.to_out(torch.cat([out.flatten(2), attn.mlp_act_fn(mlp)], dim=-1))
+
+
+def _heads(x: Tensor, attn: nn.Module) -> Tensor:
+    """``[B, S, H_local * D] -> [B, S, H_local, D]``; how many heads are local follows from the shape."""
+    return x.unflatten(-1, (-1, attn.head_dim))
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    # A rank may hold no token of a very short sequence, which diffusers' helper cannot reshape.
+    return x if rotary is None or x.shape[1] == 0 else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+
+def _refuse_mask(mask: Tensor | None) -> None:
+    if mask is not None:
+        raise ValueError("FLUX.2 under parallelism takes no attention mask; drop the masked tokens instead")
+
+
+def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Width of the transformer, and of one half of its gated MLP."""
+    inner = config["num_attention_heads"] * config["attention_head_dim"]
+    return inner, int(inner * config["mlp_ratio"])
+
+
+def _tokens(latent: Tensor) -> Tensor:
+    """``[B, C, H, W] -> [B, H * W, C]``."""
+    return latent.flatten(2).transpose(1, 2)
+
+
+def _position_ids(latent: Tensor, time: int) -> Tensor:
+    """Coordinates (time, row, column, 0) of each token, ``[H * W, 4]``."""
+    height, width = latent.shape[-2:]
+    ids = torch.zeros(height, width, 4, device=latent.device)
+    ids[..., 0] = time
+    ids[..., 1] = torch.arange(height, device=latent.device)[:, None]
+    ids[..., 2] = torch.arange(width, device=latent.device)[None, :]
+    return ids.flatten(0, 1)
+
+
+def _latent_statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latent's channels, kept in the VAE's batch norm, each ``[1, C, 1, 1]``."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like)
+    return mean, std

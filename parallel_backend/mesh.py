@@ -1,0 +1,122 @@
+"""From degrees to process groups: the device mesh with axes ("ring", "ulysses", "tp") and what a rank is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .config import MESH_AXES, ParallelismConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as this rank sees it: its process group, its degree and this rank's place in it."""
+
+    group: dist.ProcessGroup | None
+    degree: int
+    rank: int
+
+    @property
+    def is_split(self) -> bool:
+        return self.degree > 1
+
+
+def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The tensors ``[...]`` of every rank of an axis, in rank order: ``[degree, ...]``."""
+    gathered = x.new_empty(axis.degree, *x.shape)
+    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=axis.group)
+    return gathered
+
+
+SINGLE = Axis(group=None, degree=1, rank=0)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The axes of a layout. ``cp`` is ring x ulysses flattened (ring outermost), ``world`` is all of them.
+
+    ``cp.rank`` equals ``ring.rank * ulysses.degree + ulysses.rank``: it names the shard of the sequence that this rank
+    holds. The same shard is held by all ranks of its tp group.
+    """
+
+    ring: Axis
+    ulysses: Axis
+    tp: Axis
+    cp: Axis
+    world: Axis
+    device_type: str
+
+    @classmethod
+    def create(cls, ranks: torch.Tensor, device_type: str) -> ParallelMesh | None:
+        """Make the process groups of a mesh. Collective over the default group, also for ranks outside the mesh.
+
+        Args:
+            ranks: ``[ring, ulysses, tp]``, the global rank at each place.
+            device_type: ``"cuda"`` or ``"cpu"``.
+
+        Returns:
+            The mesh as this rank sees it, or None on a rank outside it.
+        """
+        mesh = DeviceMesh(device_type, ranks, mesh_dim_names=MESH_AXES)
+        flat = DeviceMesh(device_type, ranks.flatten(0, 1), mesh_dim_names=("cp", "tp"))
+        whole = dist.group.WORLD if ranks.numel() == dist.get_world_size() else dist.new_group(ranks.flatten().tolist())
+        place = mesh.get_coordinate()
+        if place is None:
+            return None
+
+        def axis(mesh: DeviceMesh, name: str, rank: int) -> Axis:
+            degree = mesh[name].size()
+            return Axis(mesh.get_group(name), degree, rank) if degree > 1 else SINGLE
+
+        ring, ulysses, tp = place
+        cp = ring * ranks.shape[1] + ulysses
+        return cls(
+            ring=axis(mesh, "ring", ring),
+            ulysses=axis(mesh, "ulysses", ulysses),
+            tp=axis(mesh, "tp", tp),
+            cp=axis(flat, "cp", cp),
+            world=Axis(whole, ranks.numel(), cp * ranks.shape[2] + tp) if ranks.numel() > 1 else SINGLE,
+            device_type=device_type,
+        )
+
+
+def build_mesh(config: ParallelismConfig, device_type: str | None = None) -> ParallelMesh:
+    """Build the mesh of a layout over the initialised default process group. Collective: every rank calls it.
+
+    Args:
+        config: degrees; their product must be the world size.
+        device_type: ``"cuda"`` or ``"cpu"``; by default what the default group's backend serves.
+
+    Raises:
+        ValueError: no process group is initialised, or the degrees do not multiply to its size.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if config.world_size == 1:
+            return single_mesh(device_type or "cpu")
+        raise ValueError(
+            f"{config.describe()} needs an initialised process group: start the script with "
+            f"'torchrun --nproc_per_node={config.world_size} ...' and call torch.distributed.init_process_group() first"
+        )
+    config.check_world(dist.get_world_size())
+    device_type = device_type or default_device_type()
+    if config.world_size == 1:
+        return single_mesh(device_type)
+    shape = (config.ring_size, config.ulysses_size, config.tp_size)
+    mesh = ParallelMesh.create(torch.arange(config.world_size).view(shape), device_type)
+    assert mesh is not None
+    return mesh
+
+
+def default_device_type() -> str:
+    """The device type that the default process group moves tensors of."""
+    if torch.cuda.is_available() and "nccl" in str(dist.get_backend()):
+        return "cuda"
+    return "cpu"
+
+
+def single_mesh(device_type: str) -> ParallelMesh:
+    """The mesh of one rank: nothing is split, no process group is needed."""
+    return ParallelMesh(SINGLE, SINGLE, SINGLE, SINGLE, SINGLE, device_type)

@@ -1,0 +1,186 @@
+"""Tensor parallelism with plain modules: which slice of a weight a tp rank holds, and the linears that use it.
+
+The scheme is Megatron-LM's (arXiv:1909.08053): a column-parallel linear makes rank-local features without talking, the
+row-parallel linear after it sums the ranks' partial results with one all-reduce. Fused projections are sharded block by
+block, so that every rank holds its own slice of each of q, k, v, gate and up.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mesh import Axis, all_gather
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How the weight ``[out, in]`` of a linear (or ``[vocab, hidden]`` of an embedding) is spread over an axis.
+
+    Args:
+        style: ``"column"`` (output features are split), ``"row"`` (input features are split, outputs are summed),
+            or ``"embedding"`` (hidden features are split and gathered).
+        blocks: sizes of the blocks that are fused in the split dim, each split by itself; empty for one block.
+        units: number of indivisible units (such as kv heads) in a block; 0 if any equal split will do. Where there are
+            more ranks than units, neighbouring ranks hold the same unit.
+        gather_output: gather the column-parallel output, so that every rank has all features.
+    """
+
+    style: str
+    blocks: tuple[int, ...] = ()
+    units: int = 0
+    gather_output: bool = False
+
+    @property
+    def dim(self) -> int:
+        """The weight's dim that is split."""
+        return 0 if self.style == "column" else 1
+
+    def ranges(self, size: int, axis: Axis, name: str = "weight") -> list[tuple[int, int]]:
+        """Half-open ranges of the split dim that this rank holds, one a block.
+
+        Args:
+            size: full size of the split dim.
+            axis: the axis to split over.
+            name: what to call the weight in an error.
+
+        Raises:
+            ValueError: a block that does not divide over the axis.
+        """
+        blocks = self.blocks or (size,)
+        assert sum(blocks) == size, f"{name}: blocks {blocks} do not add up to {size}"
+        parts = min(axis.degree, self.units) if self.units else axis.degree
+        if axis.degree % parts:
+            raise ValueError(f"{name}: {self.units} heads and {axis.degree} ranks do not divide each other")
+        index = axis.rank * parts // axis.degree
+        ranges, start = [], 0
+        for block in blocks:
+            if block % parts:
+                raise ValueError(f"{name}: {block} features do not divide over {parts} tensor-parallel ranks")
+            step = block // parts
+            ranges.append((start + index * step, start + (index + 1) * step))
+            start += block
+        return ranges
+
+
+@dataclass(frozen=True)
+class ParamShard:
+    """The slice of one full parameter that a rank holds: ranges along ``dim``."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def take(self, full: Tensor) -> Tensor:
+        """Cut the slice out of a full tensor (or of anything that slices like one along the first two dims)."""
+        parts = [full[a:b] if self.dim == 0 else full[:, a:b] for a, b in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Linear whose output features are split: ``[..., in] -> [..., out_local]``, or ``[..., out]`` when gathered."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis, gather_output: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.axis = axis
+        self.gather_output = gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return all_gather_last_dim(y, self.axis) if self.gather_output else y
+
+
+class RowParallelLinear(nn.Module):
+    """Linear whose input features are split: ``[..., in_local] -> [..., out]``, summed over the axis."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        dist.all_reduce(y, group=self.axis.group)
+        # The bias is whole on every rank: adding it before the sum would add it once a rank.
+        return y if self.bias is None else y + self.bias
+
+
+class ColumnParallelEmbedding(nn.Module):
+    """Embedding whose hidden features are split: ids ``[...] -> [..., hidden]``, gathered over the axis."""
+
+    def __init__(self, weight: Tensor, axis: Axis) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.axis = axis
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return all_gather_last_dim(F.embedding(ids, self.weight), self.axis)
+
+
+def all_gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
+    """Concatenate ``[..., n]`` of every rank of the axis to ``[..., n * degree]``, in rank order."""
+    return all_gather(x, axis).movedim(0, -2).flatten(-2)
+
+
+def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, Shard], axis: Axis) -> dict[str, ParamShard]:
+    """Replace the linears and embeddings that a plan names by their sharded forms, on this instance only.
+
+    Weights that are real are cut; weights on the meta device become meta tensors of the rank-local shape, to be filled
+    by a loader from the table that is returned.
+
+    Args:
+        model: the model to change in place.
+        plan: glob over module names -> Shard. Every glob must match something.
+        axis: the axis to shard over; nothing happens if it is not split.
+
+    Returns:
+        For each sharded parameter name the slice of the full parameter that this rank holds.
+
+    Raises:
+        ValueError: a weight that does not divide over the axis, by name.
+    """
+    if not axis.is_split:
+        return {}
+    modules = dict(model.named_modules())
+    table: dict[str, ParamShard] = {}
+    for pattern, shard in plan.items():
+        names = fnmatch.filter(modules, pattern)
+        assert names, f"the tensor-parallel plan names {pattern}, which {type(model).__name__} does not have"
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            replacement = _shard_module(modules[name], shard, axis, name, table)
+            setattr(modules[parent], leaf, replacement)
+    return table
+
+
+def _shard_module(
+    module: nn.Module, shard: Shard, axis: Axis, name: str, table: dict[str, ParamShard]
+) -> ColumnParallelLinear | RowParallelLinear | ColumnParallelEmbedding:
+    assert isinstance(module, (nn.Linear, nn.Embedding)), f"{name} is a {type(module).__name__}"
+    full = module.weight
+    weight_shard = ParamShard(shard.dim, tuple(shard.ranges(full.shape[shard.dim], axis, name)))
+    table[f"{name}.weight"] = weight_shard
+    weight = _own(weight_shard.take(full.detach()))
+    if isinstance(module, nn.Embedding):
+        return ColumnParallelEmbedding(weight, axis)
+    bias = module.bias
+    if shard.style == "row":
+        return RowParallelLinear(weight, None if bias is None else bias.detach(), axis)
+    if bias is not None:
+        bias_shard = ParamShard(0, weight_shard.ranges)
+        table[f"{name}.bias"] = bias_shard
+        bias = _own(bias_shard.take(bias.detach()))
+    return ColumnParallelLinear(weight, bias, axis, shard.gather_output)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A contiguous tensor with memory of its own, so that the full tensor can be freed."""
+    return part.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,196 @@
+"""enable_cache and disable_cache: the recipe that turns a pipeline or model into a parallel one, read top to bottom."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from .config import DBCacheConfig, ParallelismConfig
+from .families import Family, ModelAdapter, family_of_transformer
+from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
+from .parallel.attention import ShardedAttention
+from .parallel.sequence import SequenceShards, shard_sequence
+from .parallel.tensor import ParamShard, apply_tensor_parallel
+
+_STATE = "_hybrid_parallel"
+
+
+@dataclass
+class ParallelState:
+    """What was done to a model, kept on the instance so that it can be told and undone."""
+
+    layout: ParallelismConfig
+    mesh: ParallelMesh
+    processors: dict[str, Any]
+    hooks: list[Any] = field(default_factory=list)
+    table: dict[str, ParamShard] = field(default_factory=dict)
+
+
+def enable_cache(
+    pipe_or_model: Any,
+    cache_config: DBCacheConfig | None = None,
+    *,
+    parallelism_config: ParallelismConfig | None = None,
+) -> Any:
+    """Parallelise a diffusers pipeline, a transformer or a `ModelAdapter` in place, on every rank of a torchrun job.
+
+    Args:
+        pipe_or_model: what to parallelise; classes stay as they are, only these instances change.
+        cache_config: thresholds of the block cache. The cache is not part of this version: a configuration is checked
+            and a warning says that every step is computed.
+        parallelism_config: degrees whose product is the number of ranks; None leaves the model as it is.
+
+    Returns:
+        ``pipe_or_model``.
+
+    Raises:
+        ValueError: an unsupported model, degrees that do not fit the ranks or the model, a second call on the same
+            object, or no initialised process group.
+    """
+    if cache_config is not None:
+        warnings.warn(
+            "the block cache is not part of this version: every step is computed, the result is exact", stacklevel=2
+        )
+    if parallelism_config is None:
+        return pipe_or_model
+
+    transformer = _transformer(pipe_or_model)
+    if hasattr(transformer, _STATE):
+        state: ParallelState = getattr(transformer, _STATE)
+        raise ValueError(
+            f"this {type(transformer).__name__} is parallel already ({state.layout.describe()}); "
+            "call disable_cache on it first, or load it anew where its weights are sharded"
+        )
+    family = family_of_transformer(type(transformer).__name__)
+    mesh = build_mesh(parallelism_config)
+    extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
+    parallelize_transformer(transformer, family, parallelism_config, mesh)
+    for name, module in extra:
+        parallelize_text_encoder(module, family, mesh, name)
+    return pipe_or_model
+
+
+def disable_cache(pipe_or_model: Any) -> Any:
+    """Undo `enable_cache` on an object and return it.
+
+    Raises:
+        ValueError: the weights are sharded over tp, so that no rank holds the original any more.
+    """
+    transformer = _transformer(pipe_or_model)
+    state: ParallelState | None = getattr(transformer, _STATE, None)
+    if state is None:
+        return pipe_or_model
+    if state.table:
+        raise ValueError(
+            f"the weights of this {type(transformer).__name__} are sharded over tp_size={state.layout.tp_size} ranks: "
+            "no rank holds the original. Load the model again to have it whole"
+        )
+    for hook in state.hooks:
+        hook.remove()
+    transformer.set_attn_processor(state.processors)
+    delattr(transformer, _STATE)
+    return pipe_or_model
+
+
+def parallelize_transformer(
+    transformer: nn.Module, family: Family, layout: ParallelismConfig, mesh: ParallelMesh
+) -> dict[str, ParamShard]:
+    """Shard one transformer over a mesh; its weights may be real or on the meta device.
+
+    Returns:
+        The slice of each sharded parameter that this rank holds.
+    """
+    config = dict(transformer.config)
+    family.check_layout(config, layout)
+    state = ParallelState(layout, mesh, processors=dict(transformer.attn_processors))
+    shards = SequenceShards(mesh)
+    state.table = apply_tensor_parallel(transformer, family.transformer_plan(config), mesh.tp)
+    family.install_attention(transformer, ShardedAttention(shards))
+    state.hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream)
+    setattr(transformer, _STATE, state)
+    return state.table
+
+
+def parallelize_text_encoder(text_encoder: nn.Module, family: Family, mesh: ParallelMesh, name: str) -> None:
+    """Shard a whole, loaded text encoder over all ranks of the mesh (or over as many as its heads divide by)."""
+    if hasattr(text_encoder, _STATE):
+        raise ValueError(f"{name} ({type(text_encoder).__name__}) is parallel already")
+    config = text_encoder.config.to_dict()
+    axis = text_axis(family, config, mesh)
+    shard_text_model(family.text_model(text_encoder), family, config, axis)
+    setattr(text_encoder, _STATE, axis)
+
+
+def shard_text_model(
+    text_model: nn.Module, family: Family, config: dict[str, Any], axis: Axis
+) -> dict[str, ParamShard]:
+    """Shard the text model proper over an axis made by `text_axis`; weights may be real or on the meta device."""
+    table = apply_tensor_parallel(text_model, family.text_plan(config), axis)
+    if axis.is_split:
+        family.localize_text(text_model, axis.degree)
+    return table
+
+
+def text_axis(family: Family, config: dict[str, Any], mesh: ParallelMesh) -> Axis:
+    """The axis that the text encoder is sharded over: all ranks, or the most that its heads divide by.
+
+    Where that is fewer than all, equal groups of adjacent ranks hold one copy each. Collective.
+    """
+    ranks = mesh.world.degree
+    degree = family.text_degree(config, ranks)
+    if degree == ranks:
+        return mesh.world
+    if degree == 1:
+        return SINGLE
+    assert mesh.world.group is not None
+    members = dist.get_process_group_ranks(mesh.world.group)
+    groups = [dist.new_group(members[first : first + degree]) for first in range(0, ranks, degree)]
+    return Axis(groups[mesh.world.rank // degree], degree, mesh.world.rank % degree)
+
+
+def _transformer(pipe_or_model: Any) -> nn.Module:
+    """The transformer of a pipeline or adapter, or the model itself."""
+    transformer = getattr(pipe_or_model, "transformer", None)
+    if isinstance(transformer, nn.Module) and not isinstance(pipe_or_model, nn.Module):
+        return transformer
+    if isinstance(pipe_or_model, nn.Module):
+        return pipe_or_model
+    raise ValueError(
+        f"{type(pipe_or_model).__name__} is neither a diffusers pipeline with a transformer, nor a transformer, nor a "
+        "ModelAdapter"
+    )
+
+
+def _extra_modules(
+    pipe_or_model: Any, transformer: nn.Module, layout: ParallelismConfig, family: Family
+) -> list[tuple[str, nn.Module]]:
+    """The modules beside the transformer that are to be sharded, with a name each, before anything is changed."""
+    found = []
+    for module in layout.extra_parallel_modules:
+        name = module if isinstance(module, str) else type(module).__name__
+        if isinstance(module, str):
+            module = getattr(pipe_or_model, module, None)
+            if not isinstance(module, nn.Module):
+                raise ValueError(
+                    f"extra_parallel_modules names {name!r}, which {type(pipe_or_model).__name__} does not have"
+                )
+        kind = type(module).__name__
+        if module is transformer:
+            continue
+        if kind == family.text_encoder_class:
+            found.append((name, module))
+        elif kind.startswith("Autoencoder"):
+            warnings.warn(f"{kind} stays whole on every rank: it is not sharded in this version", stacklevel=3)
+        else:
+            raise ValueError(
+                f"extra_parallel_modules holds a {kind}, which cannot be sharded; "
+                f"with {family.title} a {family.text_encoder_class} can"
+            )
+    return found
+
+
+__all__ = ["ModelAdapter", "disable_cache", "enable_cache"]

@@ -1,0 +1,249 @@
+"""The oracle of the server tests: a pipeline folder as stock MODEL, CLIP and VAE, with no code of the pack under test.
+
+MODEL is ComfyUI's own Flux2 in ComfyUI's own process. CLIP and VAE run the untouched transformers and diffusers models
+there. All compute in float32. ``build_model``, ``build_clip`` and ``ReferenceVAE`` serve library-mode tests as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+
+DEFAULT_OUT_LAYERS = (10, 20, 30)
+
+_RENAMES = {
+    "time_guidance_embed.timestep_embedder.linear_1.weight": "time_in.in_layer.weight",
+    "time_guidance_embed.timestep_embedder.linear_2.weight": "time_in.out_layer.weight",
+    "time_guidance_embed.guidance_embedder.linear_1.weight": "guidance_in.in_layer.weight",
+    "time_guidance_embed.guidance_embedder.linear_2.weight": "guidance_in.out_layer.weight",
+    "double_stream_modulation_img.linear.weight": "double_stream_modulation_img.lin.weight",
+    "double_stream_modulation_txt.linear.weight": "double_stream_modulation_txt.lin.weight",
+    "single_stream_modulation.linear.weight": "single_stream_modulation.lin.weight",
+}
+"""FLUX.2's weights that ComfyUI's own table (comfy.utils.flux_to_diffusers) does not know."""
+
+
+def to_comfy_state_dict(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """The weights of a diffusers Flux2Transformer2DModel under ComfyUI's names, q, k and v fused.
+
+    Args:
+        state_dict: all weights of the diffusers model.
+        config: its config.
+    """
+    table = comfy.utils.flux_to_diffusers({
+        "depth": config.num_layers,
+        "depth_single_blocks": config.num_single_layers,
+        "hidden_size": config.num_attention_heads * config.attention_head_dim,
+    })  # fmt: skip
+    out: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, weight in state_dict.items():
+        target = _RENAMES.get(name) or table[name]
+        if isinstance(target, str):
+            out[target] = weight
+        elif len(target) == 3:
+            # (name, None, swap_scale_shift)
+            out[target[0]] = target[2](weight)
+        else:
+            fused, (_, start, _) = target
+            parts.setdefault(fused, {})[start] = weight
+    for fused, pieces in parts.items():
+        out[fused] = torch.cat([pieces[start] for start in sorted(pieces)])
+    return out
+
+
+def build_model(transformer: Any) -> comfy.model_patcher.ModelPatcher:
+    """A stock MODEL (ComfyUI's Flux2, float32) with the weights of a diffusers Flux2Transformer2DModel."""
+    config = transformer.config
+    weights = to_comfy_state_dict({k: v.float() for k, v in transformer.state_dict().items()}, config)
+    unet_config = comfy.model_detection.detect_unet_config(weights, "")
+    # Detection derives these from FLUX.2-dev's head size; a small model has other ones.
+    unet_config.update(
+        axes_dim=list(config.axes_dims_rope),
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        theta=config.rope_theta,
+    )
+    model_config = comfy.supported_models.Flux2(unet_config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model(weights, "")
+    model.diffusion_model.load_state_dict(weights, strict=True)
+    return comfy.model_patcher.ModelPatcher(
+        model.eval(),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+class _ChatTokenizer:
+    """What comfy.sd.CLIP asks of a tokenizer: text -> the token ids of the whole conversation, unpadded."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        ids = self.tokenizer.apply_chat_template(
+            format_input(prompts=[text])[0], tokenize=True, add_generation_prompt=False, return_dict=True
+        )["input_ids"]
+        return {"mistral": [[(token, 1.0) for token in ids]]}
+
+
+class _TextEncoder(torch.nn.Module):
+    """What comfy.sd.CLIP asks of a text encoder, around an untouched Mistral3ForConditionalGeneration."""
+
+    def __init__(self, model: torch.nn.Module, out_layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.out_layers = out_layers
+        self.dtypes = {torch.float32}
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        pass
+
+    @torch.no_grad()
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, None]:
+        """``{"mistral": [[(id, weight)...]]}`` -> (cond [1, L, 3 * hidden], no pooled output)."""
+        ids = torch.tensor([[token for token, _ in tokens["mistral"][0]]], device=self.model.device)
+        states = self.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        cond = torch.cat([states[layer] for layer in self.out_layers], dim=-1)
+        return cond.to(comfy.model_management.intermediate_device(), torch.float32), None
+
+
+def build_clip(text_encoder: Any, tokenizer: Any) -> comfy.sd.CLIP:
+    """A stock CLIP that runs ``text_encoder`` in float32 and gives the hidden states that FLUX.2 uses."""
+    layers = tuple(getattr(text_encoder.config, "text_encoder_out_layers", None) or DEFAULT_OUT_LAYERS)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = _TextEncoder(text_encoder.float().eval(), layers)
+    clip.tokenizer = _ChatTokenizer(tokenizer)
+    clip.patcher = comfy.model_patcher.ModelPatcher(
+        clip.cond_stage_model,
+        load_device=comfy.model_management.text_encoder_device(),
+        offload_device=comfy.model_management.text_encoder_offload_device(),
+    )
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    clip.apply_hooks_to_conds = None
+    clip.layer_idx = None
+    clip.use_clip_schedule = False
+    clip.tokenizer_options = {}
+    return clip
+
+
+class ReferenceVAE:
+    """What VAEDecode and VAEEncode (also tiled, which is not tiled here) ask of a VAE, around AutoencoderKLFlux2.
+
+    Latents are FLUX.2's: [B, 128, H/16, W/16], patchified and normalized by the VAE's batch norm statistics.
+    """
+
+    latent_channels = 128
+    latent_dim = 2
+
+    def __init__(self, vae: Any) -> None:
+        self.device = comfy.model_management.vae_device()
+        self.vae = vae.float().eval().to(self.device)
+
+    def _mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        bn = self.vae.bn
+        std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
+        return bn.running_mean.view(1, -1, 1, 1), std
+
+    @torch.no_grad()
+    def decode(self, samples: torch.Tensor, **_: Any) -> torch.Tensor:
+        """[B, 128, h, w] -> IMAGE [B, 16 h, 16 w, 3] in 0..1."""
+        from diffusers import Flux2Pipeline
+
+        mean, std = self._mean_and_std()
+        latents = Flux2Pipeline._unpatchify_latents(samples.to(self.device, torch.float32) * std + mean)
+        picture = self.vae.decode(latents, return_dict=False)[0]
+        picture = (picture / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+        return picture.to(comfy.model_management.intermediate_device())
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
+        """IMAGE [B, H, W, 3] in 0..1 -> [B, 128, H/16, W/16]; other sizes are cropped as ComfyUI's VAE crops."""
+        from diffusers import Flux2Pipeline
+
+        for dim in (1, 2):
+            size = pixels.shape[dim] // 16 * 16
+            pixels = pixels.narrow(dim, (pixels.shape[dim] - size) // 2, size)
+        picture = pixels[..., :3].movedim(-1, 1).to(self.device, torch.float32) * 2 - 1
+        latents = Flux2Pipeline._patchify_latents(self.vae.encode(picture).latent_dist.mode())
+        mean, std = self._mean_and_std()
+        return ((latents - mean) / std).to(comfy.model_management.intermediate_device())
+
+    def decode_tiled(self, samples: torch.Tensor, **_: Any) -> torch.Tensor:
+        """As decode(): tiles are a matter of memory, and an oracle has none of their seams."""
+        return self.decode(samples)
+
+    def encode_tiled(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
+        """As encode()."""
+        return self.encode(pixels)
+
+    def spacial_compression_decode(self) -> int:
+        return 16
+
+    def spacial_compression_encode(self) -> int:
+        return 16
+
+    def temporal_compression_decode(self) -> None:
+        return None
+
+
+def find_pipeline(name: str) -> Path:
+    """The folder of pipeline ``name`` below one of the folders that ComfyUI has for "diffusers"."""
+    folders = folder_paths.get_folder_paths("diffusers")
+    for folder in folders:
+        if (Path(folder) / name / "model_index.json").is_file():
+            return Path(folder) / name
+    raise ValueError(f"no pipeline folder {name!r} in {folders}")
+
+
+def load_pipeline(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, ReferenceVAE]:
+    """MODEL, CLIP and VAE of a FLUX.2 pipeline folder."""
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+    from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
+
+    transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    text_encoder = Mistral3ForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return build_model(transformer), build_clip(text_encoder, tokenizer), ReferenceVAE(vae)
+
+
+class ReferencePipelineLoader:
+    """Takes the place of the pack's pipeline loader in a graph; layout and dtype are accepted and ignored."""
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"pipeline": ("STRING", {"default": "flux2-tiny"})},
+            "optional": {"layout": ("*", {"forceInput": True}), "dtype": ("*", {})},
+        }
+
+    def load(self, pipeline: str, layout: Any = None, dtype: Any = None) -> tuple[Any, Any, Any]:
+        return load_pipeline(find_pipeline(pipeline))
+
+
+NODE_CLASS_MAPPINGS = {"ReferencePipelineLoader": ReferencePipelineLoader}
+NODE_DISPLAY_NAME_MAPPINGS = {"ReferencePipelineLoader": "Reference pipeline (test oracle)"}

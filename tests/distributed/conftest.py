@@ -1,0 +1,12 @@
+"""The session's world of 8 gloo ranks."""
+
+import pytest
+
+from .world import World
+
+
+@pytest.fixture(scope="session")
+def world():
+    world = World()
+    yield world
+    world.close()

@@ -1,0 +1,20 @@
+"""The rows of the reference table, by the name they have there."""
+
+from parallel_backend import ParallelismConfig
+
+REFERENCE_TABLE = {
+    "TP-2": ParallelismConfig(tp_size=2),
+    "TP-4": ParallelismConfig(tp_size=4),
+    "TP-8": ParallelismConfig(tp_size=8),
+    "Ring-2": ParallelismConfig(ring_size=2),
+    "Ring-4": ParallelismConfig(ring_size=4),
+    "Ring-8": ParallelismConfig(ring_size=8),
+    "Ulysses-2": ParallelismConfig(ulysses_size=2),
+    "Ulysses-4": ParallelismConfig(ulysses_size=4),
+    "Ulysses-8": ParallelismConfig(ulysses_size=8),
+    "Ulysses-4-TP-2": ParallelismConfig(ulysses_size=4, tp_size=2),
+    "Ulysses-2-TP-4": ParallelismConfig(ulysses_size=2, tp_size=4),
+    "Ring-4-TP-2": ParallelismConfig(ring_size=4, tp_size=2),
+    "Ring-2-TP-4": ParallelismConfig(ring_size=2, tp_size=4),
+    "USP-2-2-TP-2": ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2),
+}
