@@ -6,7 +6,6 @@ workflows. The layout on disk is the one of ``black-forest-labs/FLUX.2-dev``, so
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .paths import home
 
 DEMO_FOLDER_NAME = "flux2-demo"
 
@@ -96,9 +97,7 @@ SIZES = {
 
 def demo_folder() -> Path:
     """Where the demo pipeline lives: ``$HYBRID_DIT_HOME`` (or ``~/.cache/hybrid-dit``) ``/models/flux2-demo``."""
-    home = os.environ.get("HYBRID_DIT_HOME")
-    base = Path(home).expanduser() if home else Path.home() / ".cache" / "hybrid-dit"
-    return base / "models" / DEMO_FOLDER_NAME
+    return home() / "models" / DEMO_FOLDER_NAME
 
 
 def make_demo_pipeline(folder: Path, *, size: str = "demo", seed: int = 0) -> Path:
@@ -237,6 +236,7 @@ def _build_text_encoder(size: DemoSize, tokenizer: Any) -> nn.Module:
         head_dim=size.text_head_dim,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e9},
         sliding_window=None,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,

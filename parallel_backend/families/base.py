@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Family(ABC):
     """diffusers transformer class."""
     text_encoder_class: str
     """transformers class of the text encoder."""
+    vae_class: str
+    """diffusers class of the VAE."""
     sequence_inputs: tuple[tuple[str, ...], ...]
     """For each token stream the arguments of the transformer's forward that are cut along their second to last dim."""
     output_stream: int
@@ -50,6 +53,10 @@ class Family(ABC):
     """Pixels to one latent position, along each side."""
 
     # The transformer.
+
+    @abstractmethod
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+        """The transformer of a configuration, with weights on the meta device."""
 
     @abstractmethod
     def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
@@ -72,6 +79,10 @@ class Family(ABC):
     @abstractmethod
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
+
+    @abstractmethod
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        """Give a diffusers scheduler the steps that the family's pipeline would, for an image of ``tokens`` tokens."""
 
     # The text encoder.
 
@@ -112,6 +123,10 @@ class Family(ABC):
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
 
     # The VAE.
+
+    @abstractmethod
+    def load_vae(self, folder: Path) -> nn.Module:
+        """The VAE of a component folder, whole, on the CPU, in fp32."""
 
     @abstractmethod
     def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, format_input
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu, format_input
 from torch import Tensor, nn
+from transformers import AutoModel, Mistral3Config
 
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
@@ -31,12 +35,17 @@ class Flux2(Family):
     pipeline_classes = ("Flux2Pipeline",)
     transformer_class = "Flux2Transformer2DModel"
     text_encoder_class = "Mistral3ForConditionalGeneration"
+    vae_class = "AutoencoderKLFlux2"
     sequence_inputs = (("encoder_hidden_states", "txt_ids"), ("hidden_states", "img_ids"))
     output_stream = 1
     latent_channels = 128
     latent_downscale = 16
 
     # The transformer.
+
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+        with torch.device("meta"):
+            return Flux2Transformer2DModel.from_config(dict(config)).eval()
 
     def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
         layout.check_heads(config["num_attention_heads"], f"this {self.title} transformer")
@@ -108,6 +117,11 @@ class Flux2(Family):
         height, width = x.shape[-2:]
         return output[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(tokens, steps))
+        scheduler.set_begin_index(0)
+
     # The text encoder.
 
     def text_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -145,8 +159,6 @@ class Flux2(Family):
         return text_encoder.model.language_model
 
     def build_text_model(self, config: Mapping[str, Any]) -> nn.Module:
-        from transformers import AutoModel, Mistral3Config
-
         full = Mistral3Config(**config).text_config
         available = full.num_hidden_layers
         used = max(self.text_layers(config))
@@ -188,6 +200,9 @@ class Flux2(Family):
         return torch.cat([states[layer] for layer in layers], dim=-1)
 
     # The VAE.
+
+    def load_vae(self, folder: Path) -> nn.Module:
+        return AutoencoderKLFlux2.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
 
     def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:
         mean, std = _latent_statistics(vae, latent)

@@ -127,6 +127,8 @@ def main() -> None:
     # Our own folder must go: it has a server.py, and so has ComfyUI.
     sys.path[0] = str(script.parent)
     sys.argv[0] = str(script)
+    # ComfyUI wraps stdout and keeps this setting; without it, what nodes print into a file comes 8 KB later or never.
+    sys.stdout.reconfigure(line_buffering=True)
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -42,11 +42,11 @@ _PREVIEW_IMAGE = 1
 _PREVIEW_IMAGE_WITH_METADATA = 4
 
 
-class ServerDied(RuntimeError):
+class ServerDied(RuntimeError):  # noqa: N818
     """The server process ended, or did not come up; the message ends with its log."""
 
 
-class PromptRejected(RuntimeError):
+class PromptRejected(RuntimeError):  # noqa: N818
     """The server refused a graph (HTTP 400). ``details`` is its answer, ``node_errors`` the part about nodes."""
 
     def __init__(self, details: dict[str, Any]) -> None:
@@ -78,9 +78,7 @@ class RunResult:
 
     def cached_nodes(self) -> set[str]:
         """Ids of the nodes that did not run because nothing had changed."""
-        return {
-            node for m in self.messages if m["type"] == "execution_cached" for node in m["data"].get("nodes", [])
-        }
+        return {node for m in self.messages if m["type"] == "execution_cached" for node in m["data"].get("nodes", [])}
 
     def files(self, kind: str = "images") -> list[dict[str, str]]:
         """All files (``{"filename", "subfolder", "type"}``) that output nodes reported under ``kind``."""
@@ -227,16 +225,18 @@ class ComfyServer:
         deadline = time.monotonic() + timeout
         while True:
             if self.process.poll() is not None:
-                code = self.process.returncode
-                self.process = None
-                raise ServerDied(f"ComfyUI ended with code {code} while starting\n{self.log_tail()}")
+                raise self._failed(f"ComfyUI ended with code {self.process.returncode} while starting")
             with contextlib.suppress(OSError):
                 self.get("/system_stats", timeout=5)
                 return self
             if time.monotonic() > deadline:
-                self._end_process()
-                raise ServerDied(f"ComfyUI did not answer within {timeout:.0f} s\n{self.log_tail()}")
+                raise self._failed(f"ComfyUI did not answer within {timeout:.0f} s")
             time.sleep(0.2)
+
+    def _failed(self, what: str) -> ServerDied:
+        error = ServerDied(f"{what}\n{self.log_tail()}")
+        self.stop()
+        return error
 
     def stop(self) -> None:
         """End the server (SIGTERM, then SIGKILL for its process group) and remove ``base`` if it is ours."""
@@ -311,7 +311,7 @@ class ComfyServer:
         """What the Cancel button does."""
         self.post("/interrupt")
 
-    def image(self, filename: str, subfolder: str = "", type: str = "output") -> Image.Image:  # noqa: A002
+    def image(self, filename: str, subfolder: str = "", type: str = "output") -> Image.Image:
         """An image that a node saved, as its ``images`` output names it: ``server.image(**result.files()[0])``."""
         query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
         picture = Image.open(io.BytesIO(self.request(f"/view?{query}")))

@@ -235,7 +235,7 @@ class ReferencePipelineLoader:
     CATEGORY = "tests"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {"pipeline": ("STRING", {"default": "flux2-tiny"})},
             "optional": {"layout": ("*", {"forceInput": True}), "dtype": ("*", {})},

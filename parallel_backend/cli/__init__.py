@@ -1,0 +1,35 @@
+"""The command line: one module a subcommand, found here by name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "draw a picture with a small FLUX.2 on any layout, with no GPU and no download",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; its exit status. Wrong input prints one line and gives 2."""
+    parser = argparse.ArgumentParser(prog="python -m parallel_backend", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    modules = {}
+    for name, summary in COMMANDS.items():
+        modules[name] = importlib.import_module(f".{name}", __name__)
+        modules[name].add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return modules[parsed.command].run(parsed)
+    except ValueError as error:
+        print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"{parser.prog} {parsed.command} failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,106 @@
+"""``demo``: one picture from a prompt, drawn by worker processes on any layout, with a report of what it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from ..config import ParallelismConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("--ulysses", type=int, default=2, help="degree of Ulysses (default: %(default)s)")
+    parser.add_argument("--ring", type=int, default=1, help="degree of Ring (default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=2, help="degree of tensor parallelism (default: %(default)s)")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, or GPUs such as 0,1 (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="TCP port of the rendezvous; 0 takes a free one")
+    parser.add_argument("--model", type=Path, help="a diffusers pipeline folder (default: a small FLUX.2, made here)")
+    parser.add_argument("--prompt", default="a large red circle left of a small blue star on a grey background")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--width", type=int, default=256, help="pixels (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=256, help="pixels (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--report", type=Path, default=Path("demo.json"), help="the report (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the picture; exit status 0."""
+    # Degrees are checked before torch is imported.
+    layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
+
+    from ..demo_model import demo_folder, make_demo_pipeline
+    from ..loading.pipeline_folder import open_pipeline_folder
+    from ..runtime.client import GroupConfig, acquire_group
+    from ..sampling import ImageRequest, draw
+
+    request = ImageRequest(
+        arguments.prompt, arguments.width, arguments.height, arguments.steps, arguments.seed, arguments.guidance
+    )
+    for path in (arguments.out, arguments.report):
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: the folder {path.resolve().parent} does not exist")
+    began = time.perf_counter()
+    folder = arguments.model or make_demo_pipeline(demo_folder())
+    request.check(open_pipeline_folder(folder).family.latent_downscale)
+    config = GroupConfig.create(folder, layout, arguments.devices, arguments.dtype)
+    print(f"{layout.name}: {layout.describe()} on {config.devices.kind}, {config.dtype}")
+
+    bar = _Bar()
+    group = acquire_group(config, bar.show, port=arguments.port)
+    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total))
+    report = group.report()
+    group.close()
+    report["request"] = {**vars(request), "out": str(arguments.out)}
+    report["seconds"]["total"] = time.perf_counter() - began
+    picture.save(arguments.out)
+    arguments.report.write_text(json.dumps(report, indent=2) + "\n")
+
+    seconds = report["seconds"]
+    print(
+        f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s, text {seconds['text']:.2f} s, "
+        f"step {seconds['step_median']:.3f} s (median of {request.steps}), decode {seconds['decode']:.2f} s"
+    )
+    for rank in report["ranks"]:
+        weights = sum(rank["weight_bytes"].values())
+        print(
+            f"rank {rank['rank']} on {rank['device']}: {weights / 2**20:.1f} MiB of weights, "
+            f"peak {rank['peak_bytes'] / 2**20:.0f} MiB"
+        )
+    print(f"wrote {arguments.out} and {arguments.report}")
+    return 0
+
+
+_BAR_WIDTH = 30
+_UNITS = {"starting": "processes", "loading": "MiB", "sampling": "steps"}
+
+
+class _Bar:
+    """A progress bar for each stage; on a terminal it redraws its line, elsewhere it prints a line a stage."""
+
+    def __init__(self) -> None:
+        self.stage = self.finished = ""
+
+    def show(self, stage: str, done: float, total: float) -> None:
+        unit = _UNITS.get(stage)
+        if unit is None:
+            return
+        if unit == "MiB":
+            done, total = done / 2**20, total / 2**20
+        filled = round(_BAR_WIDTH * done / total) if total else 0
+        line = f"{stage:9} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done:.0f}/{total:.0f} {unit}"
+        finished = done >= total and self.finished != stage
+        if sys.stdout.isatty():
+            new = "\n" if self.stage and stage != self.stage else ""
+            print(f"{new}\r{line}\033[K", end="\n" if finished and stage == "sampling" else "", flush=True)
+        elif finished:
+            print(line, flush=True)
+        self.stage = stage
+        if finished:
+            self.finished = stage

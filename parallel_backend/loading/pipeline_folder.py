@@ -1,0 +1,87 @@
+"""A diffusers pipeline folder: which family it is, its configurations, and whether its files are whole.
+
+Looking at it reads a few kilobytes, so a wrong folder is refused before any worker starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ParallelismConfig
+from ..families import Family, family_of_pipeline
+from .safetensors_reader import StoredTensor, index_folder
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """What a pipeline folder says of itself."""
+
+    path: Path
+    family: Family
+    transformer_config: dict[str, Any]
+    text_config: dict[str, Any]
+    vae_config: dict[str, Any]
+
+    def check(self, layout: ParallelismConfig) -> None:
+        """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
+        self.family.check_layout(self.transformer_config, layout)
+        for component in ("transformer", "text_encoder", "vae"):
+            self.tensors(component)
+
+    def tensors(self, component: str) -> dict[str, StoredTensor]:
+        """Where each tensor of ``transformer``, ``text_encoder`` or ``vae`` is stored."""
+        return index_folder(self.path / component)
+
+    def fingerprint(self) -> str:
+        """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("**/*")):
+            if file.suffix in (".json", ".safetensors", ".jinja"):
+                status = file.stat()
+                digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def open_pipeline_folder(path: Path) -> PipelineFolder:
+    """Look at a pipeline folder.
+
+    Raises:
+        ValueError: it is not one, a part of it is missing, or its family is not supported.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; name a diffusers pipeline folder (one with a model_index.json)")
+    index = _read_json(path / "model_index.json", "it is not a diffusers pipeline folder")
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise ValueError(f"{path / 'model_index.json'} does not name a pipeline class")
+    family = family_of_pipeline(class_name)
+    configs = {}
+    for component, expected in (
+        ("transformer", family.transformer_class),
+        ("text_encoder", family.text_encoder_class),
+        ("vae", family.vae_class),
+    ):
+        stated = (index.get(component) or [None, None])[1]
+        if stated != expected:
+            raise ValueError(f"{path} has {stated or 'no class'} as its {component}; {family.title} needs a {expected}")
+        configs[component] = _read_json(path / component / "config.json", f"the pipeline's {component} is incomplete")
+    if not (path / "tokenizer").is_dir():
+        raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
+    return PipelineFolder(path, family, configs["transformer"], configs["text_encoder"], configs["vae"])
+
+
+def _read_json(file: Path, meaning: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {meaning}")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object: {meaning}")
+    return content

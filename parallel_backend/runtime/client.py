@@ -1,0 +1,445 @@
+"""The client's side of a worker group: start it, load a pipeline into it, and have it encode, predict and decode.
+
+Both the ComfyUI nodes and the command line use this. Nothing here knows of either.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import selectors
+import statistics
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ParallelismConfig
+from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
+from .channel import Channel, ChannelClosedError, pack
+from .devices import Devices, resolve_devices
+from .launcher import Launcher
+from .messages import (
+    DecodeLatent,
+    Done,
+    EncodeImage,
+    EncodeText,
+    Failed,
+    Hello,
+    Keep,
+    Load,
+    Message,
+    Predict,
+    Progress,
+    Stats,
+)
+
+POLL_SECONDS = 0.05
+KEPT_TENSORS = 16
+"""Conditioning tensors (contexts, references) that stay with the workers; the least recently used goes first."""
+STRAGGLER_SECONDS = 5.0
+"""How long the other ranks may take to answer after one has failed, before the group is given up."""
+
+Check = Callable[[], None]
+OnState = Callable[[str, float, float], None]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class WorkersFailedError(RuntimeError):
+    """The group is gone; the next use starts a fresh one."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What a group is keyed by: equal configurations share one group."""
+
+    folder: str
+    layout: ParallelismConfig
+    devices: Devices
+    dtype: str
+    fingerprint: str
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
+    ) -> GroupConfig:
+        """Check everything that can be checked without starting a process.
+
+        Args:
+            folder: a diffusers pipeline folder.
+            layout: degrees.
+            devices: see `resolve_devices`.
+            dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
+
+        Raises:
+            ValueError: a folder, layout, device or dtype that cannot work, with the remedy.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        source = open_pipeline_folder(Path(folder))
+        source.check(layout)
+        resolved = resolve_devices(devices, layout.world_size)
+        if dtype == "auto":
+            dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint())
+
+
+class WorkerGroup:
+    """A started group with one pipeline in it. Use `acquire_group` rather than making one."""
+
+    def __init__(self, config: GroupConfig, port: int = 0) -> None:
+        self.config = config
+        self.source: PipelineFolder = open_pipeline_folder(Path(config.folder))
+        self.state = "starting"
+        self.seconds: dict[str, Any] = {"start": 0.0, "load": 0.0, "text": [], "steps": [], "decode": []}
+        self._launcher = Launcher(config.layout.world_size, config.devices, port)
+        self._channels: dict[int, Channel] = {}
+        self._pids: dict[int, int] = {}
+        self._ids = itertools.count(1)
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be sent."""
+        return self.state == "ready" and self._launcher.running()
+
+    def start(self, on_state: OnState = lambda *_: None, check: Check = lambda: None) -> None:
+        """Start the ranks and load the pipeline.
+
+        Args:
+            on_state: told the state and how far it is: ``("starting", ranks up, ranks)``,
+                ``("loading", bytes, bytes)``, ``("ready", 1, 1)`` or ``("failed", 0, 1)``.
+            check: called every 50 ms; may raise to give up.
+
+        Raises:
+            WorkersFailedError: a rank ended.
+            ValueError: the checkpoint does not fit its configuration.
+        """
+        with self._lock:
+            try:
+                began = time.perf_counter()
+                self._launcher.start()
+                self._accept(on_state, check)
+                self.seconds["start"] = time.perf_counter() - began
+                self._load(on_state, check)
+            except BaseException:
+                self.close(state="failed")
+                on_state("failed", 0, 1)
+                raise
+            on_state("ready", 1, 1)
+
+    def _accept(self, on_state: OnState, check: Check) -> None:
+        ranks = self.config.layout.world_size
+        self._launcher.listener.settimeout(POLL_SECONDS)
+        on_state("starting", 0, ranks)
+        while len(self._channels) < ranks:
+            check()
+            try:
+                connection, _ = self._launcher.listener.accept()
+            except TimeoutError:
+                if not self._launcher.running():
+                    raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}") from None
+                continue
+            connection.setblocking(True)
+            channel = Channel(connection)
+            hello, _ = channel.receive()
+            if not isinstance(hello, Hello):
+                raise WorkersFailedError(f"a worker began with {type(hello).__name__} instead of Hello")
+            self._channels[hello.rank] = channel
+            self._pids[hello.rank] = hello.pid
+            on_state("starting", len(self._channels), ranks)
+
+    def _load(self, on_state: OnState, check: Check) -> None:
+        layout = self.config.layout
+        self.state = "loading"
+        progress = dict.fromkeys(self._channels, (0, 1))
+
+        def on_progress(message: Progress) -> None:
+            progress[message.rank] = (message.done, message.total)
+            on_state(
+                "loading", sum(done for done, _ in progress.values()), sum(total for _, total in progress.values())
+            )
+
+        request = Load(
+            next(self._ids),
+            self.config.folder,
+            layout.ulysses_size,
+            layout.ring_size,
+            layout.tp_size,
+            self.config.dtype,
+        )
+        began = time.perf_counter()
+        self._call(request, {}, check, on_progress)
+        self.seconds["load"] = time.perf_counter() - began
+        self.state = "ready"
+
+    def encode_text(self, ids: Tensor, mask: Tensor, check: Check = lambda: None) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64)."""
+        with self._timed("text"):
+            return self._call(EncodeText(next(self._ids)), {"ids": ids, "mask": mask}, check)[1]["context"]
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        guidance: Tensor | None = None,
+        references: Sequence[Tensor] = (),
+        check: Check = lambda: None,
+    ) -> Tensor:
+        """One evaluation of the transformer.
+
+        Args:
+            x: latent ``[B, C, H, W]``.
+            timestep: sigma in 0..1, ``[B]``.
+            context: ``[B, L, C]``; sent when it is new, named afterwards.
+            guidance: ``[B]`` or None.
+            references: reference latents ``[1 or B, C, h, w]``; sent when new, named afterwards.
+            check: called every 50 ms; may raise to give the step up. The group stays usable.
+
+        Returns:
+            The prediction ``[B, C, H, W]``, in the model's dtype, on the CPU.
+        """
+        with self._timed("steps"):
+            names = [self._name(tensor, check) for tensor in (context, *references)]
+            tensors = {"x": x, "timestep": timestep}
+            if guidance is not None:
+                tensors["guidance"] = guidance
+            request = Predict(next(self._ids), names[0], names[1:])
+            return self._call(request, tensors, check)[1]["prediction"]
+
+    def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
+        """Image ``[B, 3, H, W]`` in -1..1 (fp32) from a latent ``[B, C, h, w]``."""
+        with self._timed("decode"):
+            return self._call(DecodeLatent(next(self._ids)), {"latent": latent}, check)[1]["image"]
+
+    def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
+        """Latent ``[B, C, h, w]`` (fp32) from an image ``[B, 3, H, W]`` in -1..1."""
+        with self._lock:
+            return self._call(EncodeImage(next(self._ids)), {"image": image}, check)[1]["latent"]
+
+    def report(self) -> dict[str, Any]:
+        """The report that docs/report.md explains, field by field."""
+        import diffusers
+        import transformers
+
+        from .. import __version__
+
+        with self._lock:
+            ranks = [done.data for done in self._call(Stats(next(self._ids)), {}, lambda: None)[0]]
+        layout = self.config.layout
+        seconds = self.seconds
+        return {
+            "layout": {
+                "name": layout.name,
+                "ulysses": layout.ulysses_size,
+                "ring": layout.ring_size,
+                "tp": layout.tp_size,
+                "ranks": layout.world_size,
+            },
+            "backend": "nccl" if self.config.devices.kind == "cuda" else "gloo",
+            "model": {"family": self.source.family.name, "folder": self.config.folder, "dtype": self.config.dtype},
+            "versions": {
+                "hybrid_dit": __version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            "seconds": {
+                "start": seconds["start"],
+                "load": seconds["load"],
+                "text": sum(seconds["text"]),
+                "steps": list(seconds["steps"]),
+                "step_median": statistics.median(seconds["steps"]) if seconds["steps"] else None,
+                "decode": sum(seconds["decode"]),
+            },
+            "ranks": ranks,
+        }
+
+    def reset_timings(self) -> None:
+        """Begin the report's timings of text, steps and decoding anew."""
+        self.seconds.update(text=[], steps=[], decode=[])
+
+    def close(self, state: str = "closed") -> None:
+        """End the group. Safe to call at any time, more than once."""
+        self.state = state
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._kept.clear()
+        self._launcher.stop(list(self._pids.values()))
+
+    def _timed(self, name: str) -> _Timed:
+        return _Timed(self, name)
+
+    def _name(self, tensor: Tensor, check: Check) -> str:
+        """The name that a conditioning tensor has with the workers, who get it if they do not have it.
+
+        Samplers build the tensor anew for each step, so it is known by its content.
+        """
+        for name, kept in self._kept.items():
+            alike = kept.dtype == tensor.dtype and kept.device == tensor.device
+            if alike and torch.equal(kept, tensor):  # False at once where the shapes differ
+                self._kept.move_to_end(name)
+                return name
+        number = next(self._ids)
+        name = f"t{number}"
+        forget = [self._kept.popitem(last=False)[0]] if len(self._kept) >= KEPT_TENSORS else []
+        self._call(Keep(number, forget), {name: tensor}, check)
+        self._kept[name] = tensor.clone()
+        return name
+
+    def _call(
+        self,
+        request: Any,
+        tensors: Mapping[str, Tensor],
+        check: Check,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> tuple[list[Done], dict[str, Tensor]]:
+        """Send a request to every rank and wait for every answer: the answers in rank order, and rank 0's tensors."""
+        with self._lock:
+            if not self._channels:
+                raise WorkersFailedError(f"the worker group is {self.state}")
+            parcel = pack(tensors)
+            try:
+                for rank, channel in self._channels.items():
+                    try:
+                        channel.send(request, parcel)
+                    except ChannelClosedError:
+                        raise self._give_up(rank) from None
+            finally:
+                parcel.close()
+            return self._collect(request.id, check, on_progress)
+
+    def _collect(
+        self, request_id: int, check: Check, on_progress: Callable[[Progress], None]
+    ) -> tuple[list[Done], dict[str, Tensor]]:
+        answers: dict[int, Done | Failed] = {}
+        tensors: dict[str, Tensor] = {}
+        deadline: float | None = None
+        with selectors.DefaultSelector() as selector:
+            for rank, channel in self._channels.items():
+                selector.register(channel, selectors.EVENT_READ, rank)
+            while len(answers) < len(self._channels):
+                for key, _ in selector.select(POLL_SECONDS):
+                    try:
+                        message, arrived = self._channels[key.data].receive()
+                    except ChannelClosedError:
+                        raise self._give_up(key.data) from None
+                    self._sort_in(message, arrived, request_id, answers, tensors, on_progress)
+                if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
+                    deadline = time.monotonic() + STRAGGLER_SECONDS
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+                check()
+        failures = [answer for answer in answers.values() if isinstance(answer, Failed)]
+        if not failures:
+            return [answer for _, answer in sorted(answers.items()) if isinstance(answer, Done)], tensors
+        first = failures[0]
+        if len(failures) < len(self._channels):
+            # Some ranks went on without the failed one: nobody can say any more where each of them is.
+            self.close(state="failed")
+            raise WorkersFailedError(f"rank {first.rank} failed: {first.error}\n{first.traceback}")
+        if first.bad_input:
+            raise ValueError(first.error)
+        raise RuntimeError(f"rank {first.rank} failed: {first.error}\n{first.traceback}")
+
+    @staticmethod
+    def _sort_in(
+        message: Message,
+        arrived: dict[str, Tensor],
+        request_id: int,
+        answers: dict[int, Done | Failed],
+        tensors: dict[str, Tensor],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        if isinstance(message, Progress):
+            on_progress(message)
+        elif isinstance(message, (Done, Failed)) and message.id == request_id:
+            answers[message.rank] = message
+            tensors.update(arrived)
+        # Answers to a request that was given up are dropped.
+
+    def _give_up(self, rank: int) -> WorkersFailedError:
+        explanation = self._launcher.explain(rank)
+        self.close(state="failed")
+        return WorkersFailedError(f"{explanation}\nThe other workers were stopped; the next run starts a fresh group.")
+
+
+class _Timed:
+    """Holds the group's lock and notes the seconds of what succeeded."""
+
+    def __init__(self, group: WorkerGroup, name: str) -> None:
+        self.group, self.name = group, name
+
+    def __enter__(self) -> None:
+        self.group._lock.acquire()
+        self.began = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.group.seconds[self.name].append(time.perf_counter() - self.began)
+        self.group._lock.release()
+
+
+_groups: dict[GroupConfig, WorkerGroup] = {}
+_groups_lock = threading.RLock()
+CPU_GROUPS = 2
+"""Groups on the CPU that may live side by side; the oldest goes first."""
+
+
+def acquire_group(
+    config: GroupConfig, on_state: OnState = lambda *_: None, check: Check = lambda: None, port: int = 0
+) -> WorkerGroup:
+    """The group of a configuration: the one that is up, or a fresh one. Groups in the way of it are closed first."""
+    with _groups_lock:
+        group = _groups.get(config)
+        if group is not None and group.ready:
+            on_state("ready", 1, 1)
+            return group
+        if group is not None:
+            group.close()
+            del _groups[config]
+        for other in [other for other in _groups if other.devices.overlaps(config.devices)]:
+            _groups.pop(other).close()
+        on_cpu = [other for other in _groups if other.devices.kind == "cpu"]
+        if config.devices.kind == "cpu":
+            for other in on_cpu[: len(on_cpu) - CPU_GROUPS + 1]:
+                _groups.pop(other).close()
+        group = WorkerGroup(config, port)
+        group.start(on_state, check)
+        _groups[config] = group
+        return group
+
+
+def find_group(config: GroupConfig) -> WorkerGroup | None:
+    """The group of a configuration if it is up."""
+    group = _groups.get(config)
+    return group if group is not None and group.ready else None
+
+
+def close_groups() -> int:
+    """End every group; how many there were."""
+    with _groups_lock:
+        count = len(_groups)
+        for group in _groups.values():
+            group.close()
+        _groups.clear()
+        return count
+
+
+def _forget_groups() -> None:
+    # A forked child has neither the parent's ranks nor the right to end them.
+    _groups.clear()
+
+
+atexit.register(close_groups)
+os.register_at_fork(after_in_child=_forget_groups)

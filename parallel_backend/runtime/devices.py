@@ -1,0 +1,67 @@
+"""Which devices a group of ranks runs on: what the user wrote, checked against what the machine has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a group's ranks, in rank order.
+
+    ``kind`` is ``"cpu"`` or ``"cuda"``; ``visible`` holds, for CUDA, one entry of CUDA_VISIBLE_DEVICES a rank.
+    """
+
+    kind: str
+    visible: tuple[str, ...] = ()
+
+    def overlaps(self, other: Devices) -> bool:
+        """Whether two groups would share a GPU."""
+        return bool(set(self.visible) & set(other.visible))
+
+
+def resolve_devices(spec: str, ranks: int) -> Devices:
+    """Turn ``"auto"``, ``"cpu"`` or a list such as ``"0,1"`` or ``"cuda:0,cuda:1"`` into devices for ``ranks`` ranks.
+
+    ``auto`` takes the first GPUs, or the CPU where there is no GPU.
+
+    Raises:
+        ValueError: fewer GPUs than ranks, a GPU that is not there or named twice, or a list that cannot be read.
+    """
+    spec = spec.strip().lower()
+    if spec == "cpu":
+        return Devices("cpu")
+    count = torch.cuda.device_count()
+    if spec in ("", "auto"):
+        if count == 0:
+            return Devices("cpu")
+        if count < ranks:
+            raise ValueError(
+                f"the layout has {ranks} ranks but this machine has {count} GPU(s); lower the degrees to a product of "
+                f"at most {count}, or choose the device 'cpu'"
+            )
+        chosen = list(range(ranks))
+    else:
+        chosen = [_index(part) for part in spec.split(",")]
+        absent = sorted({index for index in chosen if index >= count})
+        if absent:
+            raise ValueError(
+                f"the devices {spec!r} name GPU {', '.join(map(str, absent))}, but this machine has {count} GPU(s)"
+            )
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"the devices {spec!r} name a GPU twice; each rank needs one of its own")
+        if len(chosen) != ranks:
+            raise ValueError(f"the devices {spec!r} are {len(chosen)} GPU(s), but the layout has {ranks} rank(s)")
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = inherited.split(",") if inherited else [str(index) for index in range(count)]
+    return Devices("cuda", tuple(names[index].strip() for index in chosen))
+
+
+def _index(part: str) -> int:
+    digits = part.strip().removeprefix("cuda:")
+    if not digits.isdigit():
+        raise ValueError(f"cannot read the device {part.strip()!r}; write 'auto', 'cpu', or GPUs such as '0,1,2,3'")
+    return int(digits)

@@ -1,0 +1,130 @@
+"""The model as one rank holds it, and the four things it can do: encode text, predict, decode and encode images."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import ParallelismConfig
+from ..loading.pipeline_folder import open_pipeline_folder
+from ..loading.safetensors_reader import load_weights
+from ..mesh import build_mesh
+from ..parallelize import parallelize_transformer, shard_text_model, text_axis
+
+
+class Engine:
+    """One rank's part of a pipeline: transformer and text encoder shards, and on rank 0 the whole VAE."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.kept: dict[str, Tensor] = {}
+        self.weight_bytes: dict[str, int] = {}
+
+    @torch.no_grad()
+    def load(
+        self, folder: str, layout: ParallelismConfig, dtype: torch.dtype, on_progress: Callable[[int, int], None]
+    ) -> None:
+        """Read this rank's shards of a pipeline folder.
+
+        Args:
+            folder: a diffusers pipeline folder.
+            layout: degrees; their product is the world size.
+            dtype: of the transformer and the text encoder; the VAE stays in fp32.
+            on_progress: told bytes done and bytes in all, a few times a second at most.
+        """
+        source = open_pipeline_folder(Path(folder))
+        self.family, self.dtype = source.family, dtype
+        mesh = build_mesh(layout, self.device.type)
+
+        self.transformer = self.family.build_transformer(source.transformer_config)
+        transformer_table = parallelize_transformer(self.transformer, self.family, layout, mesh)
+        self.text_layers = self.family.text_layers(source.text_config)
+        self.text = self.family.build_text_model(source.text_config)
+        text_table = shard_text_model(
+            self.text, self.family, source.text_config, text_axis(self.family, source.text_config, mesh)
+        )
+
+        stored = {name: source.tensors(name) for name in ("transformer", "text_encoder")}
+        parts = (
+            ("text_encoder", self.text, self.family.text_keys(list(stored["text_encoder"])), text_table),
+            ("transformer", self.transformer, {name: name for name in stored["transformer"]}, transformer_table),
+        )
+        total = sum(p.numel() for _, model, _, _ in parts for p in model.parameters()) * dtype.itemsize
+        done = 0
+        step = max(1, total // 50)
+
+        def count(new: int) -> None:
+            nonlocal done
+            done += new
+            if (done - new) // step != done // step:
+                on_progress(done, total)
+
+        for name, model, keys, table in parts:
+            self.weight_bytes[name] = load_weights(
+                model, stored[name], keys, table, device=self.device, dtype=dtype, on_bytes=count
+            )
+            model.to(self.device)  # buffers
+        if self.rank == 0:
+            self.vae = self.family.load_vae(source.path / "vae").to(self.device)
+            self.weight_bytes["vae"] = sum(p.nbytes for p in self.vae.parameters())
+        on_progress(total, total)
+
+    def keep(self, tensors: Mapping[str, Tensor], forget: list[str]) -> None:
+        """Keep conditioning on the device under its name, until it is forgotten."""
+        for name in forget:
+            self.kept.pop(name, None)
+        for name, tensor in tensors.items():
+            self.kept[name] = tensor.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+        return self.family.encode_text(self.text, ids.to(self.device), mask.to(self.device), self.text_layers)
+
+    @torch.no_grad()
+    def predict(
+        self, x: Tensor, timestep: Tensor, guidance: Tensor | None, context: str, references: list[str]
+    ) -> Tensor:
+        """Prediction ``[B, C, H, W]`` for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same."""
+        missing = [name for name in (context, *references) if name not in self.kept]
+        if missing:
+            raise ValueError(f"conditioning {', '.join(missing)} was not sent to the workers")
+        x = x.to(self.device, self.dtype)
+        inputs = self.family.transformer_inputs(
+            x,
+            timestep.to(self.device),
+            self.kept[context],
+            None if guidance is None else guidance.to(self.device),
+            [self.kept[name] for name in references],
+        )
+        return self.family.prediction(self.transformer(**inputs, return_dict=False)[0], x)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image ``[B, 3, H, W]`` in -1..1; on rank 0."""
+        return self.family.decode_latent(self.vae, latent.to(self.device, torch.float32))
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Latent ``[B, C, h, w]`` from an image ``[B, 3, H, W]`` in -1..1; on rank 0."""
+        return self.family.encode_image(self.vae, image.to(self.device, torch.float32))
+
+    def stats(self) -> dict[str, object]:
+        """This rank's figures, under the names that docs/report.md explains."""
+        if self.device.type == "cuda":
+            peak, name = torch.cuda.max_memory_allocated(self.device), torch.cuda.get_device_name(self.device)
+        else:
+            peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cpu"
+        return {
+            "rank": self.rank,
+            "device": str(self.device),
+            "device_name": name,
+            "weight_bytes": dict(self.weight_bytes),
+            "peak_bytes": peak,
+        }

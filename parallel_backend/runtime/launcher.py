@@ -1,0 +1,161 @@
+"""Starting and ending the processes of a worker group: torchrun starts the ranks, a private socket waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ..paths import home
+from .devices import Devices
+
+KEPT_LOGS = 10
+"""Log folders of earlier groups that are kept."""
+
+# Of the client's environment the workers must not see: allocator settings (cudaMallocAsync runs out of memory under
+# NCCL), and the variables of a distributed job that the client itself may be part of.
+_DROPPED = re.compile(
+    r"PYTORCH_(CUDA_|HIP_)?ALLOC_CONF|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
+
+
+class Launcher:
+    """The processes of one group. ``start`` returns at once; ranks connect to ``listener`` as they come up.
+
+    Args:
+        ranks: number of processes.
+        devices: what they run on.
+        port: TCP port of the rendezvous; 0 takes a free one.
+    """
+
+    def __init__(self, ranks: int, devices: Devices, port: int = 0) -> None:
+        self.ranks, self.devices, self.port = ranks, devices, port
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Open the socket and start torchrun.
+
+        Raises:
+            ValueError: the port is taken.
+        """
+        if self.port:
+            _check_port(self.port)
+        self.logs = _new_log_folder()
+        self.private = Path(tempfile.mkdtemp(prefix="hybrid-dit-"))  # mode 0700: nobody else gets in
+        address = self.private / "control"
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(str(address))
+        self.listener.listen(self.ranks)
+        rendezvous = ["--standalone"]
+        if self.port:
+            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self.port}", "--rdzv-id=hybrid-dit"]
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *rendezvous,
+            *(f"--nproc-per-node={self.ranks}", "--max-restarts=0", "--monitor-interval=0.2"),
+            *(f"--log-dir={self.logs}", "--redirects=3"),
+            *("-m", "parallel_backend.runtime.worker", "--socket", str(address), "--device", self.devices.kind),
+        ]
+        with (self.logs / "torchrun.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is the client's to handle
+            )
+
+    def _environment(self) -> dict[str, str]:
+        env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
+        package_root = str(Path(__file__).resolve().parents[2])
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.ranks)))
+        env["PYTHONUNBUFFERED"] = "1"
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices.visible)
+        return env
+
+    def running(self) -> bool:
+        """Whether torchrun has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def explain(self, rank: int | None) -> str:
+        """What can be said of a failure: rank, exit code and the last lines of its log."""
+        deadline = time.monotonic() + 3
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        report = self._read(self.logs / "torchrun.log")
+        cause = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
+        exit_code = ""
+        if cause:
+            rank, code = int(cause.group(1)), int(cause.group(2))
+            exit_code = f" with exit code {code}"
+            if code < 0:
+                with contextlib.suppress(ValueError):
+                    exit_code += f" ({signal.Signals(-code).name})"
+        who = "the worker launcher" if rank is None else f"rank {rank}"
+        log = self.logs / "torchrun.log"
+        if rank is not None:
+            log = max(self.logs.glob(f"*/attempt_*/{rank}/stderr.log"), default=log)
+        tail = "\n".join(self._read(log).strip().splitlines()[-12:])
+        return f"{who} ended{exit_code}; the end of its log ({log}):\n{tail or '(empty)'}"
+
+    @staticmethod
+    def _read(file: Path) -> str:
+        try:
+            return file.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def stop(self, pids: list[int], grace: float = 5.0) -> None:
+        """End all processes. The ranks end by themselves once their sockets are closed; whatever lingers is killed.
+
+        Args:
+            pids: the ranks' process ids, as far as they are known.
+            grace: seconds to wait before killing.
+        """
+        if self.process is None:
+            return
+        self.listener.close()
+        deadline = time.monotonic() + (grace if pids else 0)
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.running():
+            # torchrun is their parent and has not ended, so these ids cannot be anybody else's by now.
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.terminate()
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        shutil.rmtree(self.private, ignore_errors=True)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} cannot be used ({error.strerror}); leave the port at 0 to take a free one"
+            ) from None
+
+
+def _new_log_folder() -> Path:
+    root = home() / "logs"
+    root.mkdir(parents=True, exist_ok=True)
+    for old in sorted(root.iterdir())[: -KEPT_LOGS + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=root, prefix=time.strftime("%Y%m%d-%H%M%S-")))

@@ -1,0 +1,131 @@
+"""What client and workers say to each other: small typed messages, as JSON. Tensors travel beside them (`channel`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MAX_TEXT = 16_000
+"""Characters of a free text (such as a traceback) that a message carries: a packet has a limit."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A rank is up: its first message."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load a pipeline folder. Degrees are those of the layout, dtype is a torch dtype's name."""
+
+    id: int
+    folder: str
+    ulysses: int
+    ring: int
+    tp: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EncodeText:
+    """Encode token ids and mask ``[B, L]`` (tensors ``ids``, ``mask``); rank 0 answers with ``context``."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep the tensors that come along under their names, and forget the ones named in ``forget``."""
+
+    id: int
+    forget: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """One evaluation of the transformer on tensors ``x``, ``timestep`` (and ``guidance``); rank 0: ``prediction``.
+
+    ``context`` and ``references`` are names of kept tensors.
+    """
+
+    id: int
+    context: str
+    references: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DecodeLatent:
+    """Decode tensor ``latent`` on rank 0, which answers with ``image``."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class EncodeImage:
+    """Encode tensor ``image`` on rank 0, which answers with ``latent``."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Ask each rank for its figures."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A rank's progress in loading, in bytes."""
+
+    rank: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request is carried out."""
+
+    id: int
+    rank: int
+    seconds: float
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request failed. ``bad_input`` says that the request was at fault and that the rank is as good as before."""
+
+    id: int
+    rank: int
+    error: str
+    bad_input: bool
+    traceback: str = ""
+
+
+Message = Hello | Load | EncodeText | Keep | Predict | DecodeLatent | EncodeImage | Stats | Progress | Done | Failed
+_TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}  # type: ignore[attr-defined]
+
+
+def encode(message: Message, tensors: list[dict[str, Any]]) -> bytes:
+    """A message and the descriptions of its tensors as bytes."""
+    fields = {key: value[-MAX_TEXT:] if isinstance(value, str) else value for key, value in asdict(message).items()}
+    return json.dumps({"type": type(message).__name__, "fields": fields, "tensors": tensors}).encode()
+
+
+def decode(data: bytes) -> tuple[Message, list[dict[str, Any]]]:
+    """The way back.
+
+    Raises:
+        ValueError: the bytes are not a known message.
+    """
+    try:
+        content = json.loads(data)
+        return _TYPES[content["type"]](**content["fields"]), content["tensors"]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a message of this version: {data[:200]!r} ({error!r})") from None

@@ -1,0 +1,141 @@
+"""One rank of a worker group: ``torchrun ... -m parallel_backend.runtime.worker --socket PATH --device cpu|cuda``.
+
+It connects to the client's socket, does what it is told one request after the other, and ends when the client is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import ParallelismConfig
+from .channel import Channel, ChannelClosedError
+from .engine import Engine
+from .messages import (
+    DecodeLatent,
+    Done,
+    EncodeImage,
+    EncodeText,
+    Failed,
+    Hello,
+    Keep,
+    Load,
+    Message,
+    Predict,
+    Progress,
+    Stats,
+)
+
+
+def main() -> None:
+    """Entry point of a rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", required=True, help="the client's AF_UNIX socket")
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    arguments = parser.parse_args()
+
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(arguments.socket)
+    channel = Channel(connection)
+    threading.Thread(target=_end_with_client, args=(connection.fileno(),), daemon=True).start()
+    channel.send(Hello(rank, os.getpid()))
+    try:
+        if arguments.device == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            device = torch.device("cpu")
+            dist.init_process_group("gloo")
+        serve(channel, Engine(device))
+    except ChannelClosedError:
+        os._exit(0)
+
+
+def _end_with_client(descriptor: int) -> None:
+    """End this process when the client is gone or has given this group up, even in the middle of a collective.
+
+    Work in flight has no taker then. It leaves at once, without the goodbyes of the process group, which would wait for
+    the other ranks.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLRDHUP)
+    poll.poll()
+    os._exit(0)
+
+
+def serve(channel: Channel, engine: Engine) -> None:
+    """Carry out requests until the client is gone (ChannelClosedError)."""
+    while True:
+        request, tensors = channel.receive()
+        started = time.perf_counter()
+        request_id = getattr(request, "id", -1)
+        try:
+            data, answer = perform(channel, engine, request, tensors)
+        except ChannelClosedError:
+            raise
+        except Exception as error:
+            text = traceback.format_exc()
+            print(text, flush=True)
+            failed = Failed(request_id, engine.rank, _describe(error), isinstance(error, ValueError), text)
+            channel.send(failed)
+            continue
+        done = Done(request_id, engine.rank, time.perf_counter() - started, data)
+        if engine.rank == 0 and answer:
+            channel.send_tensors(done, answer)
+        else:
+            channel.send(done)
+
+
+def perform(
+    channel: Channel, engine: Engine, request: Message, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Carry out one request; its data (each rank's) and its tensors (rank 0's, on any device)."""
+    match request:
+        case Load():
+            layout = ParallelismConfig(request.ulysses, request.ring, request.tp)
+            engine.load(
+                request.folder,
+                layout,
+                getattr(torch, request.dtype),
+                lambda done, total: channel.send(Progress(engine.rank, done, total)),
+            )
+            return {}, {}
+        case EncodeText():
+            return {}, {"context": engine.encode_text(tensors["ids"], tensors["mask"])}
+        case Keep():
+            engine.keep(tensors, request.forget)
+            return {}, {}
+        case Predict():
+            prediction = engine.predict(
+                tensors["x"], tensors["timestep"], tensors.get("guidance"), request.context, request.references
+            )
+            return {}, {"prediction": prediction}
+        case DecodeLatent():
+            return {}, {"image": engine.decode(tensors["latent"])} if engine.rank == 0 else {}
+        case EncodeImage():
+            return {}, {"latent": engine.encode(tensors["image"])} if engine.rank == 0 else {}
+        case Stats():
+            return engine.stats(), {}
+    raise ValueError(f"a worker does not take a {type(request).__name__}")
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main()

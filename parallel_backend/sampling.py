@@ -1,0 +1,104 @@
+"""Text to image over a worker group, step for step as diffusers' pipeline does it in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .runtime.client import WorkerGroup
+
+MAX_TEXT_TOKENS = 512
+"""Length that diffusers pads a prompt to."""
+MIN_SIDE = 64
+"""Smallest width and height, pixels: four latent positions."""
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What to draw.
+
+    Args:
+        prompt: may be empty.
+        width, height: pixels, multiples of the model's latent downscale.
+        steps: evaluations of the transformer.
+        seed: of the starting noise.
+        guidance: distilled guidance scale.
+    """
+
+    prompt: str
+    width: int = 256
+    height: int = 256
+    steps: int = 8
+    seed: int = 1
+    guidance: float = 4.0
+
+    def check(self, downscale: int) -> None:
+        """Raise ValueError for a size, number of steps or seed that cannot be drawn."""
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < MIN_SIDE or value % downscale:
+                raise ValueError(
+                    f"{name}={value} cannot be drawn; take a multiple of {downscale} pixels, at least {MIN_SIDE}"
+                )
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} cannot be drawn; take at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is out of range; take 0 to {2**63 - 1}")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pipeline folder."""
+    return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+
+
+def draw(
+    group: WorkerGroup, request: ImageRequest, on_step: Callable[[int, int], None] = lambda *_: None
+) -> Image.Image:
+    """Draw one picture.
+
+    Args:
+        group: a ready worker group.
+        request: what to draw.
+        on_step: told the steps done and the steps in all.
+
+    Raises:
+        ValueError: a request that cannot be drawn.
+    """
+    family, folder = group.source.family, group.source.path
+    request.check(family.latent_downscale)
+    tokens = load_tokenizer(folder).apply_chat_template(
+        [family.messages(request.prompt)],
+        add_generation_prompt=False,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=MAX_TEXT_TOKENS,
+    )
+    context = group.encode_text(tokens["input_ids"], tokens["attention_mask"])
+
+    shape = (1, family.latent_channels, *(side // family.latent_downscale for side in (request.height, request.width)))
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    family.set_timesteps(scheduler, request.steps, shape[2] * shape[3])
+    guidance = torch.tensor([request.guidance])
+    on_step(0, request.steps)
+    for index, timestep in enumerate(scheduler.timesteps):
+        prediction = group.predict(latent, timestep.expand(1) / 1000, context, guidance)
+        latent = scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
+        on_step(index + 1, request.steps)
+    return to_picture(group.decode(latent))
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """The first image of ``[B, 3, H, W]`` in -1..1 as 8-bit RGB."""
+    pixels = ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels.astype(np.uint8))
