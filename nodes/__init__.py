@@ -1,0 +1,16 @@
+"""The ComfyUI side of the pack: which nodes there are. Only this folder imports ``comfy``."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .layout import ParallelLayout
+from .loaders import LoadPipeline
+from .workers import UnloadWorkers, WorkersReport
+
+
+class HybridDiTExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ParallelLayout, LoadPipeline, WorkersReport, UnloadWorkers]

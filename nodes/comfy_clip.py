@@ -1,0 +1,94 @@
+"""The CLIP: ComfyUI's CLIP object with the pipeline's own tokenizer and a text encoder that runs in the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.sampling import load_tokenizer
+from .comfy_patcher import RemotePatcher
+from .group import GroupHandle, check_interrupted
+
+TOKENS_KEY = "parallel_text_encoder"
+
+
+class ChatTokenizer:
+    """Turns a prompt into the ids of the conversation that the text encoder was trained on, without padding."""
+
+    def __init__(self, source: PipelineFolder) -> None:
+        self.family = source.family
+        self.tokenizer = load_tokenizer(source.path)
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
+        """``{"parallel_text_encoder": [[(id, 1.0), ...]]}``; as with ComfyUI's FLUX.2, weights are not parsed."""
+        refused = [name for name, value in options.items() if value is not None and name != "tokenizer_options"]
+        if refused:
+            raise ValueError(
+                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} too"
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            self.family.messages(text), add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        ids = encoded["input_ids"]
+        return {TOKENS_KEY: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]]}
+
+    def untokenize(self, pairs: list) -> list:
+        return [(pair, self.tokenizer.decode([pair[0]])) for pair in pairs]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+class RemoteTextEncoder(nn.Module):
+    """Stands where ComfyUI's text encoder model stands, without parameters."""
+
+    def __init__(self, handle: GroupHandle) -> None:
+        super().__init__()
+        self.handle = handle
+        self.dtypes = {torch.float32}
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        if options.get("layer") is not None:
+            raise ValueError(
+                f"CLIP Set Last Layer asks for layer {options['layer']}, but the layers are fixed; bypass that node"
+            )
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
+        """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
+        ids = torch.tensor([[entry[0] for entry in tokens[TOKENS_KEY][0]]])
+        context = self.handle.get().encode_text(ids, torch.ones_like(ids), check=check_interrupted)
+        return context.to(comfy.model_management.intermediate_device(), torch.float32), None
+
+    def generate(self, *_: Any, **__: Any) -> None:
+        raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
+
+
+def make_clip(handle: GroupHandle, source: PipelineFolder) -> comfy.sd.CLIP:
+    """The CLIP of a pipeline whose text encoder is in the workers."""
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = RemoteTextEncoder(handle)
+    clip.tokenizer = ChatTokenizer(source)
+    clip.patcher = RemotePatcher(
+        clip.cond_stage_model,
+        comfy.model_management.text_encoder_device(),
+        comfy.model_management.text_encoder_offload_device(),
+    )
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    clip.apply_hooks_to_conds = None
+    clip.layer_idx = None
+    clip.use_clip_schedule = False
+    clip.tokenizer_options = {}
+    return clip

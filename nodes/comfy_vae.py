@@ -1,0 +1,69 @@
+"""The VAE: ComfyUI's VAE object, tiling and all, around a model that runs on the first worker."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from .comfy_patcher import RemotePatcher
+from .group import GroupHandle, check_interrupted
+
+HOST_MEMORY = 16 * 2**20
+"""Bytes that an image takes in ComfyUI's own process while it is decoded in the worker."""
+
+
+class RemoteAutoencoder(nn.Module):
+    """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time."""
+
+    def __init__(self, handle: GroupHandle) -> None:
+        super().__init__()
+        self.handle = handle
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1."""
+        group = self.handle.get()
+        return torch.cat([group.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in -1..1 -> ``[B, C, h, w]``."""
+        group = self.handle.get()
+        return torch.cat([group.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+
+
+class RemoteVAE(comfy.sd.VAE):
+    """A VAE whose weights are in the workers: what `comfy.sd.VAE` finds out from weights is stated here."""
+
+    def __init__(self, handle: GroupHandle, source: PipelineFolder) -> None:
+        # Not super().__init__(), which needs the weights.
+        self.first_stage_model = RemoteAutoencoder(handle)
+        self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
+        self.downscale_ratio = self.upscale_ratio = source.family.latent_downscale
+        self.latent_channels = source.family.latent_channels
+        self.latent_dim = 2
+        self.output_channels = 3
+        self.pad_channel_value = None
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.working_dtypes = [torch.float32]
+        self.disable_offload = False
+        self.not_video = False
+        self.size = 1
+        self.downscale_index_formula = None
+        self.upscale_index_formula = None
+        self.extra_1d_channel = None
+        self.crop_input = True
+        self.handles_tiling = False
+        self.format_encoded = None
+        self.audio_sample_rate = 44100
+        self.device = comfy.model_management.vae_device()
+        self.vae_dtype = torch.float32
+        self.output_device = comfy.model_management.intermediate_device()
+        self.patcher = RemotePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
+
+
+def make_vae(handle: GroupHandle, source: PipelineFolder) -> RemoteVAE:
+    """The VAE of a pipeline whose autoencoder is on the first worker."""
+    return RemoteVAE(handle, source)

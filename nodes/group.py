@@ -1,0 +1,66 @@
+"""A worker group as ComfyUI's objects use it: started when first needed, with its state on the node that waits."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.utils
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..parallel_backend.runtime.client import GroupConfig, WorkerGroup, acquire_group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupHandle:
+    """Names a group by its configuration. The group itself may end and be started again in between."""
+
+    config: GroupConfig
+
+    def get(self) -> WorkerGroup:
+        """The group, ready for requests; starting it shows its state on the node that is being executed.
+
+        Raises:
+            ValueError, WorkersFailedError: it cannot be started; the text says why.
+        """
+        return acquire_group(self.config, NodeState(self.config), check_interrupted)
+
+
+def check_interrupted() -> None:
+    """Raise ComfyUI's own exception if the user pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class NodeState:
+    """Shows a group's state on the executing node: as ComfyUI's progress bar and progress text."""
+
+    def __init__(self, config: GroupConfig) -> None:
+        self.config = config
+        context = get_executing_context()
+        self.node_id = context.node_id if context is not None else None
+        self.bar: comfy.utils.ProgressBar | None = None
+
+    def __call__(self, state: str, done: float, total: float) -> None:
+        ranks = self.config.layout.world_size
+        where = f"{self.config.layout.name} on {self.config.devices.kind}"
+        if state == "starting":
+            text = f"starting: {done:.0f} of {ranks} processes up"
+            fraction = 0.5 * done / total
+        elif state == "loading":
+            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB over {ranks} ranks"
+            fraction = 0.5 + 0.5 * done / total
+        elif state == "ready":
+            text, fraction = f"ready: {where}", 1.0
+        else:
+            text, fraction = f"failed: {where}", 0.0
+        log.debug("worker group: %s", text)
+        if self.node_id is None:
+            return
+        PromptServer.instance.send_progress_text(text, self.node_id)
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(100, node_id=self.node_id)
+        self.bar.update_absolute(round(100 * fraction), 100)

@@ -1,0 +1,92 @@
+"""Parallel Layout: the node that says over how many devices, and how, a model is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..parallel_backend.config import ParallelismConfig
+from ..parallel_backend.runtime.devices import resolve_devices
+
+CATEGORY = "loaders/parallel"
+MAX_DEGREE = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What travels along the layout socket."""
+
+    degrees: ParallelismConfig
+    devices: str
+
+
+LayoutSocket = io.Custom("HYBRID_DIT_LAYOUT")
+
+
+class ParallelLayout(io.ComfyNode):
+    """Degrees of Ulysses, Ring and TP, and the devices; nothing is started here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HybridDiT_ParallelLayout",
+            display_name="Parallel Layout",
+            category=CATEGORY,
+            description=(
+                "How a model is split over devices. The three degrees multiply to the number of devices. "
+                "Ulysses and Ring split the image's tokens (faster), TP splits the weights (smaller, and faster)."
+            ),
+            search_aliases=["ulysses", "ring", "tensor parallel", "context parallel", "multi gpu", "usp"],
+            inputs=[
+                io.Int.Input(
+                    "ulysses",
+                    default=2,
+                    min=1,
+                    max=MAX_DEGREE,
+                    tooltip="Ulysses degree: attention heads are exchanged for tokens. The fastest way to split the "
+                    "tokens where the GPUs are linked well. Heads must divide by Ulysses x TP.",
+                ),
+                io.Int.Input(
+                    "ring",
+                    default=1,
+                    min=1,
+                    max=MAX_DEGREE,
+                    tooltip="Ring degree: keys and values travel around the GPUs. Any degree works, also where heads "
+                    "do not divide; best for long sequences and slower links.",
+                ),
+                io.Int.Input(
+                    "tp",
+                    default=1,
+                    min=1,
+                    max=MAX_DEGREE,
+                    tooltip="Tensor parallel degree: each GPU holds 1/TP of the weights. Take the smallest with which "
+                    "the model fits, and give the other GPUs to Ulysses or Ring.",
+                ),
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="'auto' takes the first GPUs (or the CPU where there is none), 'cpu' the CPU, "
+                    "'0,1,2,3' those GPUs.",
+                ),
+            ],
+            outputs=[LayoutSocket.Output("layout", tooltip="Goes into a parallel loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None, **_):
+        # Linked values are not known yet; what is known is checked before the prompt is accepted.
+        if None in (ulysses, ring, tp, devices):
+            return True
+        try:
+            degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
+            resolve_devices(devices, degrees.world_size)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, ulysses: int, ring: int, tp: int, devices: str) -> io.NodeOutput:
+        degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
+        resolve_devices(devices, degrees.world_size)
+        return io.NodeOutput(Layout(degrees, devices))
