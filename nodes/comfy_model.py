@@ -33,7 +33,7 @@ class RemoteDiffusionModel(nn.Module):
         self.dtype = getattr(torch, handle.config.dtype)
         self._shapes = shapes
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args, prefix="", **kwargs):
         # Stock loaders look here for the names and shapes that a patch may have.
         return {
             prefix + name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in self._shapes.items()
@@ -41,7 +41,7 @@ class RemoteDiffusionModel(nn.Module):
 
     def forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
                 transformer_options=None, **kwargs):  # fmt: skip
-        """Prediction from latent ``[B, C, H, W]``, timestep ``[B]``, context ``[B, L, D]``; called as ComfyUI calls it."""
+        """Prediction from latent ``[B, C, H, W]``, timestep ``[B]``, context ``[B, L, D]``, as ComfyUI calls it."""
         options = transformer_options or {}
         # Wrappers (EasyCache and the like) are run here because ComfyUI's own models run them here.
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)

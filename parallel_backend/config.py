@@ -50,13 +50,17 @@ class ParallelismConfig:
         ]
         if bad:
             raise ValueError(f"{' and '.join(bad)} must be a whole number of at least 1; got {self.describe()}")
-        extra = list(self.extra_parallel_modules or ())
+        given = _as_list(self.extra_parallel_modules)
         for key, value in (self.parallel_kwargs or {}).items():
             if key != "extra_parallel_modules":
                 raise ValueError(
                     f"unknown key {key!r} in parallel_kwargs; the one that is known is 'extra_parallel_modules'"
                 )
-            extra += [module for module in value if not any(module is seen for seen in extra)]
+            given += _as_list(value)
+        extra: list[Any] = []
+        for module in given:
+            if not any(module is seen or (isinstance(module, str) and module == seen) for seen in extra):
+                extra.append(module)
         object.__setattr__(self, "extra_parallel_modules", tuple(extra))
 
     @property
@@ -164,6 +168,13 @@ class DBCacheConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """None as nothing, and one module or name that is not in a list as a list of it."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
 
 
 def _divisors(n: int) -> list[int]:

@@ -287,7 +287,7 @@ def _build_vae(size: DemoSize) -> nn.Module:
     return model
 
 
-def _input_of(module: nn.Module, vae: nn.Module, latent_size: int) -> torch.Tensor:
+def _input_of(module: nn.Module, vae: Any, latent_size: int) -> torch.Tensor:
     """What ``module`` of the decoder gets while a random latent of ``latent_size`` squared is decoded."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -296,7 +296,7 @@ def _input_of(module: nn.Module, vae: nn.Module, latent_size: int) -> torch.Tens
     return seen[0]
 
 
-def _standardize_output(conv: nn.Conv2d, inputs: torch.Tensor, channels: slice, std: float) -> None:
+def _standardize_output(conv: Any, inputs: torch.Tensor, channels: slice, std: float) -> None:
     """Give the output ``channels`` of ``conv`` mean 0 and standard deviation ``std`` over ``inputs`` [B, C, H, W]."""
     out = conv(inputs)[:, channels]
     scale = std / out.std(dim=(0, 2, 3)).clamp_min(1e-6)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .config import DBCacheConfig, ParallelismConfig
-from .families import Family, ModelAdapter, family_of_transformer
+from .families import Family, Model, ModelAdapter, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
 from .parallel.attention import ShardedAttention
 from .parallel.sequence import SequenceShards, shard_sequence
@@ -97,7 +97,7 @@ def disable_cache(pipe_or_model: Any) -> Any:
 
 
 def parallelize_transformer(
-    transformer: nn.Module, family: Family, layout: ParallelismConfig, mesh: ParallelMesh
+    transformer: Model, family: Family, layout: ParallelismConfig, mesh: ParallelMesh
 ) -> dict[str, ParamShard]:
     """Shard one transformer over a mesh; its weights may be real or on the meta device.
 
@@ -115,7 +115,7 @@ def parallelize_transformer(
     return state.table
 
 
-def parallelize_text_encoder(text_encoder: nn.Module, family: Family, mesh: ParallelMesh, name: str) -> None:
+def parallelize_text_encoder(text_encoder: Model, family: Family, mesh: ParallelMesh, name: str) -> None:
     """Shard a whole, loaded text encoder over all ranks of the mesh (or over as many as its heads divide by)."""
     if hasattr(text_encoder, _STATE):
         raise ValueError(f"{name} ({type(text_encoder).__name__}) is parallel already")
@@ -125,9 +125,7 @@ def parallelize_text_encoder(text_encoder: nn.Module, family: Family, mesh: Para
     setattr(text_encoder, _STATE, axis)
 
 
-def shard_text_model(
-    text_model: nn.Module, family: Family, config: dict[str, Any], axis: Axis
-) -> dict[str, ParamShard]:
+def shard_text_model(text_model: Model, family: Family, config: dict[str, Any], axis: Axis) -> dict[str, ParamShard]:
     """Shard the text model proper over an axis made by `text_axis`; weights may be real or on the meta device."""
     table = apply_tensor_parallel(text_model, family.text_plan(config), axis)
     if axis.is_split:
@@ -152,7 +150,7 @@ def text_axis(family: Family, config: dict[str, Any], mesh: ParallelMesh) -> Axi
     return Axis(groups[mesh.world.rank // degree], degree, mesh.world.rank % degree)
 
 
-def _transformer(pipe_or_model: Any) -> nn.Module:
+def _transformer(pipe_or_model: Any) -> Model:
     """The transformer of a pipeline or adapter, or the model itself."""
     transformer = getattr(pipe_or_model, "transformer", None)
     if isinstance(transformer, nn.Module) and not isinstance(pipe_or_model, nn.Module):

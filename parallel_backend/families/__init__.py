@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Family, ModelAdapter
+from .base import Family, Model, ModelAdapter
 from .flux2 import Flux2
 
 FAMILIES: tuple[Family, ...] = (Flux2(),)
@@ -38,4 +38,4 @@ def _supported() -> str:
     )
 
 
-__all__ = ["FAMILIES", "Family", "ModelAdapter", "family_of_pipeline", "family_of_transformer"]
+__all__ = ["FAMILIES", "Family", "Model", "ModelAdapter", "family_of_pipeline", "family_of_transformer"]

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
+
+Model = Any
+"""A module of diffusers or transformers: an `nn.Module` whose attributes type checkers cannot know."""
 
 
 @dataclass
@@ -24,8 +27,8 @@ class ModelAdapter:
         text_encoder: its text encoder, if that is to be sharded too.
     """
 
-    transformer: nn.Module
-    text_encoder: nn.Module | None = None
+    transformer: Model
+    text_encoder: Model | None = None
 
 
 class Family(ABC):
@@ -55,7 +58,7 @@ class Family(ABC):
     # The transformer.
 
     @abstractmethod
-    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+    def build_transformer(self, config: Mapping[str, Any]) -> Model:
         """The transformer of a configuration, with weights on the meta device."""
 
     @abstractmethod
@@ -67,7 +70,7 @@ class Family(ABC):
         """How each weight of the transformer is sharded over tp; what is not named is replicated."""
 
     @abstractmethod
-    def install_attention(self, transformer: nn.Module, attention: ShardedAttention) -> None:
+    def install_attention(self, transformer: Model, attention: ShardedAttention) -> None:
         """Give the transformer's attention modules processors that compute over the sharded sequence."""
 
     @abstractmethod
@@ -99,15 +102,15 @@ class Family(ABC):
         """Over how many ranks (a divisor of ``ranks``) one copy of the text encoder can be sharded."""
 
     @abstractmethod
-    def text_model(self, text_encoder: nn.Module) -> nn.Module:
+    def text_model(self, text_encoder: Model) -> Model:
         """The part of the text encoder that `text_plan` speaks of."""
 
     @abstractmethod
-    def build_text_model(self, config: Mapping[str, Any]) -> nn.Module:
+    def build_text_model(self, config: Mapping[str, Any]) -> Model:
         """A text model with just the layers that are used, with weights on the meta device."""
 
     @abstractmethod
-    def localize_text(self, text_model: nn.Module, degree: int) -> None:
+    def localize_text(self, text_model: Model, degree: int) -> None:
         """Tell a sharded text model's attention how many heads a rank holds."""
 
     @abstractmethod
@@ -119,19 +122,19 @@ class Family(ABC):
         """The conversation that the tokenizer's chat template turns into the text encoder's input."""
 
     @abstractmethod
-    def encode_text(self, text_model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
+    def encode_text(self, text_model: Model, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
 
     # The VAE.
 
     @abstractmethod
-    def load_vae(self, folder: Path) -> nn.Module:
+    def load_vae(self, folder: Path) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
 
     @abstractmethod
-    def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:
         """Image ``[B, 3, H, W]`` in -1..1 from a latent as the transformer sees it."""
 
     @abstractmethod
-    def encode_image(self, vae: nn.Module, image: Tensor) -> Tensor:
+    def encode_image(self, vae: Model, image: Tensor) -> Tensor:
         """Latent as the transformer sees it from an image ``[B, 3, H, W]`` in -1..1."""

@@ -17,7 +17,7 @@ from transformers import AutoModel, Mistral3Config
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
-from .base import Family
+from .base import Family, Model
 
 REFERENCE_SPACING = 10
 """Distance of reference images along the time coordinate, as the model was trained."""
@@ -43,7 +43,7 @@ class Flux2(Family):
 
     # The transformer.
 
-    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+    def build_transformer(self, config: Mapping[str, Any]) -> Model:
         with torch.device("meta"):
             return Flux2Transformer2DModel.from_config(dict(config)).eval()
 
@@ -87,7 +87,7 @@ class Flux2(Family):
             "norm_out.linear": gathered,
         }
 
-    def install_attention(self, transformer: nn.Module, attention: ShardedAttention) -> None:
+    def install_attention(self, transformer: Model, attention: ShardedAttention) -> None:
         for block in transformer.transformer_blocks:
             block.attn.set_processor(DoubleStreamProcessor(attention))
         for block in transformer.single_transformer_blocks:
@@ -155,10 +155,10 @@ class Flux2(Family):
             and (kv_heads % degree == 0 or degree % kv_heads == 0)
         )
 
-    def text_model(self, text_encoder: nn.Module) -> nn.Module:
+    def text_model(self, text_encoder: Model) -> Model:
         return text_encoder.model.language_model
 
-    def build_text_model(self, config: Mapping[str, Any]) -> nn.Module:
+    def build_text_model(self, config: Mapping[str, Any]) -> Model:
         full = Mistral3Config(**config).text_config
         available = full.num_hidden_layers
         used = max(self.text_layers(config))
@@ -176,7 +176,7 @@ class Flux2(Family):
             model.norm = nn.Identity()
         return model
 
-    def localize_text(self, text_model: nn.Module, degree: int) -> None:
+    def localize_text(self, text_model: Model, degree: int) -> None:
         kv_heads = text_model.config.num_key_value_heads
         heads = text_model.config.num_attention_heads // degree
         for layer in text_model.layers:
@@ -193,7 +193,7 @@ class Flux2(Family):
     def messages(self, prompt: str) -> list[dict[str, Any]]:
         return format_input([prompt])[0]
 
-    def encode_text(self, text_model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
+    def encode_text(self, text_model: Model, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
         states = text_model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         ).hidden_states
@@ -201,14 +201,22 @@ class Flux2(Family):
 
     # The VAE.
 
-    def load_vae(self, folder: Path) -> nn.Module:
-        return AutoencoderKLFlux2.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+    def load_vae(self, folder: Path) -> Model:
+        vae, found = AutoencoderKLFlux2.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        # diffusers would leave them random, with a line in the log.
+        if missing := found["missing_keys"]:
+            raise ValueError(
+                f"the weights in {folder} have no tensor {', '.join(sorted(missing))}; download them again"
+            )
+        return vae.eval()
 
-    def decode_latent(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:
         mean, std = _latent_statistics(vae, latent)
         return vae.decode(Flux2Pipeline._unpatchify_latents(latent * std + mean), return_dict=False)[0]
 
-    def encode_image(self, vae: nn.Module, image: Tensor) -> Tensor:
+    def encode_image(self, vae: Model, image: Tensor) -> Tensor:
         latent = Flux2Pipeline._patchify_latents(vae.encode(image, return_dict=False)[0].mode())
         mean, std = _latent_statistics(vae, latent)
         return (latent - mean) / std
@@ -222,7 +230,7 @@ class DoubleStreamProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Model,
         hidden_states: Tensor,  # [B, S_image_local, C]
         encoder_hidden_states: Tensor,  # [B, S_text_local, C]
         attention_mask: Tensor | None = None,
@@ -251,7 +259,7 @@ class SingleStreamProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Model,
         hidden_states: Tensor,  # [B, S_local, C]
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
@@ -270,7 +278,7 @@ class SingleStreamProcessor:
         return attn.to_out(torch.cat([out.flatten(2), attn.mlp_act_fn(mlp)], dim=-1))
 
 
-def _heads(x: Tensor, attn: nn.Module) -> Tensor:
+def _heads(x: Tensor, attn: Model) -> Tensor:
     """``[B, S, H_local * D] -> [B, S, H_local, D]``; how many heads are local follows from the shape."""
     return x.unflatten(-1, (-1, attn.head_dim))
 
@@ -306,7 +314,7 @@ def _position_ids(latent: Tensor, time: int) -> Tensor:
     return ids.flatten(0, 1)
 
 
-def _latent_statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+def _latent_statistics(vae: Model, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latent's channels, kept in the VAE's batch norm, each ``[1, C, 1, 1]``."""
     mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like)
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like)

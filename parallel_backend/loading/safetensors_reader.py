@@ -41,14 +41,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} has an unreadable safetensors header ({error}); download it again") from None
-    tensors = {
-        key: StoredTensor(file, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+            tensors = {
+                key: StoredTensor(file, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+                for key, entry in entries.items()
+            }
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{file} has an unreadable safetensors header ({error!r}); download it again") from None
     if 8 + length + end != size:
         raise ValueError(
             f"{file} has {size} bytes but its header describes {8 + length + end}: it was cut off or damaged; "
@@ -65,8 +65,11 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        weight_map = json.loads(indexes[0].read_text())["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        try:
+            names = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{indexes[0]} is not an index of weight files ({error!r}); download it again") from None
+        files = [folder / name for name in sorted(names)]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -104,13 +107,20 @@ def load_weights(
         ValueError: a tensor is missing or has another shape than the model, by name and file.
     """
     by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         key = keys.get(name)
         if key is None or key not in stored:
             files = ", ".join(sorted({entry.file.name for entry in stored.values()}))
             raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
         by_file[stored[key].file].append(name)
-    local_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        expected = list(parameter.shape)
+        if name in table:
+            expected[table[name].dim] = table[name].size
+        if list(stored[key].shape) != expected:
+            raise ValueError(
+                f"{key} in {stored[key].file} has shape {list(stored[key].shape)}, but the model's configuration makes "
+                f"it {expected}; the checkpoint and its config.json do not belong together"
+            )
     modules = dict(model.named_modules())
     held = 0
     for file, names in by_file.items():
@@ -119,11 +129,6 @@ def load_weights(
                 source = reader.get_slice(keys[name])
                 shard = table.get(name)
                 tensor = shard.take(source) if shard else source[:]
-                if tensor.shape != local_shapes[name]:
-                    raise ValueError(
-                        f"{keys[name]} in {file} has shape {list(stored[keys[name]].shape)}, which does not fit the "
-                        f"model's configuration (this rank's part should be {list(local_shapes[name])})"
-                    )
                 # A copy even where nothing changes: the result must not lean on the mapped file.
                 tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
                 owner, _, leaf = name.rpartition(".")

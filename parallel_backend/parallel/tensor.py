@@ -56,7 +56,7 @@ class Shard:
         blocks = self.blocks or (size,)
         assert sum(blocks) == size, f"{name}: blocks {blocks} do not add up to {size}"
         parts = min(axis.degree, self.units) if self.units else axis.degree
-        if axis.degree % parts:
+        if axis.degree % parts or self.units % parts:
             raise ValueError(f"{name}: {self.units} heads and {axis.degree} ranks do not divide each other")
         index = axis.rank * parts // axis.degree
         ranges, start = [], 0
@@ -71,10 +71,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ParamShard:
-    """The slice of one full parameter that a rank holds: ranges along ``dim``."""
+    """The slice of one full parameter that a rank holds: ranges along ``dim``, which is ``size`` long in full."""
 
     dim: int
     ranges: tuple[tuple[int, int], ...]
+    size: int
 
     def take(self, full: Tensor) -> Tensor:
         """Cut the slice out of a full tensor (or of anything that slices like one along the first two dims)."""
@@ -166,18 +167,19 @@ def _shard_module(
 ) -> ColumnParallelLinear | RowParallelLinear | ColumnParallelEmbedding:
     assert isinstance(module, (nn.Linear, nn.Embedding)), f"{name} is a {type(module).__name__}"
     full = module.weight
-    weight_shard = ParamShard(shard.dim, tuple(shard.ranges(full.shape[shard.dim], axis, name)))
+    size = full.shape[shard.dim]
+    weight_shard = ParamShard(shard.dim, tuple(shard.ranges(size, axis, name)), size)
     table[f"{name}.weight"] = weight_shard
     weight = _own(weight_shard.take(full.detach()))
     if isinstance(module, nn.Embedding):
         return ColumnParallelEmbedding(weight, axis)
-    bias = module.bias
+    bias = None if module.bias is None else module.bias.detach()
     if shard.style == "row":
-        return RowParallelLinear(weight, None if bias is None else bias.detach(), axis)
+        return RowParallelLinear(weight, bias, axis)
     if bias is not None:
-        bias_shard = ParamShard(0, weight_shard.ranges)
+        bias_shard = ParamShard(0, weight_shard.ranges, size)
         table[f"{name}.bias"] = bias_shard
-        bias = _own(bias_shard.take(bias.detach()))
+        bias = _own(bias_shard.take(bias))
     return ColumnParallelLinear(weight, bias, axis, shard.gather_output)
 
 

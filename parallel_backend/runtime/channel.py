@@ -133,7 +133,12 @@ class Channel:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
         if not data:
             raise ChannelClosedError("the other end is gone")
-        message, specs = decode(data)
+        try:
+            message, specs = decode(data)
+        except ValueError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
         return message, unpack(descriptors[0] if descriptors else None, specs)
 
     def close(self) -> None:

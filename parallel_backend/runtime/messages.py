@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-MAX_TEXT = 16_000
-"""Characters of a free text (such as a traceback) that a message carries: a packet has a limit."""
+MAX_TEXT = 5_000
+"""Characters of a free text (such as a traceback) that a message carries: a packet has a limit, a character takes up to
+12 bytes of JSON, and `Failed` has two texts."""
 
 
 @dataclass(frozen=True)

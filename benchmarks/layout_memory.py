@@ -1,0 +1,155 @@
+"""Memory and rank-local time of rank 0 for every layout of the reference table, at the true FLUX.2-dev shape, on one GPU.
+
+torch's fake process group stands in for the other ranks: shapes, weights, activations and compute of rank 0 are true,
+collectives do nothing. Random bf16 weights; the text encoder is sharded over all ranks and stays resident, as does the
+VAE (rank 0 has it). Run it as ``python benchmarks/layout_memory.py [--width 1024 --height 1024 --steps 5]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLFlux2
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import family_of_transformer
+from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG
+from parallel_backend.mesh import build_mesh
+from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axis
+
+LAYOUTS = {
+    "one GPU": {},
+    "TP-2": {"tp_size": 2},
+    "TP-4": {"tp_size": 4},
+    "TP-8": {"tp_size": 8},
+    "Ring-2": {"ring_size": 2},
+    "Ring-4": {"ring_size": 4},
+    "Ring-8": {"ring_size": 8},
+    "Ulysses-2": {"ulysses_size": 2},
+    "Ulysses-4": {"ulysses_size": 4},
+    "Ulysses-8": {"ulysses_size": 8},
+    "Ulysses-4-TP-2": {"ulysses_size": 4, "tp_size": 2},
+    "Ulysses-2-TP-4": {"ulysses_size": 2, "tp_size": 4},
+    "Ring-4-TP-2": {"ring_size": 4, "tp_size": 2},
+    "Ring-2-TP-4": {"ring_size": 2, "tp_size": 4},
+    "USP-2-2-TP-2": {"ulysses_size": 2, "ring_size": 2, "tp_size": 2},
+}
+GIB = 2**30
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> int:
+    """Give a model on the meta device random bf16 weights on the GPU; bytes of its weights."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    model.to("cuda")
+    return sum(p.nbytes for p in model.parameters())
+
+
+@torch.no_grad()
+def measure(degrees: dict[str, int], width: int, height: int, steps: int) -> dict[str, float]:
+    """Figures of rank 0 for one layout, in GiB and milliseconds."""
+    layout = ParallelismConfig(**degrees)
+    if layout.world_size > 1:
+        dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
+    family = family_of_transformer("Flux2Transformer2DModel")
+    mesh = build_mesh(layout, "cuda")
+    transformer = family.build_transformer(TRANSFORMER_CONFIG)
+    parallelize_transformer(transformer, family, layout, mesh)
+    text = family.build_text_model(FLUX2_DEV_TEXT_CONFIG)
+    shard_text_model(text, family, FLUX2_DEV_TEXT_CONFIG, text_axis(family, FLUX2_DEV_TEXT_CONFIG, mesh))
+    figures = {"text_gib": fill(text) / GIB, "transformer_gib": fill(transformer) / GIB}
+    vae = AutoencoderKLFlux2().to("cuda").eval()
+    figures["vae_gib"] = sum(p.nbytes for p in vae.parameters()) / GIB
+
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, 1000, (1, 512), device="cuda")
+    context = family.encode_text(text, ids, torch.ones_like(ids), family.text_layers(FLUX2_DEV_TEXT_CONFIG))
+    figures["peak_text_gib"] = torch.cuda.max_memory_allocated() / GIB
+
+    torch.cuda.reset_peak_memory_stats()
+    x = torch.randn(1, 128, height // 16, width // 16, device="cuda", dtype=torch.bfloat16)
+    inputs = family.transformer_inputs(
+        x, torch.tensor([0.5], device="cuda"), context.bfloat16(), torch.tensor([4.0], device="cuda"), []
+    )
+    times = []
+    for _ in range(steps + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        family.prediction(transformer(**inputs, return_dict=False)[0], x)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    figures["peak_step_gib"] = torch.cuda.max_memory_allocated() / GIB
+    figures["step_ms"] = statistics.median(times[2:])
+
+    torch.cuda.reset_peak_memory_stats()
+    family.decode_latent(vae, x.float())
+    figures["peak_decode_gib"] = torch.cuda.max_memory_allocated() / GIB
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return figures
+
+
+TRANSFORMER_CONFIG = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": (32, 32, 32, 32),
+    "rope_theta": 2000,
+    "eps": 1e-6,
+    "guidance_embeds": True,
+}
+
+
+def main() -> None:
+    """Print one row a layout as it is measured, and write all of them as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.width} x {arguments.height}")
+    columns = (
+        "transformer_gib",
+        "text_gib",
+        "vae_gib",
+        "peak_text_gib",
+        "peak_step_gib",
+        "peak_decode_gib",
+        "step_ms",
+    )
+    print(f"{'layout':16}" + "".join(f"{column:>17}" for column in columns))
+    results = {}
+    for name, degrees in LAYOUTS.items():
+        results[name] = measure(degrees, arguments.width, arguments.height, arguments.steps)
+        print(f"{name:16}" + "".join(f"{results[name][column]:17.2f}" for column in columns), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
