@@ -1,4 +1,4 @@
-"""Memory and rank-local time of rank 0 for every layout of the reference table, at the true FLUX.2-dev shape, on one GPU.
+"""Memory and rank-local time of rank 0 for every layout of the reference table, FLUX.2-dev at its true shape, one GPU.
 
 torch's fake process group stands in for the other ranks: shapes, weights, activations and compute of rank 0 are true,
 collectives do nothing. Random bf16 weights; the text encoder is sharded over all ranks and stays resident, as does the
@@ -23,29 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import family_of_transformer
-from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG
+from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, GIB, LAYOUTS, flux2_dev
 from parallel_backend.mesh import build_mesh
 from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axis
-
-LAYOUTS = {
-    "one GPU": {},
-    "TP-2": {"tp_size": 2},
-    "TP-4": {"tp_size": 4},
-    "TP-8": {"tp_size": 8},
-    "Ring-2": {"ring_size": 2},
-    "Ring-4": {"ring_size": 4},
-    "Ring-8": {"ring_size": 8},
-    "Ulysses-2": {"ulysses_size": 2},
-    "Ulysses-4": {"ulysses_size": 4},
-    "Ulysses-8": {"ulysses_size": 8},
-    "Ulysses-4-TP-2": {"ulysses_size": 4, "tp_size": 2},
-    "Ulysses-2-TP-4": {"ulysses_size": 2, "tp_size": 4},
-    "Ring-4-TP-2": {"ring_size": 4, "tp_size": 2},
-    "Ring-2-TP-4": {"ring_size": 2, "tp_size": 4},
-    "USP-2-2-TP-2": {"ulysses_size": 2, "ring_size": 2, "tp_size": 2},
-}
-GIB = 2**30
 
 
 @torch.no_grad()
@@ -61,14 +41,13 @@ def fill(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def measure(degrees: dict[str, int], width: int, height: int, steps: int) -> dict[str, float]:
+def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> dict[str, float]:
     """Figures of rank 0 for one layout, in GiB and milliseconds."""
-    layout = ParallelismConfig(**degrees)
     if layout.world_size > 1:
         dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
-    family = family_of_transformer("Flux2Transformer2DModel")
+    family, config = flux2_dev()
     mesh = build_mesh(layout, "cuda")
-    transformer = family.build_transformer(TRANSFORMER_CONFIG)
+    transformer = family.build_transformer(config)
     parallelize_transformer(transformer, family, layout, mesh)
     text = family.build_text_model(FLUX2_DEV_TEXT_CONFIG)
     shard_text_model(text, family, FLUX2_DEV_TEXT_CONFIG, text_axis(family, FLUX2_DEV_TEXT_CONFIG, mesh))
@@ -105,23 +84,6 @@ def measure(degrees: dict[str, int], width: int, height: int, steps: int) -> dic
     return figures
 
 
-TRANSFORMER_CONFIG = {
-    "patch_size": 1,
-    "in_channels": 128,
-    "num_layers": 8,
-    "num_single_layers": 48,
-    "attention_head_dim": 128,
-    "num_attention_heads": 48,
-    "joint_attention_dim": 15360,
-    "timestep_guidance_channels": 256,
-    "mlp_ratio": 3.0,
-    "axes_dims_rope": (32, 32, 32, 32),
-    "rope_theta": 2000,
-    "eps": 1e-6,
-    "guidance_embeds": True,
-}
-
-
 def main() -> None:
     """Print one row a layout as it is measured, and write all of them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -142,8 +104,9 @@ def main() -> None:
     )
     print(f"{'layout':16}" + "".join(f"{column:>17}" for column in columns))
     results = {}
-    for name, degrees in LAYOUTS.items():
-        results[name] = measure(degrees, arguments.width, arguments.height, arguments.steps)
+    for layout in LAYOUTS:
+        name = layout.name
+        results[name] = measure(layout, arguments.width, arguments.height, arguments.steps)
         print(f"{name:16}" + "".join(f"{results[name][column]:17.2f}" for column in columns), flush=True)
         gc.collect()
         torch.cuda.empty_cache()

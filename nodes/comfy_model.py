@@ -33,11 +33,23 @@ class RemoteDiffusionModel(nn.Module):
         self.dtype = getattr(torch, handle.config.dtype)
         self._shapes = shapes
 
-    def state_dict(self, *args, prefix="", **kwargs):
-        # Stock loaders look here for the names and shapes that a patch may have.
-        return {
-            prefix + name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in self._shapes.items()
-        }
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        # Stock loaders look here for the names and shapes that a patch may have. PyTorch collects the state of a whole
+        # model in `destination` and drops what is returned.
+        found = {} if destination is None else destination
+        for name, shape in self._shapes.items():
+            found[prefix + name] = torch.empty(shape, dtype=self.dtype, device="meta")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        # Who looks for a block here wants to change it. ComfyUI's bypass LoRA goes on with a line in the log where the
+        # block is not found, and the LoRA would be ignored.
+        if any(weight.partition(".")[0] == name for weight in self.__dict__.get("_shapes", ())):
+            raise ValueError(
+                f"a node (such as a bypass LoRA loader) reaches into the model's {name}, which lives in the parallel "
+                "workers; bypass that node"
+            )
+        return super().__getattr__(name)
 
     def forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
                 transformer_options=None, **kwargs):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_patcher
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -45,6 +46,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
                 f"a node (such as TorchCompileModel) replaces {name}, which lives in the parallel workers; bypass it"
             )
         super().add_object_patch(name, obj)
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        if key == COMPILE_KEY:
+            raise ValueError(
+                "TorchCompileModel compiles the diffusion model, which lives in the parallel workers; bypass that node"
+            )
+        super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
     def set_model_compute_dtype(self, dtype: Any) -> None:
         raise ValueError(

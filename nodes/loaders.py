@@ -14,7 +14,7 @@ from ..parallel_backend.runtime.client import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae
-from .group import GroupHandle
+from .group import GroupHandle, NodeState
 from .layout import CATEGORY, Layout, LayoutSocket
 
 
@@ -85,6 +85,7 @@ class LoadPipeline(io.ComfyNode):
         folder = find_pipeline(pipeline) or make_demo_pipeline(demo_folder())
         handle = GroupHandle(GroupConfig.create(folder, layout.degrees, layout.devices, dtype))
         source = handle.get().source
+        NodeState(handle.config)("ready", 1, 1)
         return io.NodeOutput(make_model(handle, source), make_clip(handle, source), make_vae(handle, source))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,13 @@ from .parallelize import shard_text_model
 GIB = 2**30
 RUNTIME_BYTES = 3 * GIB // 2
 """Set aside on each GPU for the CUDA context, NCCL's buffers, libraries' workspaces and the allocator's gaps."""
+
+_DEGREES = "111 112 114 118 121 141 181 211 411 811 412 214 142 124 222"  # of ulysses, ring and tp
+LAYOUTS = tuple(
+    ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
+    for ulysses, ring, tp in (map(int, degrees) for degrees in _DEGREES.split())
+)
+"""The layouts that people compare: one GPU, and every common one of 2, 4 and 8."""
 
 IMAGE_PIXELS = 1024 * 1024
 TEXT_TOKENS = 512
@@ -70,6 +77,24 @@ class MemoryEstimate:
         return self.weights.total + self.activations + self.runtime
 
 
+@dataclass(frozen=True)
+class LayoutFit:
+    """What a layout needs of each GPU to run FLUX.2-dev, in GiB (rank 0, which alone has the VAE), and whether it fits.
+
+    ``fits`` is ``"yes"``, ``"busy"`` (once other programs free memory), ``"no"``, or ``""`` where there are no GPUs.
+    """
+
+    name: str
+    ranks: int
+    transformer: float
+    text_encoder: float
+    vae: float
+    activations: float
+    runtime: float
+    total: float
+    fits: str
+
+
 def weight_bytes(
     family: Family,
     transformer_config: Mapping[str, Any],
@@ -105,11 +130,11 @@ def transformer_activation_bytes(
 ) -> int:
     """Estimate the peak of one transformer forward on a rank, beside its weights. An estimate, not a count.
 
-    In widths D = heads x head_dim a local token: the peak of a single-stream block is where queries and keys are rotated in
-    fp32. Whole on every tp rank are residual, normed input and conditioning (3 D); sharded over tp are the fused
-    projection (q, k, v, gate, up: 3 D + 2 MLP) and the copies of q and k (9 D). At high tp a double-stream block, which
-    holds 8 D that are not sharded, takes over. Compared with tracing the allocations of the forward on the meta device, it is
-    within 8 %; FLUX.2-dev on an H200 took 1.2 GiB on one GPU and 0.6 GiB under Ulysses-2 (here 1.1 and 0.55).
+    Counted in widths D = heads x head_dim of a local token. The peak of a single-stream block is where queries and keys
+    are rotated in fp32: residual, normed input and conditioning (3 D) are whole on every tp rank; the fused projection
+    (q, k, v, gate, up: 3 D + 2 MLP) and the copies of q and k (9 D) are sharded over tp. At high tp a double-stream
+    block takes over, which holds 8 D that are not sharded. This is within 10 % of the allocations traced on the meta
+    device; on an H200 FLUX.2-dev took 1.2 GiB on one GPU and 0.6 GiB under Ulysses-2, against 1.1 and 0.55 here.
     Ring adds accumulators in fp32, which `RUNTIME_BYTES` covers.
 
     Args:
@@ -125,11 +150,12 @@ def transformer_activation_bytes(
 
 
 def vae_activation_bytes(pixels: int, vae_class: str = "AutoencoderKLFlux2") -> int:
-    """Estimate the peak of decoding an image of ``pixels`` in fp32: three tensors of the widest full-size layer.
+    """Estimate the peak of decoding an image of ``pixels`` in fp32: five tensors of the widest full-size layer.
 
-    They are a residual block's input, its norm and the activation of that.
+    They are a residual block's input, its norm, the activation of that and what cuDNN's convolutions need beside them;
+    on an H200, 1024 x 1024 took 4.4 to 4.9 GiB.
     """
-    return 3 * _build_vae(vae_class).config.block_out_channels[1] * pixels * _VAE_DTYPE_BYTES
+    return 5 * _build_vae(vae_class).config.block_out_channels[1] * pixels * _VAE_DTYPE_BYTES
 
 
 def flux2_dev_memory(layout: ParallelismConfig) -> MemoryEstimate:
@@ -143,6 +169,43 @@ def flux2_dev_memory(layout: ParallelismConfig) -> MemoryEstimate:
     # Transformer and VAE take turns, so the larger of the two counts.
     activations = max(transformer_activation_bytes(config, layout, tokens), vae_activation_bytes(IMAGE_PIXELS))
     return MemoryEstimate(weight_bytes(family, config, FLUX2_DEV_TEXT_CONFIG, layout), activations)
+
+
+def layout_fits(layouts: Iterable[ParallelismConfig], gpus: Sequence[tuple[int, int]]) -> list[LayoutFit]:
+    """What each layout needs for FLUX.2-dev; where there are GPUs, without the layouts that have more ranks than those.
+
+    Args:
+        layouts: which to look at.
+        gpus: total and free bytes of each GPU, in rank order; empty where there are none.
+
+    Raises:
+        ValueError: FLUX.2-dev cannot be split so.
+    """
+    rows = []
+    for layout in layouts:
+        used = gpus[: layout.world_size]
+        if gpus and len(used) < layout.world_size:
+            continue
+        need = flux2_dev_memory(layout)
+        fits = "no" if used else ""
+        if used and all(need.total <= total for total, _ in used):
+            fits = "yes" if all(need.total <= free for _, free in used) else "busy"
+        weights = need.weights
+        parts = (weights.transformer, weights.text_encoder, weights.vae, need.activations, need.runtime, need.total)
+        dit, text, vae, activations, runtime, total = (round(size / GIB, 2) for size in parts)
+        row = LayoutFit(layout.name, layout.world_size, dit, text, vae, activations, runtime, total, fits)
+        rows.append(row)
+    return rows
+
+
+def what_fits(memory: int, ranks: int) -> str:
+    """A remedy: the layouts that fit GPUs of ``memory`` bytes, on as many ranks as asked for or else on the fewest."""
+    fitting = [row for row in layout_fits(LAYOUTS, []) if row.total * GIB <= memory]
+    if not fitting:
+        return "use GPUs with more memory: no layout of up to 8 of these holds FLUX.2-dev"
+    fewest = min(row.ranks for row in fitting)
+    chosen = [row for row in fitting if row.ranks == ranks] or [row for row in fitting if row.ranks == fewest]
+    return f"{' or '.join(row.name for row in chosen)}, on {chosen[0].ranks} of these GPUs, would fit"
 
 
 def flux2_dev() -> tuple[Family, Mapping[str, Any]]:

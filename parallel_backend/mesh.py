@@ -112,7 +112,8 @@ def build_mesh(config: ParallelismConfig, device_type: str | None = None) -> Par
 
 def default_device_type() -> str:
     """The device type that the default process group moves tensors of."""
-    if torch.cuda.is_available() and "nccl" in str(dist.get_backend()):
+    # A group that serves several device types tells them only in its full configuration.
+    if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()):
         return "cuda"
     return "cpu"
 

@@ -167,7 +167,7 @@ def _extra_modules(
     pipe_or_model: Any, transformer: nn.Module, layout: ParallelismConfig, family: Family
 ) -> list[tuple[str, nn.Module]]:
     """The modules beside the transformer that are to be sharded, with a name each, before anything is changed."""
-    found = []
+    found: list[tuple[str, Model]] = []
     for module in layout.extra_parallel_modules:
         name = module if isinstance(module, str) else type(module).__name__
         if isinstance(module, str):
@@ -177,8 +177,10 @@ def _extra_modules(
                     f"extra_parallel_modules names {name!r}, which {type(pipe_or_model).__name__} does not have"
                 )
         kind = type(module).__name__
-        if module is transformer:
+        if module is transformer or any(module is seen for _, seen in found):
             continue
+        if hasattr(module, _STATE):
+            raise ValueError(f"{name} ({kind}) is parallel already; load it anew to shard it again")
         if kind == family.text_encoder_class:
             found.append((name, module))
         elif kind.startswith("Autoencoder"):

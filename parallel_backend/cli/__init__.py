@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "draw a picture with a small FLUX.2 on any layout, with no GPU and no download",
+    "doctor": "say what this machine can run, and what to change",
 }
 
 

@@ -12,7 +12,7 @@ import selectors
 import statistics
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ from .messages import (
 POLL_SECONDS = 0.05
 KEPT_TENSORS = 16
 """Conditioning tensors (contexts, references) that stay with the workers; the least recently used goes first."""
+KEPT_TIMINGS = 10_000
+"""Timings of each kind that a group remembers for its report."""
 STRAGGLER_SECONDS = 5.0
 """How long the other ranks may take to answer after one has failed, before the group is given up."""
 
@@ -98,7 +100,8 @@ class WorkerGroup:
         self.config = config
         self.source: PipelineFolder = open_pipeline_folder(Path(config.folder))
         self.state = "starting"
-        self.seconds: dict[str, Any] = {"start": 0.0, "load": 0.0, "text": [], "steps": [], "decode": []}
+        self.seconds: dict[str, Any] = {"start": 0.0, "load": 0.0}
+        self.reset_timings()
         self._launcher = Launcher(config.layout.world_size, config.devices, port)
         self._channels: dict[int, Channel] = {}
         self._pids: dict[int, int] = {}
@@ -266,7 +269,7 @@ class WorkerGroup:
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""
-        self.seconds.update(text=[], steps=[], decode=[])
+        self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "decode")})
 
     def close(self, state: str = "closed") -> None:
         """End the group. Safe to call at any time, more than once."""
@@ -293,8 +296,13 @@ class WorkerGroup:
         number = next(self._ids)
         name = f"t{number}"
         forget = [self._kept.popitem(last=False)[0]] if len(self._kept) >= KEPT_TENSORS else []
-        self._call(Keep(number, forget), {name: tensor}, check)
+        # Known from when it is sent: where check() gives up the wait for the answer, the workers have it all the same.
         self._kept[name] = tensor.clone()
+        try:
+            self._call(Keep(number, forget), {name: tensor}, check)
+        except (ValueError, RuntimeError):
+            self._kept.pop(name, None)
+            raise
         return name
 
     def _call(
@@ -399,11 +407,13 @@ CPU_GROUPS = 2
 def acquire_group(
     config: GroupConfig, on_state: OnState = lambda *_: None, check: Check = lambda: None, port: int = 0
 ) -> WorkerGroup:
-    """The group of a configuration: the one that is up, or a fresh one. Groups in the way of it are closed first."""
+    """The group of a configuration: the one that is up, or a fresh one. Groups in the way of it are closed first.
+
+    ``on_state`` and ``check`` are those of `WorkerGroup.start`; they are not called for a group that is up.
+    """
     with _groups_lock:
         group = _groups.get(config)
         if group is not None and group.ready:
-            on_state("ready", 1, 1)
             return group
         if group is not None:
             group.close()

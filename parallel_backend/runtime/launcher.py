@@ -147,10 +147,9 @@ def _check_port(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("localhost", port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} cannot be used ({error.strerror}); leave the port at 0 to take a free one"
-            ) from None
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", error)
+            raise ValueError(f"port {port} cannot be used ({reason}); leave the port at 0 to take a free one") from None
 
 
 def _new_log_folder() -> Path:

@@ -39,6 +39,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 # Kinds of binary websocket frames (ComfyUI's protocol.py).
 _PREVIEW_IMAGE = 1
+_TEXT = 3
 _PREVIEW_IMAGE_WITH_METADATA = 4
 
 
@@ -63,6 +64,7 @@ class RunResult:
         outputs: node id -> the node's ui output, from the history.
         messages: all JSON events (``{"type": ..., "data": ...}``) while the graph ran, in order; none of other prompts.
         previews: encoded images (JPEG or PNG) of the binary preview frames.
+        texts: ``(node id, text)`` of the progress texts that nodes sent.
         error: data of ``execution_error`` (``exception_message``, ``node_type``, ``traceback``...), or None.
         interrupted: the user's interrupt ended the run.
         seconds: from queueing to the last event.
@@ -72,6 +74,7 @@ class RunResult:
     outputs: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
     error: dict[str, Any] | None = None
     interrupted: bool = False
     seconds: float = 0.0
@@ -378,6 +381,9 @@ class ComfyServer:
                 preview = _preview_of(frame)
                 if preview is not None:
                     result.previews.append(preview)
+                text = _text_of(frame)
+                if text is not None:
+                    result.texts.append(text)
                 continue
             if not frame:
                 raise ServerDied(f"the server closed the connection\n{self.log_tail()}")
@@ -405,3 +411,11 @@ def _preview_of(frame: bytes) -> bytes | None:
         (length,) = struct.unpack(">I", frame[4:8])
         return frame[8 + length :]
     return None
+
+
+def _text_of(frame: bytes) -> tuple[str, str] | None:
+    (kind,) = struct.unpack(">I", frame[:4])
+    if kind != _TEXT:
+        return None
+    (length,) = struct.unpack(">I", frame[4:8])
+    return frame[8 : 8 + length].decode(), frame[8 + length :].decode()

@@ -111,6 +111,7 @@ def text_encoder_error(mesh: ParallelMesh, layout: ParallelismConfig, kv_heads: 
     parallelize_text_encoder(model, FLUX2, mesh, "text_encoder")
     actual = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     errors = [
-        relative_error(a[mask.bool()], e[mask.bool()]) for a, e in zip(actual.hidden_states, expected.hidden_states)
+        relative_error(a[mask.bool()], e[mask.bool()])
+        for a, e in zip(actual.hidden_states, expected.hidden_states, strict=True)
     ]
     return max([*errors, relative_error(actual.logits, expected.logits)])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from . import cases
-from .layouts import REFERENCE_TABLE
+from tests.distributed import cases
+from tests.distributed.layouts import REFERENCE_TABLE
 
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums; 1e-6 was seen, a wrong token or head costs more than 1e-2."""
@@ -13,7 +13,7 @@ EVERY_LAYOUT = pytest.mark.parametrize("name", REFERENCE_TABLE)
 
 @EVERY_LAYOUT
 @pytest.mark.parametrize(
-    "text, sizes, batch",
+    ("text", "sizes", "batch"),
     [
         pytest.param(16, [(4, 8)], 1, id="even"),
         pytest.param(7, [(5, 7), (3, 4)], 2, id="odd lengths, one reference, batch 2"),

@@ -25,12 +25,13 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self._rendezvous = tempfile.NamedTemporaryFile(prefix="world-")
+        self._folder = tempfile.TemporaryDirectory(prefix="world-")
+        rendezvous = os.path.join(self._folder.name, "rendezvous")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, self._rendezvous.name), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, rendezvous), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -66,6 +67,7 @@ class World:
             process.kill()
         for process in self._processes:
             process.join()
+        self._folder.cleanup()
 
 
 def _serve(rank: int, pipe: Connection, rendezvous: str) -> None:

@@ -81,8 +81,23 @@ def test_activations_agree_with_traced_allocations(degrees, traced):
     assert got == pytest.approx(traced, rel=0.1)
 
 
-def test_vae_activations_agree_with_traced_allocations():
-    assert vae_activation_bytes(1024 * 1024) / GIB == pytest.approx(3.006, rel=0.02)
+@pytest.mark.parametrize(
+    # GiB of allocated memory at its highest, rank 0, read on an H200 by benchmarks/layout_memory.py (torch 2.11).
+    ("degrees", "measured"),
+    [
+        ({}, 97.46),
+        ({"tp_size": 2}, 51.46),
+        ({"tp_size": 8}, 17.03),
+        ({"ring_size": 8}, 69.20),
+        ({"ulysses_size": 4, "tp_size": 2}, 39.35),
+        ({"ulysses_size": 2, "tp_size": 4}, 24.43),
+        ({"ulysses_size": 2, "ring_size": 2, "tp_size": 2}, 39.35),
+    ],
+)
+def test_total_agrees_with_what_a_gpu_needed(degrees, measured):
+    estimate = flux2_dev_memory(ParallelismConfig(**degrees))
+    # Nothing is promised to fit that does not, and nothing is refused for want of more than half a GiB.
+    assert measured < (estimate.total - RUNTIME_BYTES) / GIB < measured + 0.7
 
 
 def test_total_of_rank_0():

@@ -1,0 +1,252 @@
+"""``doctor``: what this machine can run, which layouts fit FLUX.2-dev on it, and what to change if something is off."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..config import ParallelismConfig
+from .machine import REQUIRED, Gpu, Link, Machine, collect
+
+if TYPE_CHECKING:
+    from ..memory import LayoutFit
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked: ``level`` is ok, warn or FAIL; all but ok come with a remedy where there is one."""
+
+    level: str
+    text: str
+    remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("--ulysses", type=int, help="check one layout: its degree of Ulysses")
+    parser.add_argument("--ring", type=int, help="check one layout: its degree of Ring")
+    parser.add_argument("--tp", type=int, help="check one layout: its degree of tensor parallelism")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, or GPUs such as 0,1 (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit status 0 if this machine, and the layout if one is given, can run."""
+    degrees = (args.ulysses, args.ring, args.tp)
+    layout = ParallelismConfig(*degrees) if any(degree is not None for degree in degrees) else None
+    machine = collect()
+    findings = check_machine(machine)
+    rows: list[LayoutFit] = []
+    if machine.versions["torch"] is not None:
+        try:
+            gpus = choose_gpus(machine, args.devices, layout)
+            if layout is not None:
+                findings += check_layout(layout, machine, gpus)
+            from ..memory import LAYOUTS, layout_fits
+
+            rows = layout_fits([layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
+            findings += check_memory(layout, machine, gpus, rows)
+        except ValueError as error:
+            findings.append(Finding("FAIL", str(error)))
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            # What an old or broken diffusers or transformers raises when it is imported.
+            text = f"the models cannot be imported: {' '.join(str(error).split())[:300]}"
+            findings.append(Finding("FAIL", text, _install("torch", "diffusers", "transformers")))
+    failed = any(finding.level == "FAIL" for finding in findings)
+    if args.json:
+        report = {"version": __version__, "ok": not failed, "layout": layout.name if layout else None}
+        report |= {"machine": asdict(machine), "findings": list(map(asdict, findings)), "rows": list(map(asdict, rows))}
+        print(json.dumps(report, indent=2))
+    else:
+        print(render(machine, findings, rows, layout))
+    return int(failed)
+
+
+# The checks.
+
+
+def check_machine(machine: Machine) -> list[Finding]:
+    """Whether workers can run here at all, whatever the layout."""
+    found = []
+    for name, least in REQUIRED.items():
+        version = machine.versions.get(name)
+        if version is None or _numbers(version) < _numbers(least):
+            is_what = "is not installed" if version is None else f"{version} is too old"
+            found.append(Finding("FAIL", f"{name} {is_what}; at least {least} is needed", _install(name)))
+    if not found:
+        found.append(Finding("ok", "versions of torch, diffusers, transformers and safetensors"))
+    if not machine.memfd:
+        remedy = "run ComfyUI on Linux (WSL 2 will do)"
+        found.append(Finding("FAIL", "this system has no memfd_create, which tensors are passed through", remedy))
+    if machine.versions.get("torch") and not machine.gloo:
+        remedy = "install an official build of torch: https://pytorch.org/get-started"
+        found.append(Finding("FAIL", "torch was built without gloo, which ranks talk through", remedy))
+    if len(machine.gpus) > 1 and machine.nccl is None:
+        remedy = "install a CUDA build of torch for Linux: https://pytorch.org/get-started"
+        found.append(Finding("FAIL", "torch was built without NCCL, which GPUs talk through", remedy))
+    if machine.driver_gpus and not machine.gpus:
+        found.append(_hidden_gpus(machine))
+    if machine.shm_free is not None and machine.shm_free < GIB:
+        text = f"/dev/shm has {machine.shm_free / GIB:.2f} GiB free; NCCL and gloo may need 1 GiB"
+        found.append(Finding("warn", text, "free space there; in Docker, start with --shm-size=8g or --ipc=host"))
+    apart = [f"{link.first}-{link.second}" for link in machine.links if not link.peer_access]
+    if apart:
+        text = f"no peer access between GPUs {', '.join(apart)}: what they exchange goes through host memory"
+        remedy = "prefer Ring or Ulysses to TP, which talks most; switch off ACS in the BIOS"
+        found.append(Finding("warn", text, remedy))
+    if machine.environment.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+        text = "NCCL_P2P_DISABLE is set: GPUs exchange through host memory even where NVLink connects them"
+        found.append(Finding("warn", text, "unset NCCL_P2P_DISABLE, unless GPUs hang without it"))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "cudaMallocAsync" in machine.environment.get(name, ""):
+            text = f"{name} asks for cudaMallocAsync, which runs out of memory under NCCL; our workers drop it"
+            found.append(Finding("ok", text))
+    return found
+
+
+def choose_gpus(machine: Machine, spec: str, layout: ParallelismConfig | None) -> list[Gpu]:
+    """The GPUs that ``--devices`` means, in rank order; none for the CPU.
+
+    Raises:
+        ValueError: GPUs that are not there, or not as many as the layout has ranks.
+    """
+    from ..runtime.devices import resolve_devices
+
+    named = [part for part in spec.split(",") if part.strip().lower() not in ("", "auto", "cpu")]
+    count = layout.world_size if layout else len(named) or len(machine.gpus)
+    if resolve_devices(spec, count).kind == "cpu":
+        return []
+    indices = [int(part.strip().lower().removeprefix("cuda:")) for part in named] or range(count)
+    return [machine.gpus[index] for index in indices]
+
+
+def check_layout(layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -> list[Finding]:
+    """Whether the ranks of a layout have a device each and the heads divide over it.
+
+    Raises:
+        ValueError: FLUX.2-dev cannot be split so.
+    """
+    from ..memory import flux2_dev
+
+    family, config = flux2_dev()
+    family.check_layout(config, layout)
+    if gpus:
+        layout.check_world(len(gpus))
+        heads = config["num_attention_heads"]
+        return [Finding("ok", f"{layout.name}: {heads} heads divide over {layout.world_size} rank(s), a GPU each")]
+    from ..demo_model import SIZES
+
+    layout.check_heads(SIZES["demo"].heads, "the demo model, which is what fits a CPU,")
+    found = [Finding("ok", f"{layout.name}: {layout.world_size} rank(s) run the demo model on the CPU")]
+    if layout.world_size > machine.cores:
+        text = f"{layout.world_size} ranks share {machine.cores} CPU core(s) and take turns"
+        remedy = f"expect it to be slow, or lower the degrees to a product of {machine.cores}"
+        found.append(Finding("warn", text, remedy))
+    return found
+
+
+def check_memory(
+    layout: ParallelismConfig | None, machine: Machine, gpus: list[Gpu], rows: list[LayoutFit]
+) -> list[Finding]:
+    """Whether FLUX.2-dev fits: with the layout that was asked for, or with any."""
+    from ..memory import flux2_dev_memory, what_fits
+
+    if not gpus:
+        need, have = flux2_dev_memory(ParallelismConfig()).total / GIB, (machine.memory_total or 0) / GIB
+        if need <= have:
+            return [
+                Finding("ok", f"FLUX.2-dev in bfloat16 ({need:.0f} GiB) fits {have:.0f} GiB of memory, on one rank")
+            ]
+        text = f"without GPUs, FLUX.2-dev in bfloat16 ({need:.0f} GiB) does not fit {have:.0f} GiB of memory"
+        return [Finding("warn", text, "run the demo model on this machine, and FLUX.2-dev on one with GPUs")]
+    fitting = [row.name for row in rows if row.fits == "yes"]
+    if fitting:
+        return [Finding("ok", f"FLUX.2-dev fits with {', '.join(fitting)}")]
+    row = min(rows, key=lambda row: (row.fits != "busy", row.total))
+    used = gpus[: row.ranks]
+    fullest = min(used, key=lambda gpu: gpu.free)
+    text = (
+        f"FLUX.2-dev does not fit: {row.name} needs {row.total:.1f} GiB per GPU, GPU {fullest.index} has "
+        f"{_gib(fullest.free)} free of {_gib(fullest.total)}"
+    )
+    remedy = "end the other programs on these GPUs (nvidia-smi lists them)"
+    if row.fits == "no":
+        remedy = what_fits(min(gpu.total for gpu in used), row.ranks)
+    # A machine whose GPUs are too small for FLUX.2-dev still runs smaller models.
+    return [Finding("FAIL" if layout else "warn", text, remedy)]
+
+
+def _hidden_gpus(machine: Machine) -> Finding:
+    text = f"nvidia-smi sees {machine.driver_gpus} GPU(s), torch sees none"
+    if "CUDA_VISIBLE_DEVICES" in machine.environment:
+        return Finding("warn", text, "unset CUDA_VISIBLE_DEVICES, or list the GPUs in it")
+    if machine.cuda is None:
+        return Finding("warn", text, "install a CUDA build of torch: https://pytorch.org/get-started")
+    return Finding("warn", text, f"update the NVIDIA driver to one for CUDA {machine.cuda}")
+
+
+def _install(*names: str) -> str:
+    return "python -m pip install " + " ".join(f"'{name}>={REQUIRED[name]}'" for name in names)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+# The report.
+
+
+def render(machine: Machine, findings: list[Finding], rows: list[LayoutFit], layout: ParallelismConfig | None) -> str:
+    """The report as plain text, one section after the other."""
+    lines = ["Software"]
+    software = {"system": machine.system, "python": machine.python, "hybrid-dit": __version__}
+    software |= {name: version or "missing" for name, version in machine.versions.items()}
+    software |= {"CUDA": machine.cuda or "not in this torch", "NCCL": machine.nccl or "no"}
+    software |= {"gloo": _yes(machine.gloo), "memfd_create": _yes(machine.memfd)}
+    lines += [f"  {name:13}{value}" for name, value in software.items()]
+    lines += ["Machine", f"  {'CPU cores':13}{machine.cores}"]
+    lines.append(f"  {'memory':13}{_gib(machine.memory_available)} available of {_gib(machine.memory_total)}")
+    lines.append(f"  {'/dev/shm':13}{_gib(machine.shm_free)} free of {_gib(machine.shm_total)}")
+    lines += [f"  GPU {gpu.index:<9}{gpu.name}, {_gib(gpu.free)} free of {_gib(gpu.total)}" for gpu in machine.gpus]
+    lines += [] if machine.gpus else [f"  {'GPU':13}none"]
+    lines += [f"  {f'GPU {link.first} - {link.second}':13}{_link(link)}" for link in machine.links]
+    lines += ["Environment"] if machine.environment else []
+    lines += [f"  {name}={value}" for name, value in machine.environment.items()]
+    if rows:
+        lines.append(
+            "FLUX.2-dev, bfloat16, 1024 x 1024: GiB per GPU (weights exact; activations and runtime estimated)"
+        )
+        lines.append(f"  {'layout':16}{'GPUs':>4}   DiT   text   VAE  act.   run  total  fits")
+    for row in rows:
+        sizes = (row.transformer, row.text_encoder, row.vae, row.activations, row.runtime, row.total)
+        line = f"  {row.name:16}{row.ranks:4}{{:6.1f}}{{:7.1f}}{{:6.1f}}{{:6.1f}}{{:6.1f}}{{:7.1f}}"
+        lines.append(f"{line.format(*sizes)}  {row.fits or 'no GPUs'}")
+    lines.append("Checks")
+    for finding in findings:
+        lines.append(f"  {finding.level:5}{finding.text}")
+        lines += [f"       -> {finding.remedy}"] if finding.remedy else []
+    failed = any(finding.level == "FAIL" for finding in findings)
+    what = f"{layout.name} ({layout.describe()})" if layout else "this machine"
+    lines.append(f"{'FAIL' if failed else 'ok'}: {what} {'cannot' if failed else 'can'} run")
+    return "\n".join(lines)
+
+
+def _link(link: Link) -> str:
+    kind = ""
+    if link.kind:
+        kind = ("NVLink " if link.kind.startswith("NV") else "PCIe ") + f"({link.kind}), "
+    return f"{kind}peer access: {_yes(link.peer_access)}"
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:.1f} GiB"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,149 @@
+"""Facts about a machine as ``doctor`` reports them: software, GPUs and their links, memory. Nothing is judged here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+REQUIRED = {"torch": "2.10", "diffusers": "0.40", "transformers": "5.0", "safetensors": "0.5"}
+"""Least versions, as in pyproject.toml."""
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device; memory in bytes."""
+
+    index: int
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """How two GPUs are connected: whether they reach each other's memory, and nvidia-smi's word (``NV18``, ``PHB``)."""
+
+    first: int
+    second: int
+    peer_access: bool
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about this machine; memory in bytes, None where it cannot be told."""
+
+    system: str
+    python: str
+    versions: dict[str, str | None]
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    links: tuple[Link, ...] = ()
+    driver_gpus: int = 0  # GPUs that nvidia-smi sees, whatever torch sees
+    nccl: str | None = None
+    gloo: bool = True
+    cores: int = 1
+    memory_total: int | None = None
+    memory_available: int | None = None
+    memfd: bool = True
+    shm_total: int | None = None
+    shm_free: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def collect() -> Machine:
+    """Look at this machine. Nothing that is missing on it is an error here."""
+    total, available = _memory()
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    topology = parse_topology(_nvidia_smi("topo", "-m"))
+    return Machine(
+        system=platform.platform(),
+        python=platform.python_version(),
+        versions={name: _version(name) for name in REQUIRED},
+        driver_gpus=len(topology),
+        cores=cores,
+        memory_total=total,
+        memory_available=available,
+        memfd=hasattr(os, "memfd_create"),
+        shm_total=shm and shm.total,
+        shm_free=shm and shm.free,
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        **_torch_facts(topology),
+    )
+
+
+def parse_topology(text: str) -> dict[int, dict[int, str]]:
+    """The matrix of ``nvidia-smi topo -m``: GPU -> GPU -> how they are connected. Empty if it cannot be read."""
+    # The header is underlined by escape codes on some drivers.
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
+    header = next((line for line in lines if line and line[0] == "GPU0"), [])
+    columns = [int(word[3:]) for word in header if re.fullmatch(r"GPU\d+", word)]
+    rows = (line for line in lines if line and line is not header and re.fullmatch(r"GPU\d+", line[0]))
+    return {int(line[0][3:]): dict(zip(columns, line[1:], strict=False)) for line in rows}
+
+
+def _torch_facts(topology: dict[int, dict[int, str]]) -> dict[str, Any]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError):
+        return {}
+    gpus, count = [], torch.cuda.device_count()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        try:
+            free = torch.cuda.mem_get_info(index)[0]
+        except RuntimeError:  # no memory left for so much as a context
+            free = 0
+        gpus.append(Gpu(index, properties.name, properties.total_memory, free))
+    # nvidia-smi counts all GPUs, torch those that are visible: match them only where they are the same.
+    kinds = topology if len(topology) == count and "CUDA_VISIBLE_DEVICES" not in os.environ else {}
+    links = tuple(
+        Link(a, b, torch.cuda.can_device_access_peer(a, b), kinds.get(a, {}).get(b, ""))
+        for a in range(count)
+        for b in range(a + 1, count)
+    )
+    has_nccl = dist.is_available() and dist.is_nccl_available()
+    return {
+        "cuda": torch.version.cuda,
+        "gpus": tuple(gpus),
+        "links": links,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+    }
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    try:
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Total and available memory in bytes."""
+    try:
+        with open("/proc/meminfo") as file:
+            values = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in file)}
+        return values["MemTotal"], values["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
+    except (OSError, ValueError, AttributeError):
+        return None, None

@@ -1,0 +1,99 @@
+"""One ComfyUI server with this pack and the reference pack for the whole session, and a line on what was skipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from .server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
+
+HERE = Path(__file__).resolve().parent
+REFERENCE_PACK = HERE / "reference_pack"
+EXAMPLE_IMAGE = "hybrid-dit-example.png"
+TRUNCATED, UNSUPPORTED = "truncated", "unsupported"
+"""Pipeline folders with which something is wrong."""
+TEST_SECONDS = 180
+"""A test that takes longer hangs; the first one also starts the server and makes the pipelines."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    prefix = HERE.relative_to(config.rootpath).as_posix() + "/"
+    ran: set[str] = set()
+    skipped: set[str] = set()
+    for outcome, reports in terminalreporter.stats.items():
+        mine = {r.nodeid for r in reports if isinstance(r, pytest.TestReport) and r.nodeid.startswith(prefix)}
+        if outcome == "skipped":
+            skipped |= mine
+        elif outcome in ("passed", "failed", "error", "xfailed", "xpassed"):
+            ran |= mine
+    why = "" if find_comfyui() is not None or not skipped else f" ({HOW_TO_GET})"
+    terminalreporter.write_line(f"ComfyUI tests: {len(ran)} ran, {len(skipped)} skipped{why}")
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The ComfyUI folder; without one, the tests that need a server are skipped."""
+    found = find_comfyui()
+    if found is None:
+        pytest.skip(HOW_TO_GET)
+    return found
+
+
+@pytest.fixture(scope="session")
+def home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """$HYBRID_DIT_HOME with the pipelines under ``models``: the demo, a tiny one and two spoiled ones."""
+    from parallel_backend.demo_model import DEMO_FOLDER_NAME, make_demo_pipeline
+
+    home = tmp_path_factory.mktemp("home")
+    models = home / "models"
+    make_demo_pipeline(models / DEMO_FOLDER_NAME, size="demo")
+    tiny = make_demo_pipeline(models / "tiny", size="tiny")
+
+    weights = _single_file(shutil.copytree(tiny, models / TRUNCATED) / "transformer")
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 1000)
+
+    index = shutil.copytree(tiny, models / UNSUPPORTED) / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableCascadePipeline"}))
+    return home
+
+
+def _single_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+@pytest.fixture(scope="session")
+def example_image() -> Image.Image:
+    """The picture that the example workflows load."""
+    shipped = CHECKOUT / "workflows" / EXAMPLE_IMAGE
+    if shipped.is_file():
+        return Image.open(shipped).convert("RGB")
+    picture = Image.new("RGB", (256, 256), (128, 128, 128))
+    ImageDraw.Draw(picture).ellipse((48, 48, 208, 208), fill=(220, 30, 30))
+    return picture
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, home: Path, example_image: Image.Image) -> Iterator[ComfyServer]:
+    """The session's server. Tests that kill a server make one of their own."""
+    server = ComfyServer(
+        comfyui=comfyui,
+        diffusers_folder=home / "models",
+        packs=[REFERENCE_PACK],
+        environment={"HYBRID_DIT_HOME": str(home)},
+    )
+    with server:
+        server.add_input_image(EXAMPLE_IMAGE, example_image)
+        yield server

@@ -1,0 +1,89 @@
+"""The worker processes of a server, read from /proc, and waiting for processes to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from .server import ComfyServer
+
+WORKER_MODULE = "parallel_backend.runtime.worker"
+LAUNCHER_MODULE = "torch.distributed.run"
+
+
+def worker_ranks(server: ComfyServer) -> dict[int, int]:
+    """Process id -> rank of all workers of all groups of a server."""
+    return {
+        pid: int(_environment(pid)["RANK"])
+        for pid in group_processes(server)
+        if LAUNCHER_MODULE not in _command_line(pid)
+    }
+
+
+def group_processes(server: ComfyServer) -> set[int]:
+    """Process ids of all workers and of the torchrun processes above them."""
+    assert server.process is not None
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # "pid (name) state ppid ...", where the name may hold blanks and brackets.
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+    return {
+        pid for pid in parents if server.process.pid in _ancestors(pid, parents) and WORKER_MODULE in _command_line(pid)
+    }
+
+
+def _ancestors(pid: int, parents: dict[int, int]) -> Iterable[int]:
+    while pid in parents:
+        pid = parents[pid]
+        yield pid
+
+
+def _command_line(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
+
+
+def _environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+class Watch:
+    """Holds on to running processes, so that their end can be waited for and their ids cannot become others'."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._descriptors: dict[int, int] = {}
+        for pid in pids:
+            # One that is gone already has nothing to wait for.
+            with contextlib.suppress(ProcessLookupError):
+                self._descriptors[pid] = os.pidfd_open(pid)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def __len__(self) -> int:
+        return len(self._descriptors)
+
+    def wait(self, seconds: float) -> set[int]:
+        """Wait until all have ended, at most so long; the ids of those that have not."""
+        deadline = time.monotonic() + seconds
+        running = dict(self._descriptors)
+        for pid, descriptor in self._descriptors.items():
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                del running[pid]
+        return set(running)

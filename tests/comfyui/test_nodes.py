@@ -1,0 +1,78 @@
+"""What a user reads of the nodes: descriptions, tooltips, help pages, categories, and the list of pipelines."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from typing import Any
+
+import pytest
+
+from .server import CHECKOUT, PACK_NAME, ComfyServer
+
+NODES = {
+    "HybridDiT_ParallelLayout": "Parallel Layout",
+    "HybridDiT_LoadPipeline": "Load Pipeline (Parallel)",
+    "HybridDiT_WorkersReport": "Workers Report",
+    "HybridDiT_UnloadWorkers": "Unload Workers",
+}
+"""Node id -> name on the node. Both are in users' workflows and habits: a change here breaks those."""
+
+
+@pytest.fixture(scope="module")
+def definitions(server: ComfyServer) -> dict[str, Any]:
+    """The pack's nodes as the frontend gets them."""
+    return {key: node for key, node in server.object_info().items() if key.startswith("HybridDiT_")}
+
+
+def inputs_of(node: dict[str, Any]) -> dict[str, list]:
+    """What a user can set or connect: not the hidden ones."""
+    return {name: spec for group in ("required", "optional") for name, spec in node["input"].get(group, {}).items()}
+
+
+def test_the_nodes(definitions):
+    assert {key: node["display_name"] for key, node in definitions.items()} == NODES
+    assert {node["category"] for node in definitions.values()} == {"loaders/parallel"}
+    assert {node["python_module"] for node in definitions.values()} == {f"custom_nodes.{PACK_NAME}"}
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_everything_is_described(node_id, definitions):
+    node = definitions[node_id]
+    assert len(node["description"]) > 20
+    inputs = inputs_of(node)
+    assert inputs
+    for name, spec in inputs.items():
+        assert len(spec) > 1, f"{name} has no tooltip"
+        assert spec[1].get("tooltip"), f"{name} has no tooltip"
+    assert node["output"]
+    assert len(node["output_tooltips"]) == len(node["output"])
+    assert all(node["output_tooltips"])
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_page(node_id, definitions, server):
+    page = CHECKOUT / "web" / "docs" / f"{node_id}.md"
+    text = page.read_text()
+    assert server.request(f"/extensions/{PACK_NAME}/docs/{urllib.parse.quote(node_id)}.md").decode() == text
+    assert text.startswith(f"# {NODES[node_id]}\n")
+    missing = [name for name in inputs_of(definitions[node_id]) if not re.search(rf"`{re.escape(name)}`", text)]
+    assert not missing
+
+
+def test_no_help_page_without_a_node():
+    assert {page.stem for page in (CHECKOUT / "web" / "docs").glob("*.md")} == set(NODES)
+
+
+def test_pipelines_are_listed(definitions):
+    kind, options = inputs_of(definitions["HybridDiT_LoadPipeline"])["pipeline"]
+    # A definition gives a combo's values in the place of its type, or (newer) among its options.
+    values = kind if isinstance(kind, list) else options["options"]
+    assert {"flux2-demo", "tiny"} <= set(values)
+
+
+def test_defaults_are_small(definitions):
+    # What a new node does on any machine: two ranks, GPUs if there are some.
+    inputs = inputs_of(definitions["HybridDiT_ParallelLayout"])
+    defaults = {name: spec[1]["default"] for name, spec in inputs.items()}
+    assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto"}

@@ -1,0 +1,111 @@
+"""The shipped workflows, queued as they are, against the same graphs on the reference loader."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .graphs import run_well
+from .server import CHECKOUT, ComfyServer, RunResult
+
+API_WORKFLOWS = sorted((CHECKOUT / "workflows" / "api").glob("*.json"))
+
+MAX_DIFFERENCE, MEAN_DIFFERENCE = 2, 0.05
+"""Of 255. Both sides compute in float32 but add in another order, which can move a value over a rounding edge; measured
+is 1. Anything wrong in a step is seen in most of the picture."""
+UNIFORM = 5.0
+"""A picture with a smaller standard deviation than this, of 255, shows nothing."""
+OTHER_SEED = 5.0
+"""Mean difference, of 255, that another seed makes at least."""
+
+SEEDS = {"KSampler": "seed", "RandomNoise": "noise_seed"}
+
+
+def with_reference(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The graph with the reference loader in the place of this pack's, and without what only this pack has."""
+    graph = copy.deepcopy(workflow)
+    for node_id, node in list(graph.items()):
+        if node["class_type"] == "HybridDiT_LoadPipeline":
+            node["class_type"] = "ReferencePipelineLoader"
+            node["inputs"] = {"pipeline": node["inputs"]["pipeline"]}
+        elif node["class_type"].startswith("HybridDiT_"):
+            del graph[node_id]
+    return graph
+
+
+def with_other_seed(workflow: dict[str, Any]) -> dict[str, Any]:
+    graph = copy.deepcopy(workflow)
+    for node in nodes_of(graph, *SEEDS):
+        node["inputs"][SEEDS[node["class_type"]]] += 1
+    return graph
+
+
+def nodes_of(graph: dict[str, Any], *types: str) -> list[dict[str, Any]]:
+    found = [node for node in graph.values() if node["class_type"] in types]
+    assert found, f"none of {types} in the graph"
+    return found
+
+
+def picture(server: ComfyServer, result: RunResult) -> np.ndarray:
+    (file,) = result.files()
+    return np.asarray(server.image(**file).convert("RGB")).astype(int)
+
+
+def sampler_progress(result: RunResult, graph: dict[str, Any]) -> list[tuple[int, int]]:
+    """(value, max) of all progress events of the sampler, in order."""
+    samplers = {key for key, node in graph.items() if node["class_type"] in ("KSampler", "SamplerCustomAdvanced")}
+    return [
+        (node["value"], node["max"])
+        for message in result.messages
+        if message["type"] == "progress_state"
+        for key, node in message["data"]["nodes"].items()
+        if key in samplers
+    ]
+
+
+def test_there_are_workflows():
+    assert len(API_WORKFLOWS) >= 4
+
+
+@pytest.mark.parametrize("file", API_WORKFLOWS, ids=lambda file: file.stem)
+def test_workflow(file: Path, server: ComfyServer):
+    workflow = json.loads(file.read_text())
+    result = run_well(server, workflow)
+    ours = picture(server, result)
+    reference = picture(server, run_well(server, with_reference(workflow)))
+
+    # 256 x 256 where the latent comes from the example image.
+    empty = [node for node in workflow.values() if node["class_type"] == "EmptyFlux2LatentImage"]
+    width, height = (empty[0]["inputs"]["width"], empty[0]["inputs"]["height"]) if empty else (256, 256)
+    assert ours.shape == (height, width, 3)
+
+    difference = np.abs(ours - reference)
+    assert difference.max() <= MAX_DIFFERENCE
+    assert difference.mean() < MEAN_DIFFERENCE
+    assert ours.std() > UNIFORM
+
+    (steps,) = (node["inputs"]["steps"] for node in nodes_of(workflow, "KSampler", "Flux2Scheduler"))
+    assert len(result.previews) == steps
+    assert sampler_progress(result, workflow)[-1] == (steps, steps)
+
+    # Proof that the comparison can fail.
+    other = picture(server, run_well(server, with_other_seed(workflow)))
+    assert np.abs(other - ours).mean() > OTHER_SEED
+
+
+def test_report_of_the_custom_sampler_workflow(server: ComfyServer):
+    workflow = json.loads((CHECKOUT / "workflows" / "api" / "flux2_custom_sampler.json").read_text())
+    (report_node,) = (key for key, node in workflow.items() if node["class_type"] == "HybridDiT_WorkersReport")
+    result = run_well(server, workflow)
+    (text,) = result.outputs[report_node]["text"]
+    report = json.loads(text)
+    assert report["layout"] == {"name": report["layout"]["name"], "ulysses": 2, "ring": 2, "tp": 1, "ranks": 4}
+    assert report["model"]["family"] == "flux2"
+    assert len(report["ranks"]) == 4
+    (steps,) = (node["inputs"]["steps"] for node in nodes_of(workflow, "Flux2Scheduler"))
+    assert len(report["seconds"]["steps"]) >= steps

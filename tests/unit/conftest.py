@@ -1,0 +1,21 @@
+"""A small FLUX.2 pipeline folder for the unit tests, and a home of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from parallel_backend.demo_model import make_demo_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory):
+    """Nothing is written to the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_DIT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    """A pipeline folder, shared by all tests: not to be changed."""
+    return make_demo_pipeline(tmp_path_factory.mktemp("models") / "tiny", size="tiny")

@@ -1,0 +1,66 @@
+"""The project's own files agree with each other, and imports go in one direction."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import parallel_backend
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 for tomllib")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Top-level names of all absolute imports in a file, wherever they stand."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_requirements_are_those_of_pyproject():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == PROJECT["project"]["dependencies"]
+
+
+def test_versions_agree():
+    assert PROJECT["project"]["version"] == parallel_backend.__version__
+
+
+def test_every_dependency_is_used_and_every_import_declared():
+    declared = {dependency.split(">")[0].replace("-", "_") for dependency in PROJECT["project"]["dependencies"]}
+    used = set().union(*(imported_modules(file) for file in (ROOT / "parallel_backend").rglob("*.py")))
+    provided = {"PIL": "pillow", "numpy": "numpy", "tokenizers": "transformers", "yaml": "pyyaml"}
+    foreign = {provided.get(name, name) for name in used - set(sys.stdlib_module_names) - {"parallel_backend"}}
+    assert foreign <= declared, f"imported but not declared: {foreign - declared}"
+    # The frontend package is what the nodes' help and widgets are made for; Python never imports it.
+    assert declared - foreign == {"comfyui_frontend_package"}
+
+
+def test_the_library_does_not_know_comfyui():
+    for file in (ROOT / "parallel_backend").rglob("*.py"):
+        hosts = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes"}
+        assert not imported_modules(file) & hosts, file
+
+
+def test_nodes_import_the_library_by_its_place_in_the_pack():
+    # ComfyUI has a module called "nodes" too, and the pack need not be installed.
+    for file in (ROOT / "nodes").rglob("*.py"):
+        assert not imported_modules(file) & {"parallel_backend", "nodes"}, file
+
+
+def test_comfyui_metadata():
+    tool = PROJECT["tool"]["comfy"]
+    assert tool["DisplayName"]
+    assert tool["PublisherId"]
+    assert "comfyui" not in PROJECT["project"]["name"].lower()
+    assert (ROOT / PROJECT["project"]["license-files"][0]).read_text().count("Apache License") >= 1
