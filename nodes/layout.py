@@ -74,7 +74,7 @@ class ParallelLayout(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None, **_):
+    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None):
         # Linked values are not known yet; what is known is checked before the prompt is accepted.
         if None in (ulysses, ring, tp, devices):
             return True

@@ -62,7 +62,7 @@ class LoadPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pipeline=None, **_):
+    def validate_inputs(cls, pipeline=None):
         if pipeline is None:
             return True
         try:

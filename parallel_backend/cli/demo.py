@@ -35,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Degrees are checked before torch is imported.
     layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
 
+    import diffusers
+    import transformers
+
     from ..demo_model import demo_folder, make_demo_pipeline
     from ..loading.pipeline_folder import open_pipeline_folder
     from ..runtime.client import GroupConfig, acquire_group
@@ -46,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.out, arguments.report):
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path} cannot be written: the folder {path.resolve().parent} does not exist")
+    # The libraries' bars would run through this command's own.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     folder = arguments.model or make_demo_pipeline(demo_folder())
     request.check(open_pipeline_folder(folder).family.latent_downscale)

@@ -401,7 +401,7 @@ class _Timed:
 _groups: dict[GroupConfig, WorkerGroup] = {}
 _groups_lock = threading.RLock()
 CPU_GROUPS = 2
-"""Groups on the CPU that may live side by side; the oldest goes first."""
+"""Groups on the CPU that may live side by side; the least recently used goes first."""
 
 
 def acquire_group(
@@ -414,6 +414,7 @@ def acquire_group(
     with _groups_lock:
         group = _groups.get(config)
         if group is not None and group.ready:
+            _groups[config] = _groups.pop(config)  # the last one used stands last
             return group
         if group is not None:
             group.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +94,25 @@ def test_workflow(file: Path, server: ComfyServer):
     assert len(result.previews) == steps
     assert sampler_progress(result, workflow)[-1] == (steps, steps)
 
+    for key, node in workflow.items():
+        if node["class_type"] == "HybridDiT_WorkersReport":
+            check_report(json.loads(result.outputs[key]["text"][0]), workflow, steps)
+
     # Proof that the comparison can fail.
     other = picture(server, run_well(server, with_other_seed(workflow)))
     assert np.abs(other - ours).mean() > OTHER_SEED
 
 
-def test_report_of_the_custom_sampler_workflow(server: ComfyServer):
-    workflow = json.loads((CHECKOUT / "workflows" / "api" / "flux2_custom_sampler.json").read_text())
-    (report_node,) = (key for key, node in workflow.items() if node["class_type"] == "HybridDiT_WorkersReport")
-    result = run_well(server, workflow)
-    (text,) = result.outputs[report_node]["text"]
-    report = json.loads(text)
-    assert report["layout"] == {"name": report["layout"]["name"], "ulysses": 2, "ring": 2, "tp": 1, "ranks": 4}
+def check_report(report: dict[str, Any], workflow: dict[str, Any], steps: int) -> None:
+    (layout,) = (node["inputs"] for node in nodes_of(workflow, "HybridDiT_ParallelLayout"))
+    degrees = {axis: layout[axis] for axis in ("ulysses", "ring", "tp")}
+    ranks = math.prod(degrees.values())
+    assert {axis: report["layout"][axis] for axis in degrees} == degrees
+    assert report["layout"]["ranks"] == len(report["ranks"]) == ranks
     assert report["model"]["family"] == "flux2"
-    assert len(report["ranks"]) == 4
-    (steps,) = (node["inputs"]["steps"] for node in nodes_of(workflow, "Flux2Scheduler"))
-    assert len(report["seconds"]["steps"]) >= steps
+    assert len(report["seconds"]["steps"]) == steps
+
+
+def test_a_workflow_has_a_report():
+    # Or check_report would never be called.
+    assert any("HybridDiT_WorkersReport" in file.read_text() for file in API_WORKFLOWS)

@@ -673,7 +673,14 @@ x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)
 group.predict(x, torch.tensor([0.5]), context, torch.tensor([4.0]))
 print(json.dumps([*group._pids.values(), group._launcher.process.pid]), flush=True)
 while True:
-    group.predict(x, torch.tensor([0.5]), context, torch.tensor([4.0]))
+    waits = iter(range(1000))
+    group.predict(
+        x,
+        torch.tensor([0.5]),
+        context,
+        torch.tensor([4.0]),
+        check=lambda: print("stuck", flush=True) if next(waits) == 20 else None,  # a second in one step
+    )
 """
 
 
@@ -681,8 +688,9 @@ def test_workers_end_when_their_client_is_killed(pipeline):
     with subprocess.Popen([sys.executable, "-c", CLIENT, str(pipeline)], stdout=subprocess.PIPE) as killed:
         first, second, torchrun = json.loads(killed.stdout.readline())
         with Watched([first, second, torchrun]) as watched, Watched([first]) as in_a_collective:
-            os.kill(second, signal.SIGSTOP)  # from here on the first rank waits for it, in the step or at the next
+            os.kill(second, signal.SIGSTOP)
             try:
+                assert killed.stdout.readline() == b"stuck\n"  # the first rank waits for it
                 killed.kill()
                 assert in_a_collective.alive_after(10) == []
             finally:
