@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m parallel_backend demo --out demo.png --report demo.json
 
-test: $(READY)
+test: lint
 	$(BIN)/python -m pytest
 
 lint: $(READY)

@@ -93,6 +93,13 @@ def disable_cache(pipe_or_model: Any) -> Any:
         hook.remove()
     transformer.set_attn_processor(state.processors)
     delattr(transformer, _STATE)
+    text_encoder = getattr(pipe_or_model, "text_encoder", None)
+    if hasattr(text_encoder, _STATE):
+        warnings.warn(
+            f"the transformer is as it was, but the weights of the {type(text_encoder).__name__} stay sharded: "
+            "load it again to have it whole",
+            stacklevel=2,
+        )
     return pipe_or_model
 
 

@@ -58,6 +58,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
 
 
+def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / "scheduler"
+    if not (path / "scheduler_config.json").is_file():
+        raise ValueError(f"{path / 'scheduler_config.json'} is missing: the pipeline is incomplete; download it again")
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(path)
+
+
 def draw(
     group: WorkerGroup, request: ImageRequest, on_step: Callable[[int, int], None] = lambda *_: None
 ) -> Image.Image:
@@ -87,7 +99,7 @@ def draw(
 
     shape = (1, family.latent_channels, *(side // family.latent_downscale for side in (request.height, request.width)))
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler = load_scheduler(folder)
     family.set_timesteps(scheduler, request.steps, shape[2] * shape[3])
     guidance = torch.tensor([request.guidance])
     on_step(0, request.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from parallel_backend.demo_model import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS
 
 from .scenes import corpus
 
-SIZE = SIZES["demo"]
+SIZE = replace(SIZES["demo"], vae_channels=(16, 32, 48, 64))
 LATENT_CHANNELS = 12
 """Of FLUX.2's 32; the VAE leaves the others empty. Flat shapes need no more, and a transformer of width 192 that does
 not have to carry the noise of 128 channels from its input to its output has room to think."""
@@ -153,8 +154,10 @@ def encode_text(text_encoder: Any, ids: Tensor, lengths: Tensor) -> Tensor:
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = model.rotary_emb(states, position_ids=positions)
     kept = []
-    for index, layer in enumerate(model.layers[: max(SIZE.text_out_layers)], start=1):
-        states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+    for index in range(1, 1 + max(SIZE.text_out_layers)):
+        states = model.layers[index - 1](
+            states, attention_mask=None, position_ids=positions, position_embeddings=rotary
+        )
         if index in SIZE.text_out_layers:
             kept.append(states)
     context = torch.cat(kept, dim=-1)
@@ -196,3 +199,5 @@ def save_pipeline(folder: Path, tokenizer: Any, text_encoder: Any, vae: Any, tra
     )
     # Shards of less than the 16 MiB that one file may have on its way back from a lent machine.
     pipeline.save_pretrained(folder, max_shard_size="14MB")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)

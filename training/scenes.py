@@ -163,7 +163,9 @@ def _article(words: str) -> str:
 def _noun(rng: random.Random, thing: Thing, with_size: bool) -> str:
     words = f"{thing.colour} {thing.shape}"
     if with_size and thing.size != "medium":
-        words = f"{rng.choice(('large', 'large', 'big') if thing.size == 'large' else ('small', 'small', 'tiny'))} {words}"
+        words = (
+            f"{rng.choice(('large', 'large', 'big') if thing.size == 'large' else ('small', 'small', 'tiny'))} {words}"
+        )
     elif with_size and rng.random() < 0.4:
         words = f"medium {words}"
     return words if rng.random() < 0.06 else _article(words)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..demo_model import demo_folder, make_demo_pipeline
     from ..loading.pipeline_folder import open_pipeline_folder
     from ..runtime.client import GroupConfig, acquire_group
-    from ..sampling import ImageRequest, draw
+    from ..sampling import ImageRequest, draw, load_scheduler
 
     request = ImageRequest(
         arguments.prompt, arguments.width, arguments.height, arguments.steps, arguments.seed, arguments.guidance
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     folder = arguments.model or make_demo_pipeline(demo_folder())
     request.check(open_pipeline_folder(folder).family.latent_downscale)
+    load_scheduler(folder)  # before anything is started
     config = GroupConfig.create(folder, layout, arguments.devices, arguments.dtype)
     print(f"{layout.name}: {layout.describe()} on {config.devices.kind}, {config.dtype}")
 

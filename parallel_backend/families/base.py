@@ -128,6 +128,10 @@ class Family(ABC):
     # The VAE.
 
     @abstractmethod
+    def build_vae(self, config: Mapping[str, Any]) -> Model:
+        """The VAE of a configuration, with weights on the meta device."""
+
+    @abstractmethod
     def load_vae(self, folder: Path) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
 

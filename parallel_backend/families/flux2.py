@@ -201,16 +201,12 @@ class Flux2(Family):
 
     # The VAE.
 
+    def build_vae(self, config: Mapping[str, Any]) -> Model:
+        with torch.device("meta"):
+            return AutoencoderKLFlux2.from_config(dict(config))
+
     def load_vae(self, folder: Path) -> Model:
-        vae, found = AutoencoderKLFlux2.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
-        )
-        # diffusers would leave them random, with a line in the log.
-        if missing := found["missing_keys"]:
-            raise ValueError(
-                f"the weights in {folder} have no tensor {', '.join(sorted(missing))}; download them again"
-            )
-        return vae.eval()
+        return AutoencoderKLFlux2.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
 
     def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:
         mean, std = _latent_statistics(vae, latent)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
-from .safetensors_reader import StoredTensor, index_folder
+from .safetensors_reader import StoredTensor, find_stored, index_folder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,25 @@ class PipelineFolder:
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         """Where each tensor of ``transformer``, ``text_encoder`` or ``vae`` is stored."""
         return index_folder(self.path / component)
+
+    def check_weights(self) -> None:
+        """Raise ValueError if a tensor is missing or has another shape than its configuration makes it.
+
+        The models are built without memory for their weights, which takes a second or two for large ones.
+        """
+        models = {
+            "transformer": self.family.build_transformer(self.transformer_config),
+            "text_encoder": self.family.build_text_model(self.text_config),
+            "vae": self.family.build_vae(self.vae_config),
+        }
+        for component, model in models.items():
+            stored = self.tensors(component)
+            keys = {name: name for name in stored}
+            if component == "text_encoder":
+                keys = self.family.text_keys(list(stored))
+            for name, tensor in model.state_dict().items():
+                if not name.endswith("num_batches_tracked"):  # of no use in inference
+                    find_stored(name, tensor.shape, stored, keys)
 
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,31 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def find_stored(
+    name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor], keys: Mapping[str, str]
+) -> StoredTensor:
+    """Where the tensor that a model calls ``name``, of full ``shape``, is stored.
+
+    Args:
+        name, shape: of the model's parameter or buffer.
+        stored: what the files hold.
+        keys: the model's names -> keys in the files.
+
+    Raises:
+        ValueError: it is not there, or has another shape, by name and file.
+    """
+    found = stored.get(keys.get(name, ""))
+    if found is None:
+        files = ", ".join(sorted({entry.file.name for entry in stored.values()}))
+        raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
+    if list(found.shape) != list(shape):
+        raise ValueError(
+            f"{keys[name]} in {found.file} has shape {list(found.shape)}, but the model's configuration makes it "
+            f"{list(shape)}; the checkpoint and its config.json do not belong together"
+        )
+    return found
+
+
 def load_weights(
     model: nn.Module,
     stored: Mapping[str, StoredTensor],
@@ -108,19 +133,10 @@ def load_weights(
     """
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        key = keys.get(name)
-        if key is None or key not in stored:
-            files = ", ".join(sorted({entry.file.name for entry in stored.values()}))
-            raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
-        by_file[stored[key].file].append(name)
-        expected = list(parameter.shape)
+        full = list(parameter.shape)
         if name in table:
-            expected[table[name].dim] = table[name].size
-        if list(stored[key].shape) != expected:
-            raise ValueError(
-                f"{key} in {stored[key].file} has shape {list(stored[key].shape)}, but the model's configuration makes "
-                f"it {expected}; the checkpoint and its config.json do not belong together"
-            )
+            full[table[name].dim] = table[name].size
+        by_file[find_stored(name, full, stored, keys).file].append(name)
     modules = dict(model.named_modules())
     held = 0
     for file, names in by_file.items():

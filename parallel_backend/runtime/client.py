@@ -127,6 +127,7 @@ class WorkerGroup:
             ValueError: the checkpoint does not fit its configuration.
         """
         with self._lock:
+            self.source.check_weights()
             try:
                 began = time.perf_counter()
                 self._launcher.start()
@@ -159,6 +160,7 @@ class WorkerGroup:
             self._channels[hello.rank] = channel
             self._pids[hello.rank] = hello.pid
             on_state("starting", len(self._channels), ranks)
+        self._launcher.all_connected()
 
     def _load(self, on_state: OnState, check: Check) -> None:
         layout = self.config.layout
@@ -212,7 +214,9 @@ class WorkerGroup:
             The prediction ``[B, C, H, W]``, in the model's dtype, on the CPU.
         """
         with self._timed("steps"):
-            names = [self._name(tensor, check) for tensor in (context, *references)]
+            names: list[str] = []
+            for tensor in (context, *references):
+                names.append(self._name(tensor, names, check))
             tensors = {"x": x, "timestep": timestep}
             if guidance is not None:
                 tensors["guidance"] = guidance
@@ -283,8 +287,10 @@ class WorkerGroup:
     def _timed(self, name: str) -> _Timed:
         return _Timed(self, name)
 
-    def _name(self, tensor: Tensor, check: Check) -> str:
+    def _name(self, tensor: Tensor, in_use: Sequence[str], check: Check) -> str:
         """The name that a conditioning tensor has with the workers, who get it if they do not have it.
+
+        The least recently used makes room for it, but none that is ``in_use``.
 
         Samplers build the tensor anew for each step, so it is known by its content.
         """
@@ -295,7 +301,10 @@ class WorkerGroup:
                 return name
         number = next(self._ids)
         name = f"t{number}"
-        forget = [self._kept.popitem(last=False)[0]] if len(self._kept) >= KEPT_TENSORS else []
+        spare = [kept for kept in self._kept if kept not in in_use]
+        forget = spare[:1] if len(self._kept) >= KEPT_TENSORS else []
+        for old in forget:
+            del self._kept[old]
         # Known from when it is sent: where check() gives up the wait for the answer, the workers have it all the same.
         self._kept[name] = tensor.clone()
         try:

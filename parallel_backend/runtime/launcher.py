@@ -49,7 +49,7 @@ class Launcher:
         if self.port:
             _check_port(self.port)
         self.logs = _new_log_folder()
-        self.private = Path(tempfile.mkdtemp(prefix="hybrid-dit-"))  # mode 0700: nobody else gets in
+        self.private = _new_private_folder()
         address = self.private / "control"
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(address))
@@ -82,6 +82,11 @@ class Launcher:
         env["PYTHONUNBUFFERED"] = "1"
         env["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices.visible)
         return env
+
+    def all_connected(self) -> None:
+        """Take the socket's address away: nobody else is to come, and a client that is killed leaves nothing behind."""
+        self.listener.close()
+        shutil.rmtree(self.private, ignore_errors=True)
 
     def running(self) -> bool:
         """Whether torchrun has not ended."""
@@ -124,7 +129,7 @@ class Launcher:
         """
         if self.process is None:
             return
-        self.listener.close()
+        self.all_connected()
         deadline = time.monotonic() + (grace if pids else 0)
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -139,7 +144,6 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        shutil.rmtree(self.private, ignore_errors=True)
 
 
 def _check_port(port: int) -> None:
@@ -150,6 +154,15 @@ def _check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", error)
             raise ValueError(f"port {port} cannot be used ({reason}); leave the port at 0 to take a free one") from None
+
+
+def _new_private_folder() -> Path:
+    """A folder that nobody else can enter (mode 0700), with a path short enough for a socket's address."""
+    folder = tempfile.mkdtemp(prefix="hybrid-dit-")
+    if len(folder) > 90:  # an AF_UNIX address has 107 bytes
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="hybrid-dit-", dir="/tmp")
+    return Path(folder)
 
 
 def _new_log_folder() -> Path:

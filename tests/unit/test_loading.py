@@ -343,13 +343,26 @@ class TestTensors:
         with pytest.raises(ValueError, match=r"0 tensors named \*embed_tokens\.weight"):
             load(folder)
 
-    def test_missing_in_the_vae(self, folder):
-        """diffusers alone would go on with random weights in its place."""
-        key = "decoder.conv_in.weight"
-        change_tensors(folder / "vae" / WEIGHTS["vae"], lambda tensors: tensors.pop(key))
-        with pytest.raises(ValueError, match=re.escape(f"have no tensor {key}")) as caught:
-            load(folder)
-        assert str(folder / "vae") in str(caught.value)
+    @pytest.mark.parametrize(
+        ("component", "key"),
+        [
+            ("transformer", "proj_out.weight"),
+            ("text_encoder", "layers.0.mlp.up_proj.weight"),
+            ("vae", "decoder.conv_in.weight"),
+            ("vae", "bn.running_var"),
+        ],
+    )
+    def test_missing_or_misshapen_in_any_component(self, folder, component, key):
+        """All are looked at before a process starts; diffusers alone would go on with random weights in the VAE."""
+        open_pipeline_folder(folder).check_weights()
+        file = folder / component / WEIGHTS[component]
+        stored = next(name for name in load_file(file) if name.endswith(key) and "vision" not in name)
+        change_tensors(file, lambda tensors: tensors.update({stored: torch.zeros(3, 5)}))
+        with pytest.raises(ValueError, match=re.escape(f"{stored} in {file} has shape [3, 5]")):
+            open_pipeline_folder(folder).check_weights()
+        change_tensors(file, lambda tensors: tensors.pop(stored))
+        with pytest.raises(ValueError, match=re.escape(f"have no tensor {key}") + f".*{file.name}"):
+            open_pipeline_folder(folder).check_weights()
 
     def test_more_layers_asked_for_than_there_are(self, folder):
         config = json.loads((folder / "text_encoder" / "config.json").read_text())
