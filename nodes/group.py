@@ -35,6 +35,13 @@ def check_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+def show_text(text: str) -> None:
+    """Show a text on the node that is being executed (ComfyUI's progress text)."""
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+
 class NodeState:
     """Shows a group's state on the executing node: as ComfyUI's progress bar and progress text."""
 
@@ -45,13 +52,14 @@ class NodeState:
         self.bar: comfy.utils.ProgressBar | None = None
 
     def __call__(self, state: str, done: float, total: float) -> None:
-        ranks = self.config.layout.world_size
-        where = f"{self.config.layout.name} on {self.config.devices.kind}"
+        layout = self.config.layout
+        degrees = f"ulysses {layout.ulysses_size} x ring {layout.ring_size} x tp {layout.tp_size}"
+        where = f"{degrees} on {self.config.devices.kind}"
         if state == "starting":
-            text = f"starting: {done:.0f} of {ranks} processes up"
+            text = f"starting: {done:.0f} of {total:.0f} processes up"
             fraction = 0.5 * done / total
         elif state == "loading":
-            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB over {ranks} ranks"
+            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB over {layout.world_size} ranks"
             fraction = 0.5 + 0.5 * done / total
         elif state == "ready":
             text, fraction = f"ready: {where}", 1.0

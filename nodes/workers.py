@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..parallel_backend.runtime.client import close_groups, find_group
 from .comfy_model import RemoteDiffusionModel
+from .group import show_text
 from .layout import CATEGORY
 
 
@@ -46,8 +48,29 @@ class WorkersReport(io.ComfyNode):
         group = find_group(diffusion_model.handle.config)
         if group is None:
             raise ValueError("the workers of this MODEL are not up; queue a picture first")
-        text = json.dumps(group.report(), indent=2)
+        report = group.report()
+        show_text(summarize(report))
+        text = json.dumps(report, indent=2)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def summarize(report: dict[str, Any]) -> str:
+    """A report in a few lines, as they stand on the node."""
+    layout, seconds = report["layout"], report["seconds"]
+    lines = [
+        f"ulysses {layout['ulysses']} x ring {layout['ring']} x tp {layout['tp']} = {layout['ranks']} rank(s), "
+        f"{report['backend']}, {report['model']['dtype']}",
+        f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s",
+    ]
+    if seconds["step_median"] is not None:
+        lines.append(f"step {seconds['step_median']:.3f} s (median of {len(seconds['steps'])})")
+    for rank in report["ranks"]:
+        weights = sum(rank["weight_bytes"].values())
+        lines.append(
+            f"rank {rank['rank']} on {rank['device']}: weights {weights / 2**30:.2f} GiB, "
+            f"peak {rank['peak_bytes'] / 2**30:.2f} GiB"
+        )
+    return "\n".join(lines)
 
 
 class UnloadWorkers(io.ComfyNode):
@@ -73,4 +96,6 @@ class UnloadWorkers(io.ComfyNode):
     @classmethod
     def execute(cls, after) -> io.NodeOutput:
         count = close_groups()
-        return io.NodeOutput(after, ui=ui.PreviewText(f"{count} worker group(s) ended"))
+        text = f"{count} worker group(s) ended"
+        show_text(text)
+        return io.NodeOutput(after, ui=ui.PreviewText(text))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes workflows/<name>.json (what the UI saves and users drop onto it) and its picture from workflows/api/<name>.json.
+"""Makes workflows/<name>.json (as the UI saves it, to be dropped onto it) and a picture of it from workflows/api.
 
 ComfyUI's own frontend does the conversion, in a headless Chromium on a real server with this checkout. So this needs
 what the browser tests need: a ComfyUI (see tests/comfyui/server.py), Chromium, and ``pip install playwright``::
@@ -53,32 +53,34 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
     (320, {"Result": ["VAEDecode", "SaveImage", "HybridDiT_WorkersReport", "HybridDiT_UnloadWorkers"]}),
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom."""
-HEIGHTS = {"CLIPTextEncode": 110, "LoadImage": 340, "SaveImage": 350, "HybridDiT_WorkersReport": 240}
-"""Of nodes that show more than their widgets; all others are as high as the frontend computes."""
+HEIGHTS = {
+    **{"HybridDiT_ParallelLayout": 170, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
+    **{"CLIPTextEncode": 110, "LoadImage": 340, "SaveImage": 350},
+}
+"""Of nodes that show more than the frontend reckons with: a state, a picture, or a badge in Nodes 2.0."""
 OURS_COLOUR, OTHER_COLOUR = "#3f789e", "#8a8a8a"
 
-# Room for Nodes 2.0 too, whose nodes are higher than those on the canvas.
 TITLE, GAP, PADDING, COLUMN_GAP = 30, 24, 16, 40
 
-NOTE_ID = 1000
+# No code spans: on a coloured note, Nodes 2.0 shows them blue on blue.
 NOTE_HEIGHT, INPUT_NOTE_HEIGHT = 240, 60
 NOTE_END = """
-**For the real FLUX.2:** put the diffusers folder (such as FLUX.2-dev) into `models/diffusers`, pick it as `pipeline`, \
-and set the degrees so that **ulysses × ring × tp = your GPUs**. Then take 1024 × 1024 and 28 to 50 steps.
+**For the real FLUX.2:** put the diffusers folder (such as FLUX.2-dev) into *models/diffusers*, pick it as *pipeline*, \
+and set the degrees so that **ulysses x ring x tp = your GPUs**. Then take 1024 x 1024 and 28 to 50 steps.
 """
 INPUT_NOTE = f"""
-**First** copy `workflows/{EXAMPLE_IMAGE}` into ComfyUI's `input` folder, or drop it onto *Load Image*.
+**First** copy *workflows/{EXAMPLE_IMAGE}* into ComfyUI's *input* folder, or drop it onto *Load Image*.
 """
 NOTES = {
     "flux2_text_to_image": """\
 ## Text to image on many GPUs
-*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. Here 2 (Ulysses) × 2 \
+*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. Here 2 (Ulysses) x 2 \
 (TP) = 4 worker processes compute each step of the small demo model, on the CPU if there is no GPU.
 """,
     "flux2_custom_sampler": """\
 ## Custom sampling, with a report
 *Parallel Layout*, *Load Pipeline (Parallel)* and *Workers Report* are Hybrid DiT's; all others are stock nodes. Here \
-2 (Ulysses) × 2 (Ring) = 4 worker processes compute a wide picture; the report has their seconds and memory.
+2 (Ulysses) x 2 (Ring) = 4 worker processes compute a wide picture; the report has their seconds and memory.
 """,
     "flux2_edit": """\
 ## Edit a picture
@@ -88,7 +90,7 @@ a reference latent, whose tokens are split over 4 (Ulysses) worker processes too
     "flux2_inpaint": """\
 ## Inpaint half of a picture
 *Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. The noise mask lets 2 \
-(Ring) × 2 (TP) = 4 worker processes repaint the right half only.
+(Ring) x 2 (TP) = 4 worker processes repaint the right half only.
 """,
 }
 
@@ -155,7 +157,12 @@ def arrange(workflow: dict[str, Any], sizes: dict[str, list[float]], name: str) 
             if title == OURS:
                 text = NOTES[name] + (INPUT_NOTE if uses_input(workflow) else "") + NOTE_END
                 height = NOTE_HEIGHT + (INPUT_NOTE_HEIGHT if uses_input(workflow) else 0)
-                note = {"id": NOTE_ID, "pos": [x, top + TITLE], "size": [box_width, height], "text": text}
+                note = {
+                    "id": max(map(int, workflow)) + 1,
+                    "pos": [x, top + TITLE],
+                    "size": [box_width, height],
+                    "text": text,
+                }
         if top:
             x += box_width + COLUMN_GAP
     if left:
