@@ -10,7 +10,9 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..parallel_backend.runtime.client import GroupConfig, WorkerGroup, acquire_group
+from ..parallel_backend.runtime.client import WorkerGroup
+from ..parallel_backend.runtime.group_config import GroupConfig
+from ..parallel_backend.runtime.groups import acquire_group
 
 log = logging.getLogger(__name__)
 

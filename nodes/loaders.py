@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder, make_demo_pipeline
 from ..parallel_backend.loading.pipeline_folder import open_pipeline_folder
-from ..parallel_backend.runtime.client import DTYPES, GroupConfig
+from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..parallel_backend.runtime.client import close_groups, find_group
+from ..parallel_backend.runtime.groups import close_groups, find_group
 from .comfy_model import RemoteDiffusionModel
 from .group import show_text
 from .layout import CATEGORY

@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..demo_model import demo_folder, make_demo_pipeline
     from ..loading.pipeline_folder import open_pipeline_folder
-    from ..runtime.client import GroupConfig, acquire_group
+    from ..runtime.group_config import GroupConfig
+    from ..runtime.groups import acquire_group
     from ..sampling import ImageRequest, draw, load_scheduler
 
     request = ImageRequest(

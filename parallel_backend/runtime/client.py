@@ -5,26 +5,21 @@ Both the ComfyUI nodes and the command line use this. Nothing here knows of eith
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import os
 import selectors
-import statistics
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ParallelismConfig
 from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from .channel import Channel, ChannelClosedError, pack
-from .devices import Devices, resolve_devices
+from .group_config import GroupConfig
 from .launcher import Launcher
 from .messages import (
     DecodeLatent,
@@ -40,6 +35,7 @@ from .messages import (
     Progress,
     Stats,
 )
+from .report import make_report
 
 POLL_SECONDS = 0.05
 KEPT_TENSORS = 16
@@ -51,46 +47,10 @@ STRAGGLER_SECONDS = 5.0
 
 Check = Callable[[], None]
 OnState = Callable[[str, float, float], None]
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 class WorkersFailedError(RuntimeError):
     """The group is gone; the next use starts a fresh one."""
-
-
-@dataclass(frozen=True)
-class GroupConfig:
-    """What a group is keyed by: equal configurations share one group."""
-
-    folder: str
-    layout: ParallelismConfig
-    devices: Devices
-    dtype: str
-    fingerprint: str
-
-    @classmethod
-    def create(
-        cls, folder: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
-    ) -> GroupConfig:
-        """Check everything that can be checked without starting a process.
-
-        Args:
-            folder: a diffusers pipeline folder.
-            layout: degrees.
-            devices: see `resolve_devices`.
-            dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
-
-        Raises:
-            ValueError: a folder, layout, device or dtype that cannot work, with the remedy.
-        """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-        source = open_pipeline_folder(Path(folder))
-        source.check(layout)
-        resolved = resolve_devices(devices, layout.world_size)
-        if dtype == "auto":
-            dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint())
 
 
 class WorkerGroup:
@@ -235,41 +195,9 @@ class WorkerGroup:
 
     def report(self) -> dict[str, Any]:
         """The report that docs/report.md explains, field by field."""
-        import diffusers
-        import transformers
-
-        from .. import __version__
-
         with self._lock:
             ranks = [done.data for done in self._call(Stats(next(self._ids)), {}, lambda: None)[0]]
-        layout = self.config.layout
-        seconds = self.seconds
-        return {
-            "layout": {
-                "name": layout.name,
-                "ulysses": layout.ulysses_size,
-                "ring": layout.ring_size,
-                "tp": layout.tp_size,
-                "ranks": layout.world_size,
-            },
-            "backend": "nccl" if self.config.devices.kind == "cuda" else "gloo",
-            "model": {"family": self.source.family.name, "folder": self.config.folder, "dtype": self.config.dtype},
-            "versions": {
-                "hybrid_dit": __version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
-            "seconds": {
-                "start": seconds["start"],
-                "load": seconds["load"],
-                "text": sum(seconds["text"]),
-                "steps": list(seconds["steps"]),
-                "step_median": statistics.median(seconds["steps"]) if seconds["steps"] else None,
-                "decode": sum(seconds["decode"]),
-            },
-            "ranks": ranks,
-        }
+        return make_report(self.config, self.source.family.name, self.seconds, ranks)
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""
@@ -405,61 +333,3 @@ class _Timed:
         if kind is None:
             self.group.seconds[self.name].append(time.perf_counter() - self.began)
         self.group._lock.release()
-
-
-_groups: dict[GroupConfig, WorkerGroup] = {}
-_groups_lock = threading.RLock()
-CPU_GROUPS = 2
-"""Groups on the CPU that may live side by side; the least recently used goes first."""
-
-
-def acquire_group(
-    config: GroupConfig, on_state: OnState = lambda *_: None, check: Check = lambda: None, port: int = 0
-) -> WorkerGroup:
-    """The group of a configuration: the one that is up, or a fresh one. Groups in the way of it are closed first.
-
-    ``on_state`` and ``check`` are those of `WorkerGroup.start`; they are not called for a group that is up.
-    """
-    with _groups_lock:
-        group = _groups.get(config)
-        if group is not None and group.ready:
-            _groups[config] = _groups.pop(config)  # the last one used stands last
-            return group
-        if group is not None:
-            group.close()
-            del _groups[config]
-        for other in [other for other in _groups if other.devices.overlaps(config.devices)]:
-            _groups.pop(other).close()
-        on_cpu = [other for other in _groups if other.devices.kind == "cpu"]
-        if config.devices.kind == "cpu":
-            for other in on_cpu[: len(on_cpu) - CPU_GROUPS + 1]:
-                _groups.pop(other).close()
-        group = WorkerGroup(config, port)
-        group.start(on_state, check)
-        _groups[config] = group
-        return group
-
-
-def find_group(config: GroupConfig) -> WorkerGroup | None:
-    """The group of a configuration if it is up."""
-    group = _groups.get(config)
-    return group if group is not None and group.ready else None
-
-
-def close_groups() -> int:
-    """End every group; how many there were."""
-    with _groups_lock:
-        count = len(_groups)
-        for group in _groups.values():
-            group.close()
-        _groups.clear()
-        return count
-
-
-def _forget_groups() -> None:
-    # A forked child has neither the parent's ranks nor the right to end them.
-    _groups.clear()
-
-
-atexit.register(close_groups)
-os.register_at_fork(after_in_child=_forget_groups)

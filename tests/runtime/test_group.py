@@ -24,15 +24,10 @@ from safetensors.torch import load_file, save_file
 from parallel_backend import ParallelismConfig
 from parallel_backend.runtime import client
 from parallel_backend.runtime.channel import Channel
-from parallel_backend.runtime.client import (
-    GroupConfig,
-    WorkerGroup,
-    WorkersFailedError,
-    acquire_group,
-    close_groups,
-    find_group,
-)
+from parallel_backend.runtime.client import WorkerGroup, WorkersFailedError
 from parallel_backend.runtime.devices import Devices
+from parallel_backend.runtime.group_config import GroupConfig
+from parallel_backend.runtime.groups import acquire_group, close_groups, find_group
 from parallel_backend.runtime.launcher import Launcher
 from parallel_backend.runtime.messages import Keep, Predict
 from parallel_backend.sampling import ImageRequest, draw
@@ -685,7 +680,8 @@ CLIENT = """
 import json, sys
 import torch
 from parallel_backend import ParallelismConfig
-from parallel_backend.runtime.client import GroupConfig, acquire_group
+from parallel_backend.runtime.group_config import GroupConfig
+from parallel_backend.runtime.groups import acquire_group
 
 group = acquire_group(GroupConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)

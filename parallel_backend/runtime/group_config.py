@@ -1,0 +1,47 @@
+"""What a worker group is keyed by, and everything about it that can be checked before a process is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import ParallelismConfig
+from ..loading.pipeline_folder import open_pipeline_folder
+from .devices import Devices, resolve_devices
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What a group is keyed by: equal configurations share one group."""
+
+    folder: str
+    layout: ParallelismConfig
+    devices: Devices
+    dtype: str
+    fingerprint: str
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
+    ) -> GroupConfig:
+        """Check everything that can be checked without starting a process.
+
+        Args:
+            folder: a diffusers pipeline folder.
+            layout: degrees.
+            devices: see `resolve_devices`.
+            dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
+
+        Raises:
+            ValueError: a folder, layout, device or dtype that cannot work, with the remedy.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        source = open_pipeline_folder(Path(folder))
+        source.check(layout)
+        resolved = resolve_devices(devices, layout.world_size)
+        if dtype == "auto":
+            dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint())

@@ -1,0 +1,55 @@
+"""The report on a worker group: what it is and what it took. docs/report.md explains every field."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from .. import __version__
+from .group_config import GroupConfig
+
+
+def make_report(
+    config: GroupConfig, family: str, seconds: Mapping[str, Any], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Put a report together.
+
+    Args:
+        config: of the group.
+        family: name of the model family.
+        seconds: ``start`` and ``load``, and lists of ``text``, ``steps`` and ``decode``.
+        ranks: each rank's own figures, in rank order.
+    """
+    layout = config.layout
+    steps = list(seconds["steps"])
+    return {
+        "layout": {
+            "name": layout.name,
+            "ulysses": layout.ulysses_size,
+            "ring": layout.ring_size,
+            "tp": layout.tp_size,
+            "ranks": layout.world_size,
+        },
+        "backend": "nccl" if config.devices.kind == "cuda" else "gloo",
+        "model": {"family": family, "folder": config.folder, "dtype": config.dtype},
+        "versions": {
+            "hybrid_dit": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": {
+            "start": seconds["start"],
+            "load": seconds["load"],
+            "text": sum(seconds["text"]),
+            "steps": steps,
+            "step_median": statistics.median(steps) if steps else None,
+            "decode": sum(seconds["decode"]),
+        },
+        "ranks": ranks,
+    }
