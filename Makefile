@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/python -m parallel_backend demo --out demo.png --report demo.json
+	$(BIN)/python -m parallel_backend demo --devices cpu --out demo.png --report demo.json
 
 test: lint
 	$(BIN)/python -m pytest

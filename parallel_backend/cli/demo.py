@@ -16,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ulysses", type=int, default=2, help="degree of Ulysses (default: %(default)s)")
     parser.add_argument("--ring", type=int, default=1, help="degree of Ring (default: %(default)s)")
     parser.add_argument("--tp", type=int, default=2, help="degree of tensor parallelism (default: %(default)s)")
-    parser.add_argument("--devices", default="auto", help="auto, cpu, or GPUs such as 0,1 (default: %(default)s)")
+    parser.add_argument(
+        "--devices",
+        default="auto",
+        help="auto (GPUs if there are enough, else the CPU), cpu, or GPUs such as 0,1 (default: %(default)s)",
+    )
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="TCP port of the rendezvous; 0 takes a free one")
     parser.add_argument("--model", type=Path, help="a diffusers pipeline folder (default: a small FLUX.2, made here)")
@@ -36,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
 
     import diffusers
+    import torch
     import transformers
 
     from ..demo_model import demo_folder, make_demo_pipeline
@@ -57,7 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.model or make_demo_pipeline(demo_folder())
     request.check(open_pipeline_folder(folder).family.latent_downscale)
     load_scheduler(folder)  # before anything is started
-    config = GroupConfig.create(folder, layout, arguments.devices, arguments.dtype)
+    devices = arguments.devices
+    if devices == "auto" and 0 < torch.cuda.device_count() < layout.world_size:
+        devices = "cpu"
+        print(
+            f"{layout.world_size} ranks are more than the {torch.cuda.device_count()} GPU(s) here: they run on the CPU"
+        )
+    config = GroupConfig.create(folder, layout, devices, arguments.dtype)
     print(f"{layout.name}: {layout.describe()} on {config.devices.kind}, {config.dtype}")
 
     bar = _Bar()

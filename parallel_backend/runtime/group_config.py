@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class GroupConfig:
         Raises:
             ValueError: a folder, layout, device or dtype that cannot work, with the remedy.
         """
+        if not hasattr(os, "memfd_create"):
+            raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
         source = open_pipeline_folder(Path(folder))

@@ -100,3 +100,24 @@ def test_the_exit_status_reaches_the_shell(pipeline, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "8 attention heads, which do not divide by tp x ulysses = 6" in done.stderr
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "auto"), (3, "cpu"), (4, "auto")])
+def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys, gpus, expected):
+    asked = []
+
+    def create(folder, layout, devices, dtype):
+        asked.append(devices)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("parallel_backend.runtime.group_config.GroupConfig.create", create)
+    assert main(["demo", "--model", str(pipeline)]) == 2
+    assert asked == [expected]
+    assert ("4 ranks are more than the 3 GPU(s) here" in capsys.readouterr().out) == (gpus == 3)
+
+
+def test_without_memfd_the_system_is_named(pipeline, monkeypatch, capsys):
+    monkeypatch.delattr("os.memfd_create")
+    assert main(["demo", "--model", str(pipeline), "--devices", "cpu"]) == 2
+    assert "worker groups need Linux" in capsys.readouterr().err
