@@ -14,7 +14,7 @@ from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae
-from .group import GroupHandle, NodeState
+from .group import GroupHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
 
 
@@ -82,9 +82,13 @@ class LoadPipeline(io.ComfyNode):
     @classmethod
     def execute(cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto") -> io.NodeOutput:
         layout = layout or Layout(ParallelismConfig(), "auto")
-        folder = find_pipeline(pipeline) or make_demo_pipeline(demo_folder())
-        handle = GroupHandle(GroupConfig.create(folder, layout.degrees, layout.devices, dtype))
-        source = handle.get().source
+        try:
+            folder = find_pipeline(pipeline) or make_demo_pipeline(demo_folder())
+            handle = GroupHandle(GroupConfig.create(folder, layout.degrees, layout.devices, dtype))
+            source = handle.get().source
+        except (ValueError, RuntimeError) as error:
+            show_text(f"failed: {str(error).splitlines()[0]}")
+            raise
         NodeState(handle.config)("ready", 1, 1)
         return io.NodeOutput(make_model(handle, source), make_clip(handle, source), make_vae(handle, source))
 

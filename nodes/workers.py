@@ -58,17 +58,17 @@ def summarize(report: dict[str, Any]) -> str:
     """A report in a few lines, as they stand on the node."""
     layout, seconds = report["layout"], report["seconds"]
     lines = [
-        f"ulysses {layout['ulysses']} x ring {layout['ring']} x tp {layout['tp']} = {layout['ranks']} rank(s), "
+        f"ulysses {layout['ulysses']} x ring {layout['ring']} x tp {layout['tp']} = {layout['ranks']} rank(s)",
         f"{report['backend']}, {report['model']['dtype']}",
         f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s",
     ]
     if seconds["step_median"] is not None:
         lines.append(f"step {seconds['step_median']:.3f} s (median of {len(seconds['steps'])})")
+    lines.append("weights of peak memory:")
     for rank in report["ranks"]:
         weights = sum(rank["weight_bytes"].values())
         lines.append(
-            f"rank {rank['rank']} on {rank['device']}: weights {weights / 2**30:.2f} GiB, "
-            f"peak {rank['peak_bytes'] / 2**30:.2f} GiB"
+            f"rank {rank['rank']}, {rank['device']}: {weights / 2**30:.2f} of {rank['peak_bytes'] / 2**30:.2f} GiB"
         )
     return "\n".join(lines)
 

@@ -144,7 +144,7 @@ def test_report_has_each_rank(ran: Run):
 
 
 def test_report_is_shown_on_its_node(ran: Run):
-    assert any("= 4 rank(s)" in text and "rank 3 on cpu" in text for text in ran.shown[REPORT]["texts"])
+    assert any("= 4 rank(s)" in text and "rank 3, cpu: " in text for text in ran.shown[REPORT]["texts"])
 
 
 def test_stock_nodes_show_no_state(ran: Run):
