@@ -64,4 +64,5 @@ def _forget_groups() -> None:
 
 
 atexit.register(close_groups)
-os.register_at_fork(after_in_child=_forget_groups)
+if hasattr(os, "register_at_fork"):  # not on Windows, where the pack still loads and says that it needs Linux
+    os.register_at_fork(after_in_child=_forget_groups)
