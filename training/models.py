@@ -1,0 +1,222 @@
+"""The models of the demo pipeline before training: FLUX.2's classes in small, made to learn well from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from torch import Tensor, nn
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+from parallel_backend.demo_model import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS
+
+from .scenes import corpus
+
+SIZE = replace(SIZES["demo"], vae_channels=(16, 32, 48, 64))
+LATENT_CHANNELS = 12
+"""Of FLUX.2's 32; the VAE leaves the others empty. Flat shapes need no more, and a transformer of width 192 that does
+not have to carry the noise of 128 channels from its input to its output has room to think."""
+
+USED = 4 * LATENT_CHANNELS
+"""Channels in use of the 128 of a patchified latent; they come first."""
+
+TEXT_LENGTH = 512
+PREFIX = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]"
+
+
+def build_tokenizer() -> Any:
+    """Byte-level BPE, as Mistral's; every word of the captions is one token and any text has tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SYSTEM_MESSAGE] * 500 + corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token.startswith("[")],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_transformer() -> Flux2Transformer2DModel:
+    model = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=SIZE.double_blocks,
+        num_single_layers=SIZE.single_blocks,
+        attention_head_dim=SIZE.head_dim,
+        num_attention_heads=SIZE.heads,
+        joint_attention_dim=3 * SIZE.text_hidden,
+        mlp_ratio=3.0,
+        axes_dims_rope=(4, 8, 8, 4),  # 24 tokens of height and width need finer steps than text and time
+        rope_theta=2000,
+        guidance_embeds=True,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+            # Blocks that begin as the identity, as in DiT.
+            if "modulation" in name or name.startswith(("norm_out", "proj_out")):
+                parameter.zero_()
+        # Channels that are always empty are not looked at, so what noise they hold does no harm.
+        model.x_embedder.weight[:, USED:] = 0
+    return model
+
+
+def build_text_encoder(tokenizer: Any) -> Mistral3ForConditionalGeneration:
+    text_config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=SIZE.text_hidden,
+        intermediate_size=SIZE.text_intermediate,
+        num_hidden_layers=SIZE.text_layers,
+        num_attention_heads=SIZE.text_heads,
+        num_key_value_heads=SIZE.text_kv_heads,
+        head_dim=SIZE.text_head_dim,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision_config = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    config = Mistral3Config(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+        text_encoder_out_layers=list(SIZE.text_out_layers),
+    )
+    model = Mistral3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.5 if "embed" in name else parameter.shape[1] ** -0.5)
+        # Pads are zero and stay zero through every block (no biases, and a pad only sees pads), so diffusers' padded
+        # prompts and ComfyUI's, which pads with zeros after encoding, are the same to the transformer.
+        model.model.language_model.embed_tokens.weight[tokenizer.pad_token_id] = 0
+    return model
+
+
+def build_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=SIZE.vae_channels,
+        layers_per_block=SIZE.vae_layers_per_block,
+        latent_channels=32,
+        norm_num_groups=SIZE.vae_norm_groups,
+        sample_size=1024,
+    )
+
+
+def empty_unused_channels(vae: AutoencoderKLFlux2) -> None:
+    """Make the latent's channels after `LATENT_CHANNELS` always zero; to be called after each step of training."""
+    with torch.no_grad():
+        vae.quant_conv.weight[LATENT_CHANNELS:32] = 0
+        vae.quant_conv.bias[LATENT_CHANNELS:32] = 0
+        vae.post_quant_conv.weight[:, LATENT_CHANNELS:] = 0
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of whole conversations, without padding. A test holds this and the chat template together."""
+    backend = tokenizer._tokenizer
+    # A call of the tokenizer with padding leaves it on.
+    backend.no_padding()
+    backend.no_truncation()
+    return [e.ids for e in backend.encode_batch([f"{PREFIX}{text}[/INST]" for text in prompts])]
+
+
+def encode_text(text_encoder: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Contexts ``[B, T, 3 * hidden]`` of ``ids [B, T]``, which are padded on the right; these on the left, with zeros.
+
+    The model is causal: what follows a token does not change it, so no mask is needed.
+    """
+    model = text_encoder.model.language_model
+    states = model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = model.rotary_emb(states, position_ids=positions)
+    kept = []
+    for index in range(1, 1 + max(SIZE.text_out_layers)):
+        states = model.layers[index - 1](
+            states, attention_mask=None, position_ids=positions, position_embeddings=rotary
+        )
+        if index in SIZE.text_out_layers:
+            kept.append(states)
+    context = torch.cat(kept, dim=-1)
+    source = positions - (ids.shape[1] - lengths[:, None])
+    context = context.gather(1, source.clamp_min(0)[..., None].expand(-1, -1, context.shape[-1]))
+    return context * (source >= 0)[..., None]
+
+
+@torch.no_grad()
+def encode_padded(text_encoder: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    """What diffusers' pipeline gets: prompts padded on the left to 512 and masked, ``[B, 512, 3 * hidden]``.
+
+    A pad's row of the mask is empty. CPUs make zeros of that, and some CUDA kernels an average over all tokens.
+    """
+    positions = torch.arange(TEXT_LENGTH, device=ids.device)[None] - (TEXT_LENGTH - lengths[:, None])
+    mask = positions >= 0
+    padded = ids.gather(1, positions.clamp(0, ids.shape[1] - 1)) * mask  # the id of <pad> is 0
+    states = text_encoder.model.language_model(
+        input_ids=padded, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return torch.cat([states[layer] for layer in SIZE.text_out_layers], dim=-1)
+
+
+def text_ids(length: int, device: Any) -> Tensor:
+    """Coordinates of a context that ends where FLUX.2's 512 tokens end."""
+    ids = torch.zeros(length, 4, device=device)
+    ids[:, 3] = torch.arange(TEXT_LENGTH - length, TEXT_LENGTH, device=device)
+    return ids
+
+
+def image_ids(height: int, width: int, time: int, device: Any) -> Tensor:
+    ids = torch.zeros(height, width, 4, device=device)
+    ids[..., 0] = time
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)
+    return ids.flatten(0, 1)
+
+
+def save_pipeline(folder: Path, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any) -> None:
+    """Write a folder in bfloat16 that ``Flux2Pipeline.from_pretrained`` loads."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        time_shift_type="exponential",
+    )
+    models = [nn.Module.to(model, torch.bfloat16).eval() for model in (text_encoder, vae, transformer)]
+    pipeline = Flux2Pipeline(
+        scheduler=scheduler, vae=models[1], text_encoder=models[0], tokenizer=tokenizer, transformer=models[2]
+    )
+    # Shards of less than the 16 MiB that one file may have on its way back from a lent machine.
+    pipeline.save_pretrained(folder, max_shard_size="14MB")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
