@@ -231,8 +231,9 @@ class DoubleStreamProcessor:
         encoder_hidden_states: Tensor,  # [B, S_text_local, C]
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache_mode: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _refuse_mask(attention_mask)
+        _refuse(attention_mask, kv_cache_mode)
         text_tokens = encoder_hidden_states.shape[1]
         image, text = hidden_states, encoder_hidden_states
         query = torch.cat(
@@ -259,8 +260,9 @@ class SingleStreamProcessor:
         hidden_states: Tensor,  # [B, S_local, C]
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache_mode: str | None = None,
     ) -> Tensor:
-        _refuse_mask(attention_mask)
+        _refuse(attention_mask, kv_cache_mode)
         fused = attn.to_qkv_mlp_proj(hidden_states)
         # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
         full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
@@ -284,9 +286,12 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     return x if rotary is None or x.shape[1] == 0 else apply_rotary_emb(x, rotary, sequence_dim=1)
 
 
-def _refuse_mask(mask: Tensor | None) -> None:
+def _refuse(mask: Tensor | None, kv_cache_mode: str | None) -> None:
+    """Raise ValueError for arguments that diffusers would drop with a line in the log."""
     if mask is not None:
         raise ValueError("FLUX.2 under parallelism takes no attention mask; drop the masked tokens instead")
+    if kv_cache_mode is not None:
+        raise ValueError("FLUX.2 under parallelism keeps no keys and values of references; call it without kv_cache")
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
