@@ -53,7 +53,7 @@ class NodeState:
         self.node_id = context.node_id if context is not None else None
         self.bar: comfy.utils.ProgressBar | None = None
 
-    def __call__(self, state: str, done: float, total: float) -> None:
+    def __call__(self, state: str, done: float, total: float, detail: str = "") -> None:
         layout = self.config.layout
         degrees = f"ulysses {layout.ulysses_size} x ring {layout.ring_size} x tp {layout.tp_size}"
         where = f"{degrees} on {self.config.devices.kind}"
@@ -61,7 +61,7 @@ class NodeState:
             text = f"starting: {done:.0f} of {total:.0f} processes up"
             fraction = 0.5 * done / total
         elif state == "loading":
-            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB over {layout.world_size} ranks"
+            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB, {detail}"
             fraction = 0.5 + 0.5 * done / total
         elif state == "ready":
             text, fraction = f"ready: {where}", 1.0

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     bar = _Bar()
     group = acquire_group(config, bar.show, port=arguments.port)
-    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total))
+    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total, ""))
     report = group.report()
     group.close()
     report["request"] = {**vars(request), "out": str(arguments.out)}
@@ -106,14 +106,16 @@ class _Bar:
     def __init__(self) -> None:
         self.stage = self.finished = ""
 
-    def show(self, stage: str, done: float, total: float) -> None:
+    def show(self, stage: str, done: float, total: float, detail: str) -> None:
         unit = _UNITS.get(stage)
         if unit is None:
             return
         if unit == "MiB":
             done, total = done / 2**20, total / 2**20
         filled = round(_BAR_WIDTH * done / total) if total else 0
-        line = f"{stage:9} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done:.0f}/{total:.0f} {unit}"
+        line = (
+            f"{stage:9} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done:.0f}/{total:.0f} {unit} {detail}".rstrip()
+        )
         finished = done >= total and self.finished != stage
         if sys.stdout.isatty():
             new = "\n" if self.stage and stage != self.stage else ""

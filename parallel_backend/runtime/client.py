@@ -46,7 +46,8 @@ STRAGGLER_SECONDS = 5.0
 """How long the other ranks may take to answer after one has failed, before the group is given up."""
 
 Check = Callable[[], None]
-OnState = Callable[[str, float, float], None]
+OnState = Callable[[str, float, float, str], None]
+"""Told a state, how far it is, of how much, and what more there is to say."""
 
 
 class WorkersFailedError(RuntimeError):
@@ -78,8 +79,8 @@ class WorkerGroup:
         """Start the ranks and load the pipeline.
 
         Args:
-            on_state: told the state and how far it is: ``("starting", ranks up, ranks)``,
-                ``("loading", bytes, bytes)``, ``("ready", 1, 1)`` or ``("failed", 0, 1)``.
+            on_state: told the state and how far it is: ``("starting", ranks up, ranks, "")``, ``("loading", bytes
+                on all ranks, of bytes, each rank's percentage)``, ``("ready", 1, 1, "")`` or ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up.
 
         Raises:
@@ -96,14 +97,14 @@ class WorkerGroup:
                 self._load(on_state, check)
             except BaseException:
                 self.close(state="failed")
-                on_state("failed", 0, 1)
+                on_state("failed", 0, 1, "")
                 raise
-            on_state("ready", 1, 1)
+            on_state("ready", 1, 1, "")
 
     def _accept(self, on_state: OnState, check: Check) -> None:
         ranks = self.config.layout.world_size
         self._launcher.listener.settimeout(POLL_SECONDS)
-        on_state("starting", 0, ranks)
+        on_state("starting", 0, ranks, "")
         while len(self._channels) < ranks:
             check()
             try:
@@ -119,7 +120,7 @@ class WorkerGroup:
                 raise WorkersFailedError(f"a worker began with {type(hello).__name__} instead of Hello")
             self._channels[hello.rank] = channel
             self._pids[hello.rank] = hello.pid
-            on_state("starting", len(self._channels), ranks)
+            on_state("starting", len(self._channels), ranks, "")
         self._launcher.all_connected()
 
     def _load(self, on_state: OnState, check: Check) -> None:
@@ -129,9 +130,9 @@ class WorkerGroup:
 
         def on_progress(message: Progress) -> None:
             progress[message.rank] = (message.done, message.total)
-            on_state(
-                "loading", sum(done for done, _ in progress.values()), sum(total for _, total in progress.values())
-            )
+            done, total = (sum(part) for part in zip(*progress.values(), strict=True))
+            shares = (f"{100 * part // whole}" for _, (part, whole) in sorted(progress.items()))
+            on_state("loading", done, total, f"ranks at {' '.join(shares)} %")
 
         request = Load(
             next(self._ids),

@@ -557,7 +557,7 @@ class TestBeforeAnyProcess:
             port = taken.getsockname()[1]
             with pytest.raises(ValueError, match=f"port {port} cannot be used .*leave the port at 0"):
                 WorkerGroup(single_config, port).start(lambda *state: states.append(state))
-        assert states == [("failed", 0, 1)]
+        assert states == [("failed", 0, 1, "")]
         assert sorted((own_home / "logs").glob("*")) == logs
 
     @pytest.mark.parametrize("port", [70000, -1])
@@ -592,9 +592,10 @@ class TestLife:
         assert fresh is not single
         assert fresh is acquire_group(single_config)
         assert_works(fresh, untouched)
-        assert states[0] == ("starting", 0, 1)
-        assert states[-1] == ("ready", 1, 1)
-        loading = [(done, total) for state, done, total in states if state == "loading"]
+        assert states[0] == ("starting", 0, 1, "")
+        assert states[-1] == ("ready", 1, 1, "")
+        loading = [(done, total) for state, done, total, _ in states if state == "loading"]
+        assert [detail for *_, detail in states][-2] == "ranks at 100 %"
         assert [done for done, _ in loading] == sorted(done for done, _ in loading)
         held = fresh.report()["ranks"][0]["weight_bytes"]
         assert loading[-1] == (held["transformer"] + held["text_encoder"],) * 2
@@ -604,7 +605,7 @@ class TestLife:
         states: list[str] = []
         watched: list[Watched] = []
 
-        def on_state(state: str, done: float, total: float) -> None:
+        def on_state(state: str, done: float, total: float, detail: str) -> None:
             states.append(state)
             if state == "starting" and done == total:
                 watched.append(Watched(processes_of(group)))
