@@ -156,6 +156,7 @@ def test_unload_and_start_again(server, group):
     firsts = [next(i for i, text in enumerate(texts) if text.startswith(f"{state}:")) for state in STATES]
     assert firsts == sorted(firsts)
     assert f"{STATES[0]}: 2 of 2 processes up" in texts
+    assert any(text.endswith("ranks at 100 100 %") for text in texts)
     assert texts[-1] == "ready: ulysses 2 x ring 1 x tp 1 on cpu"
 
 
