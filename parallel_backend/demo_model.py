@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ class DemoSize:
     vae_norm_groups: int
     vae_layers_per_block: int
     dtype: torch.dtype
+    text_rope_theta: float = 1e9
 
 
 SIZES = {
@@ -137,16 +138,27 @@ def make_demo_pipeline(folder: Path, *, size: str = "demo", seed: int = 0) -> Pa
 
 
 def _build_pipeline(size: DemoSize, seed: int) -> Any:
+    tokenizer = _build_tokenizer()
+    with _own_random_state(seed):
+        return assemble_pipeline(
+            tokenizer,
+            transformer=_build_transformer(size),
+            text_encoder=_build_text_encoder(size, tokenizer),
+            vae=_build_vae(size),
+            dtype=size.dtype,
+        )
+
+
+def assemble_pipeline(
+    tokenizer: Any, *, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module, dtype: torch.dtype
+) -> Any:
+    """A `Flux2Pipeline` of these models, cast to ``dtype``, with FLUX.2-dev's scheduler."""
     # Imported here: demo_folder() must stay cheap for callers that only look whether the demo is there.
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
-    tokenizer = _build_tokenizer()
-    with _own_random_state(seed):
-        transformer, text_encoder, vae = (
-            # Not model.to(): diffusers' override warns about modules to keep in float32 where there are none.
-            nn.Module.to(model, size.dtype)
-            for model in (_build_transformer(size), _build_text_encoder(size, tokenizer), _build_vae(size))
-        )
+    for model in (transformer, text_encoder, vae):
+        # Not model.to(): diffusers' override warns about modules to keep in float32 where there are none.
+        nn.Module.to(model, dtype)
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=3.0,
@@ -171,6 +183,14 @@ def _own_random_state(seed: int) -> Iterator[None]:
 
 def _build_tokenizer() -> Any:
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+    # Each word also at the start of a text, where it has no leading space.
+    words = sorted(set(_CORPUS.replace(",", " ").split()))
+    return new_tokenizer([SYSTEM_MESSAGE] * 4 + _CORPUS.splitlines() * 2 + words, vocab_size=2048)
+
+
+def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer, as Mistral's, learnt from ``texts``, with FLUX.2's tokens and template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -178,15 +198,13 @@ def _build_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
+        vocab_size=vocab_size,
         min_frequency=1,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Each word also at the start of a text, where it has no leading space.
-    words = sorted(set(_CORPUS.replace(",", " ").split()))
-    tokenizer.train_from_iterator([SYSTEM_MESSAGE] * 4 + _CORPUS.splitlines() * 2 + words, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -200,10 +218,11 @@ def _build_tokenizer() -> Any:
     )
 
 
-def _build_transformer(size: DemoSize) -> nn.Module:
+def new_transformer(size: DemoSize) -> Any:
+    """The transformer of a size, with the weights that diffusers gives it."""
     from diffusers import Flux2Transformer2DModel
 
-    model = Flux2Transformer2DModel(
+    return Flux2Transformer2DModel(
         in_channels=128,
         num_layers=size.double_blocks,
         num_single_layers=size.single_blocks,
@@ -215,6 +234,10 @@ def _build_transformer(size: DemoSize) -> nn.Module:
         rope_theta=2000,
         guidance_embeds=True,
     )
+
+
+def _build_transformer(size: DemoSize) -> nn.Module:
+    model = new_transformer(size)
     _init_unit_variance(model)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -223,7 +246,8 @@ def _build_transformer(size: DemoSize) -> nn.Module:
     return model.eval()
 
 
-def _build_text_encoder(size: DemoSize, tokenizer: Any) -> nn.Module:
+def new_text_encoder(size: DemoSize, tokenizer: Any) -> Any:
+    """The text encoder of a size for a tokenizer, with the weights that transformers gives it."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
     text_config = MistralConfig(
@@ -236,7 +260,7 @@ def _build_text_encoder(size: DemoSize, tokenizer: Any) -> nn.Module:
         head_dim=size.text_head_dim,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e9},
+        rope_parameters={"rope_type": "default", "rope_theta": size.text_rope_theta},
         sliding_window=None,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -260,21 +284,30 @@ def _build_text_encoder(size: DemoSize, tokenizer: Any) -> nn.Module:
         # fewer layers must say which ones it means.
         text_encoder_out_layers=list(size.text_out_layers),
     )
-    model = Mistral3ForConditionalGeneration(config)
+    return Mistral3ForConditionalGeneration(config)
+
+
+def _build_text_encoder(size: DemoSize, tokenizer: Any) -> nn.Module:
+    model = new_text_encoder(size, tokenizer)
     _init_unit_variance(model)
     return model.eval()
 
 
-def _build_vae(size: DemoSize) -> nn.Module:
+def new_vae(size: DemoSize) -> Any:
+    """The VAE of a size, with the weights that diffusers gives it."""
     from diffusers import AutoencoderKLFlux2
 
-    model = AutoencoderKLFlux2(
+    return AutoencoderKLFlux2(
         block_out_channels=size.vae_channels,
         layers_per_block=size.vae_layers_per_block,
         latent_channels=32,
         norm_num_groups=size.vae_norm_groups,
         sample_size=1024,
     )
+
+
+def _build_vae(size: DemoSize) -> nn.Module:
+    model = new_vae(size)
     _init_unit_variance(model)
     model.eval()
     with torch.no_grad():

@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+from transformers import Mistral3ForConditionalGeneration
 
-from parallel_backend.demo_model import CHAT_TEMPLATE, SIZES, SPECIAL_TOKENS
+from parallel_backend.demo_model import (
+    SIZES,
+    assemble_pipeline,
+    new_text_encoder,
+    new_tokenizer,
+    new_transformer,
+    new_vae,
+)
 
 from .scenes import corpus
 
-SIZE = replace(SIZES["demo"], vae_channels=(16, 32, 48, 64))
+SIZE = replace(
+    SIZES["demo"],
+    vae_channels=(16, 32, 48, 64),
+    axes_dims_rope=(4, 8, 8, 4),  # 24 tokens of height and width need finer steps than text and time
+    text_rope_theta=1e4,
+)
 LATENT_CHANNELS = 12
 """Of FLUX.2's 32; the VAE leaves the others empty. Flat shapes need no more, and a transformer of width 192 that does
 not have to carry the noise of 128 channels from its input to its output has room to think."""
@@ -30,46 +42,12 @@ PREFIX = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]"
 
 
 def build_tokenizer() -> Any:
-    """Byte-level BPE, as Mistral's; every word of the captions is one token and any text has tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([SYSTEM_MESSAGE] * 500 + corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token.startswith("[")],
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    """Every word of the captions is one token, and any text has tokens."""
+    return new_tokenizer([SYSTEM_MESSAGE] * 500 + corpus(), vocab_size=1024)
 
 
 def build_transformer() -> Flux2Transformer2DModel:
-    model = Flux2Transformer2DModel(
-        in_channels=128,
-        num_layers=SIZE.double_blocks,
-        num_single_layers=SIZE.single_blocks,
-        attention_head_dim=SIZE.head_dim,
-        num_attention_heads=SIZE.heads,
-        joint_attention_dim=3 * SIZE.text_hidden,
-        mlp_ratio=3.0,
-        axes_dims_rope=(4, 8, 8, 4),  # 24 tokens of height and width need finer steps than text and time
-        rope_theta=2000,
-        guidance_embeds=True,
-    )
+    model = new_transformer(SIZE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -83,34 +61,7 @@ def build_transformer() -> Flux2Transformer2DModel:
 
 
 def build_text_encoder(tokenizer: Any) -> Mistral3ForConditionalGeneration:
-    text_config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=SIZE.text_hidden,
-        intermediate_size=SIZE.text_intermediate,
-        num_hidden_layers=SIZE.text_layers,
-        num_attention_heads=SIZE.text_heads,
-        num_key_value_heads=SIZE.text_kv_heads,
-        head_dim=SIZE.text_head_dim,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        sliding_window=None,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision_config = PixtralVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    config = Mistral3Config(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
-        tie_word_embeddings=False,
-        text_encoder_out_layers=list(SIZE.text_out_layers),
-    )
-    model = Mistral3ForConditionalGeneration(config)
+    model = new_text_encoder(SIZE, tokenizer)
     with torch.no_grad():
         for name, parameter in model.model.language_model.named_parameters():
             if parameter.ndim == 2:
@@ -122,13 +73,7 @@ def build_text_encoder(tokenizer: Any) -> Mistral3ForConditionalGeneration:
 
 
 def build_vae() -> AutoencoderKLFlux2:
-    return AutoencoderKLFlux2(
-        block_out_channels=SIZE.vae_channels,
-        layers_per_block=SIZE.vae_layers_per_block,
-        latent_channels=32,
-        norm_num_groups=SIZE.vae_norm_groups,
-        sample_size=1024,
-    )
+    return new_vae(SIZE)
 
 
 def empty_unused_channels(vae: AutoencoderKLFlux2) -> None:
@@ -202,21 +147,12 @@ def image_ids(height: int, width: int, time: int, device: Any) -> Tensor:
 
 def save_pipeline(folder: Path, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any) -> None:
     """Write a folder in bfloat16 that ``Flux2Pipeline.from_pretrained`` loads."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        time_shift_type="exponential",
+    for model in (text_encoder, vae, transformer):
+        model.eval()
+    pipeline = assemble_pipeline(
+        tokenizer, transformer=transformer, text_encoder=text_encoder, vae=vae, dtype=torch.bfloat16
     )
-    models = [nn.Module.to(model, torch.bfloat16).eval() for model in (text_encoder, vae, transformer)]
-    pipeline = Flux2Pipeline(
-        scheduler=scheduler, vae=models[1], text_encoder=models[0], tokenizer=tokenizer, transformer=models[2]
-    )
-    # Shards of less than the 16 MiB that one file may have on its way back from a lent machine.
+    # In files small enough for any hosting.
     pipeline.save_pretrained(folder, max_shard_size="14MB")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
