@@ -70,7 +70,7 @@ class NodeState:
         log.debug("worker group: %s", text)
         if self.node_id is None:
             return
-        PromptServer.instance.send_progress_text(text, self.node_id)
+        show_text(text)
         if self.bar is None:
             self.bar = comfy.utils.ProgressBar(100, node_id=self.node_id)
         self.bar.update_absolute(round(100 * fraction), 100)

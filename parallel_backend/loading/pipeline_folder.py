@@ -39,7 +39,7 @@ class PipelineFolder:
     def check_weights(self) -> None:
         """Raise ValueError if a tensor is missing or has another shape than its configuration makes it.
 
-        The models are built without memory for their weights, which takes a second or two for large ones.
+        The models are built without memory for their weights, and of the files only headers are read.
         """
         models = {
             "transformer": self.family.build_transformer(self.transformer_config),

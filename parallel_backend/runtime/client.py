@@ -10,7 +10,8 @@ import selectors
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from .messages import (
     Hello,
     Keep,
     Load,
-    Message,
     Predict,
     Progress,
     Stats,
@@ -213,8 +213,13 @@ class WorkerGroup:
         self._kept.clear()
         self._launcher.stop(list(self._pids.values()))
 
-    def _timed(self, name: str) -> _Timed:
-        return _Timed(self, name)
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Holds the group's lock and notes the seconds of what succeeded."""
+        with self._lock:
+            began = time.perf_counter()
+            yield
+            self.seconds[name].append(time.perf_counter() - began)
 
     def _name(self, tensor: Tensor, in_use: Sequence[str], check: Check) -> str:
         """The name that a conditioning tensor has with the workers, who get it if they do not have it.
@@ -280,7 +285,12 @@ class WorkerGroup:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
                         raise self._give_up(key.data) from None
-                    self._sort_in(message, arrived, request_id, answers, tensors, on_progress)
+                    if isinstance(message, Progress):
+                        on_progress(message)
+                    elif isinstance(message, (Done, Failed)) and message.id == request_id:
+                        # Answers to a request that was given up are dropped.
+                        answers[message.rank] = message
+                        tensors.update(arrived)
                 if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
                     deadline = time.monotonic() + STRAGGLER_SECONDS
                 if deadline is not None and time.monotonic() > deadline:
@@ -298,39 +308,7 @@ class WorkerGroup:
             raise ValueError(first.error)
         raise RuntimeError(f"rank {first.rank} failed: {first.error}\n{first.traceback}")
 
-    @staticmethod
-    def _sort_in(
-        message: Message,
-        arrived: dict[str, Tensor],
-        request_id: int,
-        answers: dict[int, Done | Failed],
-        tensors: dict[str, Tensor],
-        on_progress: Callable[[Progress], None],
-    ) -> None:
-        if isinstance(message, Progress):
-            on_progress(message)
-        elif isinstance(message, (Done, Failed)) and message.id == request_id:
-            answers[message.rank] = message
-            tensors.update(arrived)
-        # Answers to a request that was given up are dropped.
-
     def _give_up(self, rank: int) -> WorkersFailedError:
         explanation = self._launcher.explain(rank)
         self.close(state="failed")
         return WorkersFailedError(f"{explanation}\nThe other workers were stopped; the next run starts a fresh group.")
-
-
-class _Timed:
-    """Holds the group's lock and notes the seconds of what succeeded."""
-
-    def __init__(self, group: WorkerGroup, name: str) -> None:
-        self.group, self.name = group, name
-
-    def __enter__(self) -> None:
-        self.group._lock.acquire()
-        self.began = time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.group.seconds[self.name].append(time.perf_counter() - self.began)
-        self.group._lock.release()

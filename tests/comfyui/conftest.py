@@ -85,15 +85,19 @@ def example_image() -> Image.Image:
     return picture
 
 
-@pytest.fixture(scope="session")
-def server(comfyui: Path, home: Path, example_image: Image.Image) -> Iterator[ComfyServer]:
-    """The session's server. Tests that kill a server make one of their own."""
-    server = ComfyServer(
+def new_server(comfyui: Path, home: Path) -> ComfyServer:
+    """A server with the tests' pipelines and the reference pack, not started."""
+    return ComfyServer(
         comfyui=comfyui,
         diffusers_folder=home / "models",
         packs=[REFERENCE_PACK],
         environment={"HYBRID_DIT_HOME": str(home)},
     )
-    with server:
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, home: Path, example_image: Image.Image) -> Iterator[ComfyServer]:
+    """The session's server. Tests that kill a server make one of their own."""
+    with new_server(comfyui, home) as server:
         server.add_input_image(EXAMPLE_IMAGE, example_image)
         yield server

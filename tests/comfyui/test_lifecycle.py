@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import REFERENCE_PACK
+from .conftest import new_server
 from .graphs import Graph, NodeId, add_latent, add_loader, add_sampler, assert_still_draws, run_well, save_latent
 from .processes import Watch, group_processes, worker_ranks
 from .server import ComfyServer, ServerDied
@@ -207,13 +207,7 @@ def test_killed_between_two_runs(server, group):
 @pytest.fixture
 def own_server(comfyui: Path, home: Path):
     """A server that a test may kill."""
-    server = ComfyServer(
-        comfyui=comfyui,
-        diffusers_folder=home / "models",
-        packs=[REFERENCE_PACK],
-        environment={"HYBRID_DIT_HOME": str(home)},
-    )
-    with server:
+    with new_server(comfyui, home) as server:
         yield server
 
 
