@@ -46,7 +46,7 @@ class Bucket:
 
     height: int  # in tokens
     width: int
-    latents: Tensor  # [N, height * width, USED]
+    latents: Tensor  # [N, height * width, len(USED)]
     weights: Tensor  # [N, height * width] uint8
     references: Tensor | None  # like latents
     ids: Tensor
@@ -139,7 +139,7 @@ def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
 def encode_bucket(vae: Any, key: tuple[int, int, bool], texts: Texts, device: Any, batch: int = 125) -> Bucket:
     height, width, _ = key
     mean, std = vae.bn.running_mean.float(), (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
-    tokens = (len(texts.scenes), height * width // 256, USED)
+    tokens = (len(texts.scenes), height * width // 256, len(USED))
     latents = torch.empty(tokens, dtype=torch.bfloat16, device=device)
     references = torch.empty_like(latents) if texts.before is not None else None
     weights = torch.empty(tokens[:2], dtype=torch.uint8, device=device)
@@ -150,7 +150,7 @@ def encode_bucket(vae: Any, key: tuple[int, int, bool], texts: Texts, device: An
             part = torch.from_numpy(arrays[start : start + batch]).to(device)
             picture, covered = render(part, height, width)
             picture = picture.contiguous(memory_format=torch.channels_last)
-            out[start : start + batch] = ((encode_pictures(vae, picture) - mean) / std)[..., :USED]
+            out[start : start + batch] = ((encode_pictures(vae, picture) - mean) / std)[..., list(USED)]
             touched = nn.functional.max_pool2d(covered[:, None], 16).flatten(1) > 0
             weights[start : start + batch] = 1 + 2 * touched.to(torch.uint8)
     ids, lengths = torch.from_numpy(texts.ids).to(device), torch.from_numpy(texts.lengths).to(device)

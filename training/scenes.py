@@ -134,17 +134,12 @@ def _place(
 ) -> tuple[Thing, ...] | None:
     short = min(height, width)
     sizes = [rng.choices(tuple(SIZES), (3, 4, 3 if len(shapes) < 3 else 2))[0] for _ in shapes]
-    on_grid = rng.random() < 0.5
     for _ in range(25):
         things: list[Thing] = []
-        for shape, colour, size in zip(shapes, colours, sizes, strict=True):
+        for shape, colour, size, (x, y) in zip(shapes, colours, sizes, _positions(rng, len(shapes)), strict=True):
             radius = rng.uniform(*SIZES[size])
             x_edge, y_edge = (radius + MARGIN) * short / width, (radius + MARGIN) * short / height
-            if on_grid:
-                x, y = (rng.choice((0.24, 0.5, 0.76)) + rng.uniform(-0.06, 0.06) for _ in range(2))
-                x, y = min(max(x, x_edge), 1 - x_edge), min(max(y, y_edge), 1 - y_edge)
-            else:
-                x, y = rng.uniform(x_edge, 1 - x_edge), rng.uniform(y_edge, 1 - y_edge)
+            x, y = min(max(x, x_edge), 1 - x_edge), min(max(y, y_edge), 1 - y_edge)
             things.append(Thing(shape, colour, size, x, y, radius))
         scene = Scene("white", tuple(things), height, width)
         if all(
@@ -155,6 +150,19 @@ def _place(
         ):
             return tuple(things)
     return None
+
+
+def _positions(rng: random.Random, count: int) -> list[tuple[float, float]]:
+    """Where ``count`` things stand: often in a row or a column through the middle, on a 3 x 3 grid, or anywhere."""
+    kind = rng.random()
+    if kind < 0.5:
+        places = [(step, 0.5) for step in ((0.5,), (0.27, 0.73), (0.19, 0.5, 0.81))[count - 1]]
+        places, spread = [(y, x) for x, y in places] if rng.random() < 0.5 else places, 0.03
+    elif kind < 0.85:
+        places, spread = [(rng.choice((0.22, 0.5, 0.78)), rng.choice((0.22, 0.5, 0.78))) for _ in range(count)], 0.04
+    else:
+        places, spread = [(0.5, 0.5)] * count, 0.45
+    return [(x + rng.uniform(-spread, spread), y + rng.uniform(-spread, spread)) for x, y in places]
 
 
 def _article(words: str) -> str:
