@@ -136,7 +136,9 @@ def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_bucket(vae: Any, key: tuple[int, int, bool], texts: Texts, device: Any, batch: int = 125) -> Bucket:
+def encode_bucket(
+    vae: Any, key: tuple[int, int, bool], texts: Texts, device: Any, batch: int = 125, outlined: bool = False
+) -> Bucket:
     height, width, _ = key
     mean, std = vae.bn.running_mean.float(), (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
     tokens = (len(texts.scenes), height * width // 256, len(USED))
@@ -148,7 +150,7 @@ def encode_bucket(vae: Any, key: tuple[int, int, bool], texts: Texts, device: An
             continue
         for start in range(0, len(arrays), batch):
             part = torch.from_numpy(arrays[start : start + batch]).to(device)
-            picture, covered = render(part, height, width)
+            picture, covered = render(part, height, width, outlined=outlined)
             picture = picture.contiguous(memory_format=torch.channels_last)
             out[start : start + batch] = ((encode_pictures(vae, picture) - mean) / std)[..., list(USED)]
             touched = nn.functional.max_pool2d(covered[:, None], 16).flatten(1) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +111,13 @@ def with_all_channels(used: Tensor, dim: int, indices: Sequence[int], count: int
     """``used`` along ``dim`` at ``indices`` of ``count`` channels, zeros at the others."""
     shape = list(used.shape)
     shape[dim] = count
-    where = torch.tensor(indices, device=used.device)
-    return used.new_zeros(shape).index_copy(dim, where, used)
+    return used.new_zeros(shape).index_copy(dim, _on_device(tuple(indices), used.device), used)
+
+
+@functools.cache
+def _on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since a CUDA graph cannot be captured while numbers are copied to the device."""
+    return torch.tensor(indices, device=device)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

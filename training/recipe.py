@@ -25,7 +25,7 @@ class Recipe:
     text_batch: int = 1024
     short_steps: int = 24000
     """Steps with contexts of `CONTEXT` tokens; then come `full_steps` with all 512, as they are in use."""
-    full_steps: int = 2400
+    full_steps: int = 1600
     short_batch: int = 160
     full_batch: int = 128
     lr: float = 1.5e-3

@@ -25,7 +25,9 @@ def to_array(scene: Scene) -> np.ndarray:
     return out
 
 
-def render(scenes: Tensor, height: int, width: int, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def render(
+    scenes: Tensor, height: int, width: int, offset: Tensor | None = None, outlined: bool = False
+) -> tuple[Tensor, Tensor]:
     """Draw ``scenes [B, 1 + SLOTS, 7]``.
 
     Args:
@@ -33,6 +35,7 @@ def render(scenes: Tensor, height: int, width: int, offset: Tensor | None = None
         height: of the window drawn, in pixels.
         width: of the window drawn, in pixels.
         offset: the window's corner (x, y) in each scene, ``[B, 2]``; the scene's own corner if None.
+        outlined: whether shapes are drawn as lines along their edges instead of filled.
 
     Returns:
         Pictures ``[B, 3, height, width]`` in -1..1, and how much of each pixel shapes cover, ``[B, height, width]``.
@@ -46,7 +49,11 @@ def render(scenes: Tensor, height: int, width: int, offset: Tensor | None = None
     covered = torch.zeros((), device=device)
     for slot in range(1, 1 + SLOTS):
         shape, x, y, radius = (scenes[:, slot, k].view(-1, 1, 1) for k in range(4))
-        cover = (0.5 - _distance(shape, xs - x, ys - y, radius)).clamp(0, 1) * (shape >= 0)
+        distance = _distance(shape, xs - x, ys - y, radius)
+        if outlined:
+            half = 1 + 0.05 * radius
+            distance = (distance + half).abs() - half
+        cover = (0.5 - distance).clamp(0, 1) * (shape >= 0)
         colour = scenes[:, slot, 4:, None, None]
         picture = torch.lerp(picture, colour.expand_as(picture), cover[:, None].expand_as(picture))
         covered = torch.maximum(covered, cover)

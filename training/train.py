@@ -38,7 +38,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def write_state(folder: Path, trainer: Trainer, vae: Any) -> int:
-    average = {n: t.cpu() for n, t in trainer.average.items()}
+    # In bfloat16, as the pipeline will be: half the size to carry around.
+    average = {n: t.to("cpu", torch.bfloat16) for n, t in trainer.average.items()}
     vae_weights = {n: t.cpu() for n, t in vae.state_dict().items()}
     save_state(folder, {"step": trainer.step, "average": average, "vae": vae_weights})
     return trainer.step

@@ -31,13 +31,17 @@ def _fused_rows(name: str, parameter: Tensor) -> list[int]:
 
 
 class Trainer:
-    """Transformer and text encoder with optimizer and moving averages."""
+    """Transformer and text encoder with optimizer and moving averages; trains ``named``, or all of both."""
 
-    def __init__(self, recipe: Recipe, transformer: Any, text_encoder: Any, encode: Any, device: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, transformer: Any, text_encoder: Any, encode: Any, device: Any,
+        named: dict[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.device, self.encode = recipe, device, encode
         self.transformer, self.text_encoder = transformer, text_encoder
-        named = {f"transformer.{n}": p for n, p in transformer.named_parameters()}
-        named |= {f"text.{n}": p for n, p in used_text_parameters(text_encoder).items()}
+        if named is None:
+            named = {f"transformer.{n}": p for n, p in transformer.named_parameters()}
+            named |= {f"text.{n}": p for n, p in used_text_parameters(text_encoder).items()}
         self.named = named
         cuda = device.type == "cuda"
         self.rate = torch.zeros((), device=device)
