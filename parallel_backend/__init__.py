@@ -1,10 +1,16 @@
 """Hybrid parallelism for diffusion transformers: Ulysses x Ring x TP, from a script, the command line or ComfyUI."""
 
-from .config import DBCacheConfig, ParallelismConfig
+from .cache.config import DBCacheConfig, TaylorSeerCalibratorConfig
+from .config import ParallelismConfig
 
 __version__ = "0.1.0"
 
-_LAZY = {"enable_cache": "parallelize", "disable_cache": "parallelize", "ModelAdapter": "families"}
+_LAZY = {
+    "enable_cache": "parallelize",
+    "disable_cache": "parallelize",
+    "summary": "parallelize",
+    "ModelAdapter": "families",
+}
 
 
 def __getattr__(name: str):
@@ -16,4 +22,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["DBCacheConfig", "ModelAdapter", "ParallelismConfig", "disable_cache", "enable_cache"]
+__all__ = [
+    "DBCacheConfig",
+    "ModelAdapter",
+    "ParallelismConfig",
+    "TaylorSeerCalibratorConfig",
+    "disable_cache",
+    "enable_cache",
+    "summary",
+]

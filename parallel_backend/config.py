@@ -1,4 +1,4 @@
-"""What a user chooses: degrees of parallelism and cache thresholds, as frozen dataclasses that validate themselves.
+"""What a user chooses: degrees of parallelism, as a frozen dataclass that validates itself.
 
 Nothing here imports torch, so a wrong degree is refused before any process or device is touched.
 """
@@ -121,49 +121,6 @@ class ParallelismConfig:
                 f"({self.describe()}); on {self.world_size} rank(s) these would work, the rest of the product as ring: "
                 f"{', '.join(fitting)}"
             )
-
-
-@dataclass(frozen=True)
-class DBCacheConfig:
-    """Thresholds of DBCache, the dual block cache of cache-dit (its names and defaults).
-
-    Args:
-        Fn_compute_blocks: first blocks that are computed in each step and whose residual is measured.
-        Bn_compute_blocks: last blocks that are computed in each step.
-        residual_diff_threshold: relative L1 difference of residuals below which a step is taken from the cache.
-        max_warmup_steps: first steps that are always computed.
-        warmup_interval: within the warmup, every how many steps one is computed.
-        max_cached_steps: most cached steps in a run; -1 means no limit.
-        max_continuous_cached_steps: most cached steps in a row; -1 means no limit.
-
-    Raises:
-        ValueError: a value out of range, by name.
-    """
-
-    Fn_compute_blocks: int = 8
-    Bn_compute_blocks: int = 0
-    residual_diff_threshold: float = 0.08
-    max_warmup_steps: int = 8
-    warmup_interval: int = 1
-    max_cached_steps: int = -1
-    max_continuous_cached_steps: int = -1
-
-    def __post_init__(self) -> None:
-        least = {
-            "Fn_compute_blocks": 1,
-            "Bn_compute_blocks": 0,
-            "max_warmup_steps": 0,
-            "warmup_interval": 1,
-            "max_cached_steps": -1,
-            "max_continuous_cached_steps": -1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not _is_int(value) or value < minimum:
-                raise ValueError(f"DBCacheConfig.{name} must be a whole number of at least {minimum}; got {value!r}")
-        threshold = self.residual_diff_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-            raise ValueError(f"DBCacheConfig.residual_diff_threshold must lie between 0 and 1; got {threshold!r}")
 
 
 def _is_int(value: object) -> bool:

@@ -9,7 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from .config import DBCacheConfig, ParallelismConfig
+from .cache.block_cache import BlockCache
+from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from .cache.pipeline_cache import PipelineCache
+from .config import ParallelismConfig
 from .families import Family, Model, ModelAdapter, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
 from .parallel.attention import ShardedAttention
@@ -17,6 +20,7 @@ from .parallel.sequence import SequenceShards, shard_sequence
 from .parallel.tensor import ParamShard, apply_tensor_parallel
 
 _STATE = "_hybrid_parallel"
+_CACHE = "_hybrid_cache"
 
 
 @dataclass
@@ -34,31 +38,36 @@ def enable_cache(
     pipe_or_model: Any,
     cache_config: DBCacheConfig | None = None,
     *,
+    calibrator_config: TaylorSeerCalibratorConfig | None = None,
     parallelism_config: ParallelismConfig | None = None,
 ) -> Any:
-    """Parallelise a diffusers pipeline, a transformer or a `ModelAdapter` in place, on every rank of a torchrun job.
+    """Parallelise and cache a diffusers pipeline, a transformer or a `ModelAdapter` in place.
 
     Args:
-        pipe_or_model: what to parallelise; classes stay as they are, only these instances change.
-        cache_config: thresholds of the block cache. The cache is not part of this version: a configuration is checked
-            and a warning says that every step is computed.
-        parallelism_config: degrees whose product is the number of ranks; None leaves the model as it is.
+        pipe_or_model: what to work on; classes stay as they are, only these instances change.
+        cache_config: thresholds of the block cache; None computes each step in full.
+        calibrator_config: has cached steps extrapolate; needs a `cache_config`.
+        parallelism_config: degrees whose product is the number of ranks of the torchrun job, all of which make this
+            call; None leaves the model whole.
 
     Returns:
         ``pipe_or_model``.
 
     Raises:
-        ValueError: an unsupported model, degrees that do not fit the ranks or the model, a second call on the same
-            object, or no initialised process group.
+        ValueError: an unsupported model, degrees that do not fit the ranks or the model, thresholds that do not fit
+            the model, a second call on the same object, or no initialised process group.
     """
-    if cache_config is not None:
-        warnings.warn(
-            "the block cache is not part of this version: every step is computed, the result is exact", stacklevel=2
-        )
-    if parallelism_config is None:
+    if calibrator_config is not None and cache_config is None:
+        raise ValueError("calibrator_config without cache_config: there are no cached steps to calibrate")
+    if parallelism_config is None and cache_config is None:
         return pipe_or_model
 
     transformer = _transformer(pipe_or_model)
+    if hasattr(transformer, _CACHE):
+        raise ValueError(
+            f"this {type(transformer).__name__} has a cache already; call disable_cache on it first, and give "
+            "cache_config and parallelism_config in one call"
+        )
     if hasattr(transformer, _STATE):
         state: ParallelState = getattr(transformer, _STATE)
         raise ValueError(
@@ -66,21 +75,53 @@ def enable_cache(
             "call disable_cache on it first, or load it anew where its weights are sharded"
         )
     family = family_of_transformer(type(transformer).__name__)
-    mesh = build_mesh(parallelism_config)
-    extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
-    parallelize_transformer(transformer, family, parallelism_config, mesh)
-    for name, module in extra:
-        parallelize_text_encoder(module, family, mesh, name)
+    if cache_config is not None:
+        blocks = sum(len(getattr(transformer, stack.attribute)) for stack in family.block_stacks)
+        cache_config.check_blocks(blocks, f"this {type(transformer).__name__}")
+
+    axis = SINGLE
+    if parallelism_config is not None:
+        mesh = build_mesh(parallelism_config)
+        axis = mesh.world
+        extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
+        parallelize_transformer(transformer, family, parallelism_config, mesh)
+        for name, module in extra:
+            parallelize_text_encoder(module, family, mesh, name)
+
+    if cache_config is not None:
+        cache = BlockCache(transformer, family.block_stacks, axis)
+        settings = CacheSettings(cache_config, calibrator_config)
+        setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _scheduled_steps(pipe_or_model)))
     return pipe_or_model
+
+
+def summary(pipe_or_model: Any) -> dict[str, Any]:
+    """The last run of a cached pipeline or model in figures; docs/report.md explains them (under "cache").
+
+    Raises:
+        ValueError: there is no cache, or it has not seen a run.
+    """
+    transformer = _transformer(pipe_or_model)
+    cache: PipelineCache | None = getattr(transformer, _CACHE, None)
+    if cache is None:
+        raise ValueError(f"this {type(transformer).__name__} has no cache; call enable_cache with a cache_config")
+    if cache.run is None:
+        raise ValueError(f"the cache of this {type(transformer).__name__} has not seen a run yet")
+    return cache.run.report()
 
 
 def disable_cache(pipe_or_model: Any) -> Any:
     """Undo `enable_cache` on an object and return it.
 
     Raises:
-        ValueError: the weights are sharded over tp, so that no rank holds the original any more.
+        ValueError: the weights are sharded over tp, so that no rank holds the original any more. (A cache is gone
+            all the same.)
     """
     transformer = _transformer(pipe_or_model)
+    cache: PipelineCache | None = getattr(transformer, _CACHE, None)
+    if cache is not None:
+        cache.remove()
+        delattr(transformer, _CACHE)
     state: ParallelState | None = getattr(transformer, _STATE, None)
     if state is None:
         return pipe_or_model
@@ -157,6 +198,12 @@ def text_axis(family: Family, config: dict[str, Any], mesh: ParallelMesh) -> Axi
     return Axis(groups[mesh.world.rank // degree], degree, mesh.world.rank % degree)
 
 
+def _scheduled_steps(pipe_or_model: Any) -> int | None:
+    """Steps of the run that a pipeline's scheduler is set to; None where there is no scheduler."""
+    timesteps = getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
+    return None if timesteps is None else len(timesteps)
+
+
 def _transformer(pipe_or_model: Any) -> Model:
     """The transformer of a pipeline or adapter, or the model itself."""
     transformer = getattr(pipe_or_model, "transformer", None)
@@ -200,4 +247,4 @@ def _extra_modules(
     return found
 
 
-__all__ = ["ModelAdapter", "disable_cache", "enable_cache"]
+__all__ = ["ModelAdapter", "disable_cache", "enable_cache", "summary"]

@@ -12,6 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .cache.config import CacheSettings
+from .cache.run import CacheRun
 from .runtime.client import WorkerGroup
 
 MAX_TEXT_TOKENS = 512
@@ -71,7 +73,10 @@ def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 def draw(
-    group: WorkerGroup, request: ImageRequest, on_step: Callable[[int, int], None] = lambda *_: None
+    group: WorkerGroup,
+    request: ImageRequest,
+    on_step: Callable[[int, int], None] = lambda *_: None,
+    cache: CacheSettings | None = None,
 ) -> Image.Image:
     """Draw one picture.
 
@@ -79,6 +84,7 @@ def draw(
         group: a ready worker group.
         request: what to draw.
         on_step: told the steps done and the steps in all.
+        cache: of the transformer's blocks; None computes each step in full.
 
     Raises:
         ValueError: a request that cannot be drawn.
@@ -102,11 +108,15 @@ def draw(
     scheduler = load_scheduler(folder)
     family.set_timesteps(scheduler, request.steps, shape[2] * shape[3])
     guidance = torch.tensor([request.guidance])
+    run = None if cache is None else CacheRun(cache, steps=request.steps)
     on_step(0, request.steps)
     for index, timestep in enumerate(scheduler.timesteps):
-        prediction = group.predict(latent, timestep.expand(1) / 1000, context, guidance)
+        plan = None if run is None else (run, run.evaluation("", index))
+        prediction = group.predict(latent, timestep.expand(1) / 1000, context, guidance, cache=plan)
         latent = scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
         on_step(index + 1, request.steps)
+    if run is not None:
+        group.end_run(run)
     return to_picture(group.decode(latent))
 
 

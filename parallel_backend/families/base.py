@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
@@ -50,6 +51,8 @@ class Family(ABC):
     """For each token stream the arguments of the transformer's forward that are cut along their second to last dim."""
     output_stream: int
     """Index of the stream that the transformer's output belongs to."""
+    block_stacks: tuple[BlockStack, ...]
+    """The transformer's lists of blocks in the order in which they run, for the cache."""
     latent_channels: int
     """Channels of the latent as ComfyUI and the transformer see it."""
     latent_downscale: int

@@ -14,6 +14,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empi
 from torch import Tensor, nn
 from transformers import AutoModel, Mistral3Config
 
+from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
@@ -38,6 +39,10 @@ class Flux2(Family):
     vae_class = "AutoencoderKLFlux2"
     sequence_inputs = (("encoder_hidden_states", "txt_ids"), ("hidden_states", "img_ids"))
     output_stream = 1
+    block_stacks = (
+        BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
+        BlockStack("single_transformer_blocks", ("hidden_states",)),
+    )
     latent_channels = 128
     latent_downscale = 16
 

@@ -12,12 +12,15 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache.decision import Decision, Evaluation
+from ..cache.run import CacheRun
 from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from .channel import Channel, ChannelClosedError, pack
 from .group_config import GroupConfig
@@ -27,6 +30,7 @@ from .messages import (
     Done,
     EncodeImage,
     EncodeText,
+    EndRun,
     Failed,
     Hello,
     Keep,
@@ -63,6 +67,7 @@ class WorkerGroup:
         self.state = "starting"
         self.seconds: dict[str, Any] = {"start": 0.0, "load": 0.0}
         self.reset_timings()
+        self.last_run: CacheRun | None = None
         self._launcher = Launcher(config.layout.world_size, config.devices, port)
         self._channels: dict[int, Channel] = {}
         self._pids: dict[int, int] = {}
@@ -160,6 +165,7 @@ class WorkerGroup:
         guidance: Tensor | None = None,
         references: Sequence[Tensor] = (),
         check: Check = lambda: None,
+        cache: tuple[CacheRun, Evaluation] | None = None,
     ) -> Tensor:
         """One evaluation of the transformer.
 
@@ -170,6 +176,8 @@ class WorkerGroup:
             guidance: ``[B]`` or None.
             references: reference latents ``[1 or B, C, h, w]``; sent when new, named afterwards.
             check: called every 50 ms; may raise to give the step up. The group stays usable.
+            cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
+                `end_run` when the run is over.
 
         Returns:
             The prediction ``[B, C, H, W]``, in the model's dtype, on the CPU.
@@ -182,7 +190,22 @@ class WorkerGroup:
             if guidance is not None:
                 tensors["guidance"] = guidance
             request = Predict(next(self._ids), names[0], names[1:])
-            return self._call(request, tensors, check)[1]["prediction"]
+            if cache is not None:
+                run, evaluation = cache
+                plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
+                request = replace(request, cache=plan)
+            began = time.perf_counter()
+            answers, results = self._call(request, tensors, check)
+            if cache is not None:
+                run.note(evaluation, Decision(**answers[0].data), time.perf_counter() - began)
+                self.last_run = run
+            return results["prediction"]
+
+    def end_run(self, run: CacheRun) -> None:
+        """Free what the workers' cache keeps of a run. A group that is gone has nothing to free."""
+        with self._lock:
+            if self._channels:
+                self._call(EndRun(next(self._ids), run.id), {}, lambda: None)
 
     def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
         """Image ``[B, 3, H, W]`` in -1..1 (fp32) from a latent ``[B, C, h, w]``."""
@@ -198,7 +221,8 @@ class WorkerGroup:
         """The report that docs/report.md explains, field by field."""
         with self._lock:
             ranks = [done.data for done in self._call(Stats(next(self._ids)), {}, lambda: None)[0]]
-        return make_report(self.config, self.source.family.name, self.seconds, ranks)
+        cache = None if self.last_run is None else self.last_run.report()
+        return make_report(self.config, self.source.family.name, self.seconds, ranks, cache)
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..cache.block_cache import BlockCache
+from ..cache.config import CacheSettings
+from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
 from ..loading.pipeline_folder import open_pipeline_folder
 from ..loading.safetensors_reader import load_weights
@@ -44,6 +48,7 @@ class Engine:
 
         self.transformer = self.family.build_transformer(source.transformer_config)
         transformer_table = parallelize_transformer(self.transformer, self.family, layout, mesh)
+        self.cache = BlockCache(self.transformer, self.family.block_stacks, mesh.world)
         self.text_layers = self.family.text_layers(source.text_config)
         self.text = self.family.build_text_model(source.text_config)
         text_table = shard_text_model(
@@ -89,9 +94,18 @@ class Engine:
 
     @torch.no_grad()
     def predict(
-        self, x: Tensor, timestep: Tensor, guidance: Tensor | None, context: str, references: list[str]
-    ) -> Tensor:
-        """Prediction ``[B, C, H, W]`` for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same."""
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        context: str,
+        references: list[str],
+        cache: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Decision | None]:
+        """Prediction ``[B, C, H, W]`` for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same.
+
+        With ``cache`` (``settings`` and ``evaluation``) also what the cache decided.
+        """
         missing = [name for name in (context, *references) if name not in self.kept]
         if missing:
             raise ValueError(f"conditioning {', '.join(missing)} was not sent to the workers")
@@ -103,7 +117,10 @@ class Engine:
             None if guidance is None else guidance.to(self.device),
             [self.kept[name] for name in references],
         )
-        return self.family.prediction(self.transformer(**inputs, return_dict=False)[0], x)
+        if cache is not None:
+            self.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
+        output = self.transformer(**inputs, return_dict=False)[0]
+        return self.family.prediction(output, x), self.cache.last
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -127,4 +144,5 @@ class Engine:
             "device_name": name,
             "weight_bytes": dict(self.weight_bytes),
             "peak_bytes": peak,
+            "cache_bytes": self.cache.kept_bytes(),
         }

@@ -50,12 +50,22 @@ class Keep:
 class Predict:
     """One evaluation of the transformer on tensors ``x``, ``timestep`` (and ``guidance``); rank 0: ``prediction``.
 
-    ``context`` and ``references`` are names of kept tensors.
+    ``context`` and ``references`` are names of kept tensors. ``cache`` has the cache's ``settings`` and the
+    ``evaluation``; each rank's answer then says what was decided.
     """
 
     id: int
     context: str
     references: list[str] = field(default_factory=list)
+    cache: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """A run of a sampler has ended: free what the cache keeps of it."""
+
+    id: int
+    run: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,9 @@ class Failed:
     traceback: str = ""
 
 
-Message = Hello | Load | EncodeText | Keep | Predict | DecodeLatent | EncodeImage | Stats | Progress | Done | Failed
+Message = (
+    Hello | Load | EncodeText | Keep | Predict | EndRun | DecodeLatent | EncodeImage | Stats | Progress | Done | Failed
+)
 _TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}  # type: ignore[attr-defined]
 
 

@@ -15,7 +15,11 @@ from .group_config import GroupConfig
 
 
 def make_report(
-    config: GroupConfig, family: str, seconds: Mapping[str, Any], ranks: list[dict[str, Any]]
+    config: GroupConfig,
+    family: str,
+    seconds: Mapping[str, Any],
+    ranks: list[dict[str, Any]],
+    cache: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Put a report together.
 
@@ -24,6 +28,7 @@ def make_report(
         family: name of the model family.
         seconds: ``start`` and ``load``, and lists of ``text``, ``steps`` and ``decode``.
         ranks: each rank's own figures, in rank order.
+        cache: the last run that used the block cache.
     """
     layout = config.layout
     steps = list(seconds["steps"])
@@ -51,5 +56,6 @@ def make_report(
             "step_median": statistics.median(steps) if steps else None,
             "decode": sum(seconds["decode"]),
         },
+        "cache": cache,
         "ranks": ranks,
     }

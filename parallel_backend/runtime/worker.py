@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from .messages import (
     Done,
     EncodeImage,
     EncodeText,
+    EndRun,
     Failed,
     Hello,
     Keep,
@@ -118,10 +120,18 @@ def perform(
             engine.keep(tensors, request.forget)
             return {}, {}
         case Predict():
-            prediction = engine.predict(
-                tensors["x"], tensors["timestep"], tensors.get("guidance"), request.context, request.references
+            prediction, decision = engine.predict(
+                tensors["x"],
+                tensors["timestep"],
+                tensors.get("guidance"),
+                request.context,
+                request.references,
+                request.cache,
             )
-            return {}, {"prediction": prediction}
+            return {} if decision is None else asdict(decision), {"prediction": prediction}
+        case EndRun():
+            engine.cache.forget(request.run)
+            return {}, {}
         case DecodeLatent():
             return {}, {"image": engine.decode(tensors["latent"])} if engine.rank == 0 else {}
         case EncodeImage():
