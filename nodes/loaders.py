@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
-from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder, make_demo_pipeline
+from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.pipeline_folder import open_pipeline_folder
 from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
@@ -38,7 +38,7 @@ class LoadPipeline(io.ComfyNode):
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
                     tooltip="A folder with a model_index.json under models/diffusers. "
-                    f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that is made on first use, to try things out.",
+                    f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along; it draws simple shapes.",
                 ),
                 LayoutSocket.Input(
                     "layout",
@@ -67,8 +67,7 @@ class LoadPipeline(io.ComfyNode):
             return True
         try:
             folder = find_pipeline(pipeline)
-            if folder is not None:
-                open_pipeline_folder(folder).check(ParallelismConfig())
+            open_pipeline_folder(folder).check(ParallelismConfig())
         except ValueError as error:
             return str(error)
         return True
@@ -76,14 +75,13 @@ class LoadPipeline(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, pipeline=None, **_):
         # A folder that was replaced is loaded anew.
-        folder = find_pipeline(pipeline) if pipeline is not None else None
-        return open_pipeline_folder(folder).fingerprint() if folder is not None else ""
+        return open_pipeline_folder(find_pipeline(pipeline)).fingerprint() if pipeline is not None else ""
 
     @classmethod
     def execute(cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto") -> io.NodeOutput:
         layout = layout or Layout(ParallelismConfig(), "auto")
         try:
-            folder = find_pipeline(pipeline) or make_demo_pipeline(demo_folder())
+            folder = find_pipeline(pipeline)
             handle = GroupHandle(GroupConfig.create(folder, layout.degrees, layout.devices, dtype))
             source = handle.get().source
         except (ValueError, RuntimeError) as error:
@@ -105,8 +103,8 @@ def list_pipelines() -> list[str]:
     return sorted(names | {DEMO_FOLDER_NAME})
 
 
-def find_pipeline(name: str) -> Path | None:
-    """The folder of a listed name; None for the demo when it is not made yet.
+def find_pipeline(name: str) -> Path:
+    """The folder of a listed name.
 
     Raises:
         ValueError: there is no such folder under models/diffusers.
@@ -119,5 +117,5 @@ def find_pipeline(name: str) -> Path | None:
         if (Path(root) / name).is_dir():
             return Path(root) / name
     if name == DEMO_FOLDER_NAME:
-        return demo_folder() if demo_folder().is_dir() else None
+        return demo_folder()
     raise ValueError(f"there is no pipeline folder {name!r} under {', '.join(map(str, roots))}")

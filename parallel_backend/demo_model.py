@@ -1,7 +1,7 @@
-"""A complete FLUX.2 pipeline folder with random weights: the real classes, small enough for two CPU cores.
+"""Small FLUX.2 pipelines: where the trained one is, and how ones with random weights are made.
 
-It stands in for the 100 GB of FLUX.2-dev wherever only the machinery matters: the demo, the tests and the example
-workflows. The layout on disk is the one of ``black-forest-labs/FLUX.2-dev``, so everything that reads that reads this.
+They stand in for the 100 GB of FLUX.2-dev in the demo, the tests and the example workflows. The layout on disk is the
+one of ``black-forest-labs/FLUX.2-dev``, so everything that reads that reads these.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from .paths import home
 
 DEMO_FOLDER_NAME = "flux2-demo"
 
@@ -97,12 +95,15 @@ SIZES = {
 
 
 def demo_folder() -> Path:
-    """Where the demo pipeline lives: ``$HYBRID_DIT_HOME`` (or ``~/.cache/hybrid-dit``) ``/models/flux2-demo``."""
-    return home() / "models" / DEMO_FOLDER_NAME
+    """The trained demo pipeline, which comes with this package; ``training/`` has its recipe.
+
+    It draws one to three shapes: "a large red circle left of a small blue star on a grey background".
+    """
+    return Path(__file__).parent / "models" / DEMO_FOLDER_NAME
 
 
 def make_demo_pipeline(folder: Path, *, size: str = "demo", seed: int = 0) -> Path:
-    """Write a pipeline that ``diffusers.Flux2Pipeline.from_pretrained(folder)`` loads, and return ``folder``.
+    """Write a pipeline with random weights that ``diffusers.Flux2Pipeline.from_pretrained`` loads; returns ``folder``.
 
     Nothing is done where ``folder`` already holds a pipeline. The folder appears complete or not at all, so any number
     of processes may call this at the same time.

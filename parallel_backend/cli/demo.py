@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="TCP port of the rendezvous; 0 takes a free one")
-    parser.add_argument("--model", type=Path, help="a diffusers pipeline folder (default: a small FLUX.2, made here)")
+    parser.add_argument(
+        "--model", type=Path, help="a diffusers pipeline folder (default: the small FLUX.2 that comes along)"
+    )
     parser.add_argument("--prompt", default="a large red circle left of a small blue star on a grey background")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from ..demo_model import demo_folder, make_demo_pipeline
+    from ..demo_model import demo_folder
     from ..loading.pipeline_folder import open_pipeline_folder
     from ..runtime.group_config import GroupConfig
     from ..runtime.groups import acquire_group
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
-    folder = arguments.model or make_demo_pipeline(demo_folder())
+    folder = arguments.model or demo_folder()
     request.check(open_pipeline_folder(folder).family.latent_downscale)
     load_scheduler(folder)  # before anything is started
     devices = arguments.devices

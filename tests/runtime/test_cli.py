@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from parallel_backend.cli import main
+from parallel_backend.demo_model import demo_folder
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -23,7 +24,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_demo_draws_a_picture_and_writes_a_report(tmp_path, own_home):
+def test_demo_draws_a_picture_and_writes_a_report(tmp_path):
     layout = ["--ulysses", "1", "--ring", "2", "--tp", "1", "--devices", "cpu", "--port", str(free_port())]
     request = ["--steps", "2", "--width", "64", "--height", "96", "--seed", "7"]
     files = ["--out", str(tmp_path / "picture.png"), "--report", str(tmp_path / "report.json")]
@@ -40,10 +41,7 @@ def test_demo_draws_a_picture_and_writes_a_report(tmp_path, own_home):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["layout"] == {"name": "Ring-2", "ulysses": 1, "ring": 2, "tp": 1, "ranks": 2}
     assert report["backend"] == "gloo"
-    # The demo pipeline was made here, in the project's home.
-    folder = own_home / "models" / "flux2-demo"
-    assert report["model"] == {"family": "flux2", "folder": str(folder), "dtype": "float32"}
-    assert (folder / "model_index.json").is_file()
+    assert report["model"] == {"family": "flux2", "folder": str(demo_folder()), "dtype": "float32"}
     assert set(report["versions"]) == {"hybrid_dit", "torch", "diffusers", "transformers"}
     seconds = report["seconds"]
     assert set(seconds) == {"start", "load", "text", "steps", "step_median", "decode", "total"}
