@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline
 
-from parallel_backend import DBCacheConfig, ModelAdapter, ParallelismConfig, disable_cache, enable_cache
+from parallel_backend import ModelAdapter, ParallelismConfig, disable_cache, enable_cache
 from parallel_backend.mesh import ParallelMesh
 
 from .cases import flux2_inputs, relative_error, text_ids, tiny_text_encoder, tiny_transformer
@@ -171,15 +170,3 @@ def refusals(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, str]:
     said["extra twice"] = _refusal(adapter, parallelism_config=extra("text_encoder"))
     assert torch.equal(transformer(**inputs).sample, before), "a refused model was changed"
     return said
-
-
-def warning_of_a_cache_configuration(mesh: ParallelMesh, layout: ParallelismConfig) -> tuple[list[str], float]:
-    """The warnings that a cache configuration gives, and the relative error of the model."""
-    model, inputs = tiny_transformer(), flux2_inputs(5, [(3, 5)], 1)
-    expected = model(**inputs).sample
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        enable_cache(model, DBCacheConfig(Fn_compute_blocks=1), parallelism_config=layout)
-    # The warning must point at the caller, or a filter by module hides it.
-    texts = [str(warning.message) for warning in caught if warning.filename == __file__]
-    return texts, relative_error(model(**inputs).sample, expected)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from parallel_backend import DBCacheConfig, ModelAdapter, ParallelismConfig, disable_cache, enable_cache
+from parallel_backend import ModelAdapter, ParallelismConfig, disable_cache, enable_cache
 from parallel_backend.demo_model import make_demo_pipeline
 from tests.distributed import pipeline_cases as run
 from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
@@ -91,13 +91,6 @@ def test_what_cannot_be_done_is_refused_on_every_rank(world):
         assert "text_encoder (Mistral3ForConditionalGeneration) is parallel already" in said["extra twice"]
 
 
-def test_a_cache_configuration_warns_and_changes_nothing(world):
-    for texts, error in world.run(run.warning_of_a_cache_configuration, WITH_TP):
-        assert len(texts) == 1
-        assert "block cache is not part of this version" in texts[0]
-        assert error <= TOLERANCE
-
-
 class TestWithoutProcessGroup:
     """In a plain script, not started by torchrun."""
 
@@ -120,8 +113,7 @@ class TestWithoutProcessGroup:
         model = tiny_transformer()
         attributes = set(vars(model))
         processors = dict(model.attn_processors)
-        with pytest.warns(UserWarning, match="block cache"):
-            assert enable_cache(model, DBCacheConfig()) is model
+        assert enable_cache(model) is model
         assert set(vars(model)) == attributes
         assert all(model.attn_processors[name] is processors[name] for name in processors)
         assert disable_cache(model) is model

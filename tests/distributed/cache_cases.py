@@ -1,0 +1,115 @@
+"""Cached sampling runs for the ranks of the test world, and what they did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel_backend.cache.block_cache import BlockCache
+from parallel_backend.cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from parallel_backend.cache.decision import Evaluation
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.mesh import SINGLE, ParallelMesh
+from parallel_backend.parallelize import enable_cache, parallelize_transformer, summary
+from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+
+STEPS = 12
+THRESHOLD = 0.23
+
+
+@dataclass
+class Result:
+    """Per evaluation: computed or not, and the measured difference; the last latents; calls of all_reduce and tolist."""
+
+    computed: list[bool]
+    diffs: list[float | None]
+    latents: torch.Tensor
+    all_reduces: list[int]
+    syncs: list[int]
+
+
+def settings(order: int, **changes: Any) -> CacheSettings:
+    values = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": THRESHOLD, **changes}
+    return CacheSettings(DBCacheConfig(**values), TaylorSeerCalibratorConfig(order) if order else None)
+
+
+def sample(
+    mesh: ParallelMesh | None, layout: ParallelismConfig, text: int, sizes: list[tuple[int, int]], batch: int,
+    plan: CacheSettings, shifted: bool = False,
+) -> Result:  # fmt: skip
+    """Euler steps with a cached transformer; without a mesh in this process alone.
+
+    ``shifted`` has the first half of the image's tokens drift fast and the other half hardly.
+    """
+    model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(text, sizes, batch)
+    if mesh is not None:
+        parallelize_transformer(model, FLUX2, layout, mesh)
+    cache = BlockCache(model, FLUX2.block_stacks, SINGLE if mesh is None else mesh.world)
+    x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
+    drift = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    if shifted:
+        drift[:, tokens // 2 :] *= 0.01
+    counts, watched = {"all_reduce": 0, "tolist": 0}, (dist.all_reduce, torch.Tensor.tolist)
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    dist.all_reduce, torch.Tensor.tolist = counted("all_reduce", watched[0]), counted("tolist", watched[1])
+    result = Result([], [], x, [], [])
+    try:
+        for step in range(STEPS):
+            before = dict(counts)
+            cache.plan(plan, Evaluation("run", "", float(step), STEPS))
+            moved = x + 0.0005 * step**2 * drift
+            sigma = torch.full((batch,), 1 - 0.0001 * step)
+            out = model(**{**inputs, "hidden_states": moved, "timestep": sigma}).sample
+            x = torch.cat([x[:, :tokens] - 1e-4 * out[:, :tokens], x[:, tokens:]], dim=1)
+            assert cache.last is not None
+            result.computed.append(cache.last.computed)
+            result.diffs.append(cache.last.diff)
+            result.all_reduces.append(counts["all_reduce"] - before["all_reduce"])
+            result.syncs.append(counts["tolist"] - before["tolist"])
+    finally:
+        dist.all_reduce, torch.Tensor.tolist = watched
+    result.latents = torch.cat([x, out[:, :tokens]], dim=1) if out.shape[2] == x.shape[2] else x
+    return result
+
+
+def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any) -> tuple[list[bool], list[float]]:
+    """The decisions of a run, and this rank's own difference at each step that was measured."""
+    own: list[float] = []
+    measure = BlockCache.__init__.__globals__["_Pass"]._difference
+
+    def note(self: Any, residual: torch.Tensor) -> float:
+        kept = self.stream.residual
+        own.append(((kept - residual).abs().sum() / kept.abs().sum()).item())
+        return measure(self, residual)
+
+    kind = BlockCache.__init__.__globals__["_Pass"]
+    kind._difference = note
+    try:
+        return sample(mesh, layout, *args).computed, own
+    finally:
+        kind._difference = measure
+
+
+def library(mesh: ParallelMesh, layout: ParallelismConfig) -> tuple[torch.Tensor, list[bool]]:
+    """`enable_cache` with a cache on all ranks of the world: the last output and the decisions."""
+    return _library(layout)
+
+
+def _library(layout: ParallelismConfig | None) -> tuple[torch.Tensor, list[bool]]:
+    model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(5, [(3, 5)], 1)
+    plan = settings(1)
+    enable_cache(model, plan.config, calibrator_config=plan.calibrator, parallelism_config=layout)
+    for step in range(STEPS):
+        sigma = torch.full((1,), 1 - 0.0001 * step)
+        out = model(**{**inputs, "timestep": sigma}).sample
+    return out, [evaluation["computed"] for evaluation in summary(model)["evaluations"]]

@@ -1,0 +1,79 @@
+"""Every layout takes the cache's decisions of one process, step by step, and gives its latents."""
+
+import functools
+
+import pytest
+import torch
+
+from parallel_backend import ParallelismConfig
+from tests.distributed import cache_cases as cases
+from tests.distributed.cases import relative_error
+from tests.distributed.layouts import REFERENCE_TABLE
+
+TOLERANCE = 1e-5
+"""fp32: the layouts only reorder sums."""
+
+RUNS = {
+    "odd lengths, a reference, batch 2": (7, [(5, 7), (3, 4)], 2),
+    "fewer image tokens than ranks": (5, [(1, 3)], 1),
+}
+
+
+@functools.cache
+def alone(run: str, order: int) -> cases.Result:
+    with torch.no_grad():
+        return cases.sample(None, ParallelismConfig(), *RUNS[run], cases.settings(order))
+
+
+@pytest.mark.parametrize("name", REFERENCE_TABLE)
+@pytest.mark.parametrize(("run", "order"), [(run, order) for order, run in enumerate(RUNS)])
+def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
+    expected = alone(run, order)
+    assert 3 <= sum(expected.computed) <= cases.STEPS - 3
+    measured = [diff for diff in expected.diffs if diff is not None]
+    # Nowhere so near the threshold that rounding could decide.
+    assert min(abs(diff - cases.THRESHOLD) for diff in measured) > 1e-3
+    for result in world.run(cases.sample, REFERENCE_TABLE[name], *RUNS[run], cases.settings(order)):
+        assert result.computed == expected.computed
+        for ours, theirs in zip(result.diffs, expected.diffs, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        assert relative_error(result.latents, expected.latents) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "Ring-8"])
+def test_one_all_reduce_and_one_host_sync_a_measured_step(world, name):
+    layout, run = REFERENCE_TABLE[name], RUNS["odd lengths, a reference, batch 2"]
+    mask = (1, 1, 1, *(0, 0, 1) * 3)
+    static = cases.settings(0, steps_computation_mask=mask, steps_computation_policy="static", max_warmup_steps=0)
+    for dynamic, fixed in zip(
+        world.run(cases.sample, layout, *run, cases.settings(0)), world.run(cases.sample, layout, *run, static),
+        strict=True,
+    ):  # fmt: skip
+        assert fixed.computed == [bool(value) for value in mask]
+        # Tensor parallelism has all-reduces of its own, as many in each computed (or cached) step.
+        own = {computed: count for computed, count in zip(fixed.computed, fixed.all_reduces, strict=True)}
+        assert fixed.syncs == [0] * cases.STEPS
+        for computed, diff, reduces, syncs in zip(
+            dynamic.computed, dynamic.diffs, dynamic.all_reduces, dynamic.syncs, strict=True
+        ):
+            assert reduces - own[computed] == syncs == (diff is not None)
+
+
+def test_ranks_whose_own_differences_disagree_decide_alike(world):
+    layout = REFERENCE_TABLE["Ring-2"]
+    plan = cases.settings(0, residual_diff_threshold=0.12, max_warmup_steps=1)
+    (first, own_first), (second, own_second) = world.run(
+        cases.local_differences, layout, 4, [(4, 8)], 1, plan, True, timeout=60
+    )
+    assert first == second
+    # Decided by each rank alone, the ranks would part (and then wait for each other for ever).
+    assert any((a < 0.12) != (b < 0.12) for a, b in zip(own_first, own_second, strict=True))
+
+
+def test_the_library_on_eight_ranks(world):
+    with torch.no_grad():
+        expected, decisions = cases._library(None)
+    assert 3 <= sum(decisions) <= cases.STEPS - 3
+    for out, computed in world.run(cases.library, REFERENCE_TABLE["USP-2-2-TP-2"]):
+        assert computed == decisions
+        assert relative_error(out, expected) <= TOLERANCE

@@ -1,0 +1,300 @@
+"""The block cache on a tiny FLUX.2 in one process, against the algorithm written down with plain hooks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from torch._dynamo.testing import CompileCounter
+
+from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig, disable_cache, enable_cache, summary
+from parallel_backend.cache.block_cache import MOST_STREAMS, BlockCache
+from parallel_backend.cache.config import CacheSettings
+from parallel_backend.cache.decision import Evaluation
+from parallel_backend.mesh import SINGLE
+from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+
+STEPS = 12
+THRESHOLD = 0.23
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def model():
+    return tiny_transformer(num_single_layers=4)
+
+
+def inputs_at(step: int, inputs: dict) -> dict:
+    """Inputs that drift from step to step, as those of a sampler do."""
+    drift = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(9))
+    level = 1 - 0.0001 * step
+    return {**inputs, "hidden_states": inputs["hidden_states"] + 0.0005 * step**2 * drift,
+            "timestep": torch.full_like(inputs["timestep"], level)}  # fmt: skip
+
+
+def settings(order: int = 0, **changes) -> CacheSettings:
+    values = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": THRESHOLD, **changes}
+    return CacheSettings(DBCacheConfig(**values), TaylorSeerCalibratorConfig(order) if order else None)
+
+
+def run_cached(cache, plan, inputs, steps=STEPS, run="run", stream="") -> tuple[list, list]:
+    outputs, decisions = [], []
+    for step in range(steps):
+        cache.plan(plan, Evaluation(run, stream, float(step), steps))
+        outputs.append(cache.transformer(**inputs_at(step, inputs)).sample)
+        decisions.append(cache.last)
+    return outputs, decisions
+
+
+def by_hand(transformer, head: int, tail_blocks: int, order: int, computed: list[bool], inputs: dict) -> list:
+    """Outputs of the same steps: hooks on an untouched model replace what the middle blocks make of their input."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    doubles, last_middle = len(transformer.transformer_blocks), len(blocks) - tail_blocks - 1
+    seen: dict = {}
+    history: list[tuple[int, torch.Tensor]] = []
+    state = {"step": 0}
+
+    def joined(output) -> torch.Tensor:
+        return torch.cat(output, dim=1) if isinstance(output, tuple) else output
+
+    def forecast(step: int) -> torch.Tensor:
+        (at, value), *older = history[::-1]
+        out = value
+        if order >= 1 and older:
+            slope = (value - older[0][1]) / (at - older[0][0])
+            out = out + slope * (step - at)
+            if order >= 2 and len(older) >= 2:
+                before = (older[0][1] - older[1][1]) / (older[0][0] - older[1][0])
+                out = out + (slope - before) / (at - older[0][0]) * (step - at) ** 2 / 2
+        return out
+
+    def at_head(module, args, output):
+        seen["entry"] = joined(output)
+
+    def at_end(module, args, output):
+        step = state["step"]
+        if computed[step]:
+            history.append((step, joined(output) - seen["entry"]))
+            return None
+        replaced = seen["entry"] + forecast(step)
+        if not isinstance(output, tuple):
+            return replaced
+        text = output[0].shape[1]
+        return replaced[:, :text], replaced[:, text:]
+
+    handles = [blocks[head - 1].register_forward_hook(at_head), blocks[last_middle].register_forward_hook(at_end)]
+    assert head <= last_middle
+    assert doubles < len(blocks)
+    outputs = []
+    for step in range(len(computed)):
+        state["step"] = step
+        outputs.append(transformer(**inputs_at(step, inputs)).sample)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("head", "tail"),
+    [(1, 0), (2, 0), (3, 0), (1, 1), (2, 3), (1, 4)],
+    ids=["in double", "end of double", "in single", "one at the end", "one in the middle", "tail from single on"],
+)
+def test_cached_steps_are_what_the_algorithm_says(head, tail, order):
+    inputs = flux2_inputs(5, [(3, 5), (2, 2)], 2)
+    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    plan = settings(order, Fn_compute_blocks=head, Bn_compute_blocks=tail)
+    outputs, decisions = run_cached(cache, plan, inputs)
+    computed = [decision.computed for decision in decisions]
+    assert 3 <= sum(computed) <= STEPS - 3
+    for ours, theirs in zip(outputs, by_hand(model(), head, tail, order, computed, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_difference_is_that_of_the_image_tokens_since_the_last_computed_step():
+    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+    residuals: list[torch.Tensor] = []
+
+    def note(module, args, kwargs, output):
+        residuals.append(output[1] - kwargs["hidden_states"])
+
+    handle = transformer.transformer_blocks[0].register_forward_hook(note, with_kwargs=True)
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    _, decisions = run_cached(cache, settings(), inputs)
+    handle.remove()
+    kept = None
+    for residual, decision in zip(residuals, decisions, strict=True):
+        if decision.diff is not None:
+            expected = ((residual - kept).abs().mean() / kept.abs().mean()).item()
+            assert decision.diff == pytest.approx(expected, rel=1e-4)
+            assert decision.computed == (expected >= THRESHOLD)
+        if decision.computed:
+            kept = residual
+
+
+def test_skipped_blocks_are_not_called_and_the_others_are():
+    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+    calls: Counter = Counter()
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    _, decisions = run_cached(cache, settings(Bn_compute_blocks=1), inputs)
+    computed = sum(decision.computed for decision in decisions)
+    assert [calls[index] for index in range(6)] == [STEPS, *[computed] * 4, STEPS]
+
+
+def test_without_a_plan_and_at_threshold_0_nothing_changes():
+    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+    expected = [transformer(**inputs_at(step, inputs)).sample for step in range(STEPS)]
+    names = list(transformer.state_dict()), [name for name, _ in transformer.named_modules()]
+    originals = transformer.transformer_blocks
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    assert (list(transformer.state_dict()), [name for name, _ in transformer.named_modules()]) == names
+    for step in range(STEPS):
+        assert torch.equal(transformer(**inputs_at(step, inputs)).sample, expected[step])
+        assert cache.last is None
+    outputs, decisions = run_cached(cache, settings(residual_diff_threshold=0), inputs)
+    assert all(decision.computed for decision in decisions)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    cache.remove()
+    assert transformer.transformer_blocks is originals
+    assert torch.equal(transformer(**inputs_at(3, inputs)).sample, expected[3])
+
+
+def test_streams_runs_and_shapes_do_not_mix():
+    first, second = flux2_inputs(5, [(3, 5)], 1), flux2_inputs(7, [(3, 5)], 1, seed=4)
+    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    alone = [run_cached(cache, settings(1), inputs, run=f"alone{i}") for i, inputs in enumerate((first, second))]
+    mixed: list = [[], []]
+    for step in range(STEPS):
+        for index, inputs in enumerate((first, second)):
+            cache.plan(settings(1), Evaluation("mixed", str(index), float(step), STEPS))
+            mixed[index].append(cache.transformer(**inputs_at(step, inputs)).sample)
+    for index in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(mixed[index], alone[index][0], strict=True))
+    # Another shape in the same stream begins from nothing; so does another run.
+    cache.plan(settings(residual_diff_threshold=1), Evaluation("mixed", "0", 11.0, STEPS))
+    cache.transformer(**flux2_inputs(5, [(4, 5)], 1))
+    assert cache.last.reason == "nothing cached yet"
+    assert cache.kept_bytes() > 0
+    for run in ("alone0", "alone1", "mixed"):
+        cache.forget(run)
+    assert cache.kept_bytes() == 0
+
+
+def test_what_is_kept_is_bounded():
+    inputs = flux2_inputs(2, [(1, 2)], 1)
+    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    sizes = []
+    for stream in range(MOST_STREAMS + 3):
+        run_cached(cache, settings(), inputs, steps=1, stream=str(stream))
+        sizes.append(cache.kept_bytes())
+    assert sizes[0] < sizes[MOST_STREAMS - 1] == sizes[-1]
+
+
+def test_an_error_in_a_block_leaves_the_cache_usable():
+    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+    expected = transformer(**inputs_at(0, inputs)).sample
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = transformer.single_transformer_blocks[2].register_forward_pre_hook(fail)
+    cache.plan(settings(), Evaluation("run", "", 0.0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        transformer(**inputs_at(0, inputs))
+    handle.remove()
+    assert torch.equal(transformer(**inputs_at(0, inputs)).sample, expected)
+    assert run_cached(cache, settings(), inputs, run="next")[1][0].reason == "nothing cached yet"
+
+
+def test_compiled_blocks_are_not_compiled_again():
+    inputs = flux2_inputs(5, [(3, 5)], 1)
+
+    def frames(cached: bool) -> int:
+        torch._dynamo.reset()
+        counter, transformer = CompileCounter(), model()
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.compile(backend=counter)
+        cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+        for step in range(STEPS):
+            if cached:
+                cache.plan(settings(1), Evaluation("run", "", float(step), STEPS))
+            transformer(**inputs_at(step, inputs))
+        assert not cached or cache.kept_bytes() > 0
+        return counter.frame_count
+
+    assert frames(cached=True) == frames(cached=False) > 0
+
+
+class TestPipeline:
+    """`enable_cache` and `summary` on diffusers' own pipeline."""
+
+    CONFIG = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.9)
+
+    @pytest.fixture
+    def pipe(self, tiny_pipeline):
+        pipe = Flux2Pipeline.from_pretrained(tiny_pipeline)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, pipe, steps=6):
+        return pipe(
+            prompt="a red circle", height=64, width=64, num_inference_steps=steps, output_type="pt",
+            generator=torch.Generator().manual_seed(1), text_encoder_out_layers=(1, 2, 4),
+        ).images  # fmt: skip
+
+    def test_each_picture_is_a_run(self, pipe):
+        plain = self.draw(pipe)
+        calibrator = TaylorSeerCalibratorConfig(1)
+        assert enable_cache(pipe, self.CONFIG, calibrator_config=calibrator) is pipe
+        first, report = self.draw(pipe), summary(pipe)
+        assert torch.equal(self.draw(pipe), first)
+        assert not torch.equal(first, plain)
+        assert report["cached"] + report["computed"] == report["steps"] == 6
+        assert report["cached"] > 0
+        assert [e["position"] for e in report["evaluations"]] == [0, 1, 2, 3, 4, 5]
+        assert disable_cache(pipe) is pipe
+        assert torch.equal(self.draw(pipe), plain)
+        assert "cache_context" not in vars(pipe.transformer)
+
+    def test_a_named_mask_gets_its_steps_from_the_scheduler(self, pipe):
+        config = DBCacheConfig(
+            Fn_compute_blocks=1, steps_computation_mask="ultra", steps_computation_policy="static", max_warmup_steps=0
+        )
+        enable_cache(pipe, config)
+        self.draw(pipe, steps=8)
+        assert [e["computed"] for e in summary(pipe)["evaluations"]] == [True, *[False] * 2, True, *[False] * 3, True]
+
+    def test_named_streams(self):
+        inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+        enable_cache(transformer, self.CONFIG)
+        for step in range(4):
+            for name in ("cond", "uncond"):
+                with transformer.cache_context(name):
+                    transformer(**inputs_at(step, inputs))
+        report = summary(transformer)
+        assert report["streams"] == 2
+        assert [e["position"] for e in report["evaluations"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    def test_refusals(self):
+        transformer = model()
+        with pytest.raises(ValueError, match="calibrator_config without cache_config"):
+            enable_cache(transformer, calibrator_config=TaylorSeerCalibratorConfig())
+        with pytest.raises(ValueError, match="has no cache"):
+            summary(transformer)
+        with pytest.raises(ValueError, match=r"has 6 blocks; their sum must be at most 5"):
+            enable_cache(transformer, DBCacheConfig())
+        enable_cache(transformer, self.CONFIG)
+        with pytest.raises(ValueError, match="not seen a run"):
+            summary(transformer)
+        with pytest.raises(ValueError, match="has a cache already"):
+            enable_cache(transformer, self.CONFIG)
