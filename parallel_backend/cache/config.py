@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .step_mask import POLICIES, steps_mask
+from .step_mask import POLICIES, parse_mask, steps_mask
 
 _LEAST = {
     "Fn_compute_blocks": 1,
@@ -174,3 +174,34 @@ PRESETS = {
     "quality": CacheSettings(DBCacheConfig(residual_diff_threshold=0.08), None),
     "speed": CacheSettings(DBCacheConfig(residual_diff_threshold=0.24), TaylorSeerCalibratorConfig(1)),
 }
+
+
+def parse_cache(text: str) -> CacheSettings:
+    """A cache as the command line spells it: a preset's name, or settings as ``name=value`` with commas between.
+
+    Names are those of `DBCacheConfig`, and ``taylorseer_order``; a mask is a policy's name or ones and zeros.
+
+    Raises:
+        ValueError: an unknown name or a value out of range.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    names = [field.name for field in fields(DBCacheConfig)]
+    values: dict[str, Any] = {}
+    calibrator = None
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name == "taylorseer_order":
+            calibrator = TaylorSeerCalibratorConfig(int(value)) if value != "0" else None
+        elif name not in names or not value:
+            raise ValueError(
+                f"--cache {text!r}: {item!r} is neither a preset ({', '.join(PRESETS)}) nor name=value with one of "
+                f"the names {', '.join([*names, 'taylorseer_order'])}"
+            )
+        elif name == "steps_computation_mask":
+            values[name] = parse_mask(value)
+        elif name == "steps_computation_policy":
+            values[name] = value
+        else:
+            values[name] = float(value) if "threshold" in name else int(value)
+    return CacheSettings(DBCacheConfig(**values), calibrator)

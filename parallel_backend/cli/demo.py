@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from ..cache.config import parse_cache
+from ..cache.run import summarize
 from ..config import ParallelismConfig
 
 
@@ -32,14 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=256, help="pixels (default: %(default)s)")
     parser.add_argument("--height", type=int, default=256, help="pixels (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument(
+        "--cache",
+        metavar="PRESET",
+        help="have steps skip blocks: quality, speed, or settings such as Fn_compute_blocks=4,"
+        "residual_diff_threshold=0.2,taylorseer_order=1 (default: every step is computed)",
+    )
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
     parser.add_argument("--report", type=Path, default=Path("demo.json"), help="the report (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture; exit status 0."""
-    # Degrees are checked before torch is imported.
+    # Degrees and thresholds are checked before torch is imported.
     layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
+    cache = None if arguments.cache is None else parse_cache(arguments.cache)
 
     import diffusers
     import torch
@@ -75,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     bar = _Bar()
     group = acquire_group(config, bar.show, port=arguments.port)
-    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total, ""))
+    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
     report = group.report()
     group.close()
     report["request"] = {**vars(request), "out": str(arguments.out)}
@@ -88,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s, text {seconds['text']:.2f} s, "
         f"step {seconds['step_median']:.3f} s (median of {request.steps}), decode {seconds['decode']:.2f} s"
     )
+    if report["cache"] is not None:
+        print(summarize(report["cache"]))
     for rank in report["ranks"]:
         weights = sum(rank["weight_bytes"].values())
         print(

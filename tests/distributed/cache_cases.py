@@ -22,7 +22,7 @@ THRESHOLD = 0.23
 
 @dataclass
 class Result:
-    """Per evaluation: computed or not, and the measured difference; the last latents; calls of all_reduce and tolist."""
+    """Per evaluation: computed or not, measured difference, calls of all_reduce and tolist; and the last latents."""
 
     computed: list[bool]
     diffs: list[float | None]
@@ -42,7 +42,7 @@ def sample(
 ) -> Result:  # fmt: skip
     """Euler steps with a cached transformer; without a mesh in this process alone.
 
-    ``shifted`` has the first half of the image's tokens drift fast and the other half hardly.
+    ``shifted`` has the first half of the image's tokens drift fast.
     """
     model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(text, sizes, batch)
     if mesh is not None:
@@ -51,7 +51,7 @@ def sample(
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
     drift = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
     if shifted:
-        drift[:, tokens // 2 :] *= 0.01
+        drift[:, : tokens // 2] *= 20
     counts, watched = {"all_reduce": 0, "tolist": 0}, (dist.all_reduce, torch.Tensor.tolist)
 
     def counted(name: str, function: Any) -> Any:

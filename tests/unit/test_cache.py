@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig
-from parallel_backend.cache.config import PRESETS, CacheSettings
+from parallel_backend.cache.config import PRESETS, CacheSettings, parse_cache
 from parallel_backend.cache.decision import Decision, Evaluation, StreamRules
 from parallel_backend.cache.run import CacheRun, summarize
 from parallel_backend.cache.step_mask import POLICIES, parse_mask, steps_mask
@@ -158,6 +158,19 @@ def test_positions_in_a_schedule():
     assert [run.position(sigma) for sigma in (1.0, 0.9, 0.7, 0.4, 0.0)] == [0, 1, 2, 3, 4]
     assert run.position(0.8) == 1.5
     assert run.position(1.2) == 0  # a sampler that adds noise at the start
+
+
+def test_settings_on_the_command_line():
+    assert parse_cache("speed") is PRESETS["speed"]
+    written = parse_cache(
+        "Fn_compute_blocks=4, residual_diff_threshold=0.2,taylorseer_order=2,steps_computation_mask=110"
+    )
+    config = DBCacheConfig(Fn_compute_blocks=4, residual_diff_threshold=0.2, steps_computation_mask=(1, 1, 0))
+    assert written == CacheSettings(config, TaylorSeerCalibratorConfig(2))
+    with pytest.raises(ValueError, match=r"'fast' is neither a preset \(quality, speed\) .*warmup_interval"):
+        parse_cache("fast")
+    with pytest.raises(ValueError, match="Fn_compute_blocks must be"):
+        parse_cache("Fn_compute_blocks=0")
 
 
 def test_report_and_summary():
