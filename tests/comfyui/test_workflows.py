@@ -21,8 +21,8 @@ MAX_DIFFERENCE, MEAN_DIFFERENCE = 2, 0.05
 is 1. Anything wrong in a step is seen in most of the picture."""
 UNIFORM = 5.0
 """A picture with a smaller standard deviation than this, of 255, shows nothing."""
-OTHER_SEED = 5.0
-"""Mean difference, of 255, that another seed makes at least."""
+OTHER_SEED = 20
+"""Largest difference, of 255, that another seed makes at least; the demo model draws the same scene, slightly moved."""
 
 SEEDS = {"KSampler": "seed", "RandomNoise": "noise_seed"}
 
@@ -100,7 +100,7 @@ def test_workflow(file: Path, server: ComfyServer):
 
     # Proof that the comparison can fail.
     other = picture(server, run_well(server, with_other_seed(workflow)))
-    assert np.abs(other - ours).mean() > OTHER_SEED
+    assert np.abs(other - ours).max() > OTHER_SEED
 
 
 def check_report(report: dict[str, Any], workflow: dict[str, Any], steps: int) -> None:
