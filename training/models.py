@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration
 
 from parallel_backend.demo_model import (
-    SIZES,
+    DEMO_SIZE,
     assemble_pipeline,
     new_text_encoder,
     new_tokenizer,
@@ -26,7 +26,7 @@ from parallel_backend.demo_model import (
 from .scenes import corpus
 
 SIZE = replace(
-    SIZES["demo"],
+    DEMO_SIZE,
     vae_channels=(16, 32, 48, 64),
     axes_dims_rope=(4, 8, 8, 4),  # 24 tokens of height and width need finer steps than text and time
     text_rope_theta=1e4,

@@ -140,9 +140,9 @@ def check_layout(layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -
         layout.check_world(len(gpus))
         heads = config["num_attention_heads"]
         return [Finding("ok", f"{layout.name}: {heads} heads divide over {layout.world_size} rank(s), a GPU each")]
-    from ..demo_model import SIZES
+    from ..demo_model import DEMO_SIZE
 
-    layout.check_heads(SIZES["demo"].heads, "the demo model, which is what fits a CPU,")
+    layout.check_heads(DEMO_SIZE.heads, "the demo model, which is what fits a CPU,")
     found = [Finding("ok", f"{layout.name}: {layout.world_size} rank(s) run the demo model on the CPU")]
     if layout.world_size > machine.cores:
         text = f"{layout.world_size} ranks share {machine.cores} CPU core(s) and take turns"

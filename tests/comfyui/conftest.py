@@ -53,13 +53,14 @@ def comfyui() -> Path:
 @pytest.fixture(scope="session")
 def home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """$HYBRID_DIT_HOME with the pipelines under ``models``: the demo, a tiny one and two spoiled ones."""
-    from parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder, make_demo_pipeline
+    from parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
+    from tests.tiny_pipeline import make_tiny_pipeline
 
     home = tmp_path_factory.mktemp("home")
     models = home / "models"
     models.mkdir()
     (models / DEMO_FOLDER_NAME).symlink_to(demo_folder())
-    tiny = make_demo_pipeline(models / "tiny", size="tiny")
+    tiny = make_tiny_pipeline(models / "tiny")
 
     weights = _single_file(shutil.copytree(tiny, models / TRUNCATED) / "transformer")
     with weights.open("r+b") as file:

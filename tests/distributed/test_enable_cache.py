@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from parallel_backend import ModelAdapter, ParallelismConfig, disable_cache, enable_cache
-from parallel_backend.demo_model import make_demo_pipeline
 from tests.distributed import pipeline_cases as run
 from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
+from tests.tiny_pipeline import make_tiny_pipeline
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -28,7 +28,7 @@ CP_ONLY = ParallelismConfig(ulysses_size=4, ring_size=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    return str(make_demo_pipeline(tmp_path_factory.mktemp("models") / "tiny", size="tiny"))
+    return str(make_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")

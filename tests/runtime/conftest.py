@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.demo_model import make_demo_pipeline
+from tests.tiny_pipeline import make_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +21,7 @@ def own_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Path:
     """A pipeline folder, shared by all tests: not to be changed."""
-    folder = make_demo_pipeline(tmp_path_factory.mktemp("models") / "tiny", size="tiny")
+    folder = make_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
     # The demo's latent statistics are mean 0 and variance 1, which nobody would miss.
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)

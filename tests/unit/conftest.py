@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.demo_model import make_demo_pipeline
+from tests.tiny_pipeline import make_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,4 +18,4 @@ def own_home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A pipeline folder, shared by all tests: not to be changed."""
-    return make_demo_pipeline(tmp_path_factory.mktemp("models") / "tiny", size="tiny")
+    return make_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
