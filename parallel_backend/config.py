@@ -46,7 +46,7 @@ class ParallelismConfig:
         bad = [
             name
             for name in ("ulysses_size", "ring_size", "tp_size")
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1
         ]
         if bad:
             raise ValueError(f"{' and '.join(bad)} must be a whole number of at least 1; got {self.describe()}")
@@ -77,7 +77,7 @@ class ParallelismConfig:
         """Every degree and their product, for messages."""
         product = "?"
         degrees = (self.ulysses_size, self.ring_size, self.tp_size)
-        if all(_is_int(degree) for degree in degrees):
+        if all(is_int(degree) for degree in degrees):
             product = str(self.ulysses_size * self.ring_size * self.tp_size)
         return (
             f"ulysses_size={self.ulysses_size!r}, ring_size={self.ring_size!r}, tp_size={self.tp_size!r} "
@@ -123,7 +123,8 @@ class ParallelismConfig:
             )
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

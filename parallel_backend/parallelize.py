@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from .cache.block_cache import BlockCache
+from .cache.block_cache import BlockCache, count_blocks
 from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
 from .cache.pipeline_cache import PipelineCache
 from .config import ParallelismConfig
@@ -76,8 +76,7 @@ def enable_cache(
         )
     family = family_of_transformer(type(transformer).__name__)
     if cache_config is not None:
-        blocks = sum(len(getattr(transformer, stack.attribute)) for stack in family.block_stacks)
-        cache_config.check_blocks(blocks, f"this {type(transformer).__name__}")
+        cache_config.check_blocks(count_blocks(transformer, family.block_stacks), f"this {type(transformer).__name__}")
 
     axis = SINGLE
     if parallelism_config is not None:

@@ -111,11 +111,11 @@ def with_all_channels(used: Tensor, dim: int, indices: Sequence[int], count: int
     """``used`` along ``dim`` at ``indices`` of ``count`` channels, zeros at the others."""
     shape = list(used.shape)
     shape[dim] = count
-    return used.new_zeros(shape).index_copy(dim, _on_device(tuple(indices), used.device), used)
+    return used.new_zeros(shape).index_copy(dim, on_device(tuple(indices), used.device), used)
 
 
 @functools.cache
-def _on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept, since a CUDA graph cannot be captured while numbers are copied to the device."""
     return torch.tensor(indices, device=device)
 

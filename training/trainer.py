@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CONTEXT, Bucket
-from .models import SIZE, TEXT_LENGTH, USED, encode_padded, image_ids, text_ids, with_all_channels
+from .models import SIZE, TEXT_LENGTH, USED, encode_padded, image_ids, on_device, text_ids, with_all_channels
 from .muon import Muon
 from .reader import used_text_parameters
 from .recipe import FULL_COST, Recipe, say
@@ -46,7 +46,6 @@ class Trainer:
         cuda = device.type == "cuda"
         self.rate = torch.zeros((), device=device)
         self.mean_loss = torch.ones((), device=device)
-        self.used = torch.tensor(USED, device=device)
         self.muon = Muon([(p, _fused_rows(n, p)) for n, p in named.items() if _is_block_matrix(n, p)])
         others = [p for n, p in named.items() if not _is_block_matrix(n, p)]
         self.optimizer = torch.optim.AdamW(
@@ -110,7 +109,7 @@ class Trainer:
                 return_dict=False,
             )[0]
         weight = bucket.weights[rows].float()[..., None]
-        error = (out[:, :image].index_select(2, self.used).float() - (noise - clean)) ** 2
+        error = (out[:, :image].index_select(2, on_device(USED, device)).float() - (noise - clean)) ** 2
         loss = (weight * error).mean() / 1.3
         for parameter in self.named.values():
             parameter.grad = None

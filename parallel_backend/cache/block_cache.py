@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..mesh import Axis
-from .config import CacheSettings
+from .config import CacheSettings, DBCacheConfig
 from .decision import Decision, Evaluation, StreamRules
 from .taylorseer import Forecast
 
@@ -43,6 +43,11 @@ class BlockStack:
 
     attribute: str
     streams: tuple[str, ...]
+
+
+def count_blocks(transformer: Model, stacks: Sequence[BlockStack]) -> int:
+    """Blocks in all of a transformer's lists."""
+    return sum(len(getattr(transformer, stack.attribute)) for stack in stacks)
 
 
 @dataclass
@@ -69,10 +74,10 @@ class BlockCache:
     def __init__(self, transformer: Model, stacks: Sequence[BlockStack], axis: Axis) -> None:
         self.transformer, self.stacks, self.axis = transformer, stacks, axis
         self.originals = {stack.attribute: getattr(transformer, stack.attribute) for stack in stacks}
-        self.blocks = sum(len(blocks) for blocks in self.originals.values())
+        self.blocks = count_blocks(transformer, stacks)
         self.last: Decision | None = None
         self.current: _Pass | None = None
-        self._planned: tuple[CacheSettings, Evaluation] | None = None
+        self._planned: _Pass | None = None
         self._streams: OrderedDict[tuple[str, str], _Stream] = OrderedDict()
         first = 0
         for stack in stacks:
@@ -99,8 +104,14 @@ class BlockCache:
             ValueError: settings that leave no block to skip, or a mask by name where the number of steps is unknown.
         """
         settings.config.check_blocks(self.blocks, f"this {type(self.transformer).__name__}")
-        settings.config.mask(evaluation.steps)
-        self._planned = (settings, evaluation)
+        key = (evaluation.run, evaluation.stream)
+        if key not in self._streams:
+            order = settings.calibrator.taylorseer_order if settings.calibrator is not None else 0
+            self._streams[key] = _Stream(StreamRules(settings.config, evaluation.steps), Forecast(order))
+        self._streams.move_to_end(key)
+        while len(self._streams) > MOST_STREAMS:
+            self._streams.popitem(last=False)
+        self._planned = _Pass(self, settings.config, evaluation.position, self._streams[key])
 
     def forget(self, run: str) -> None:
         """Free what is kept of a run that has ended."""
@@ -120,22 +131,14 @@ class BlockCache:
         self.last, self.current = None, None
         if self._planned is None:
             return
-        (settings, evaluation), self._planned = self._planned, None
-        key = (evaluation.run, evaluation.stream)
-        if key not in self._streams:
-            order = settings.calibrator.taylorseer_order if settings.calibrator is not None else 0
-            self._streams[key] = _Stream(StreamRules(settings.config), Forecast(order))
-        self._streams.move_to_end(key)
-        while len(self._streams) > MOST_STREAMS:
-            self._streams.popitem(last=False)
-        stream = self._streams[key]
+        self.current, self._planned = self._planned, None
+        stream = self.current.stream
         # Shapes of whole arguments, the same on all ranks; a shard may keep its shape where another rank's changes.
         shapes = tuple(value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if shapes != stream.shapes:
             # Another resolution, batch or prompt length: nothing that is kept fits.
             stream.shapes, stream.residual = shapes, None
             stream.forecast = Forecast(stream.forecast.order)
-        self.current = _Pass(self, settings, evaluation, stream)
 
     def _end(self, *_: Any) -> None:
         if self.current is not None:
@@ -165,10 +168,10 @@ class _SteppedBlocks(nn.ModuleList):
 class _Pass:
     """One forward that uses the cache."""
 
-    def __init__(self, cache: BlockCache, settings: CacheSettings, evaluation: Evaluation, stream: _Stream) -> None:
-        self.axis, self.evaluation, self.stream = cache.axis, evaluation, stream
-        self.head = settings.config.Fn_compute_blocks
-        self.tail = cache.blocks - settings.config.Bn_compute_blocks
+    def __init__(self, cache: BlockCache, config: DBCacheConfig, position: float, stream: _Stream) -> None:
+        self.axis, self.position, self.stream = cache.axis, position, stream
+        self.head = config.Fn_compute_blocks
+        self.tail = cache.blocks - config.Bn_compute_blocks
         self.decision: Decision | None = None
         self.before: Tokens = ()
         self.entry: Tokens = ()
@@ -200,7 +203,7 @@ class _Pass:
             # All streams run as one by now, the image's tokens last.
             image = image[:, image.shape[1] - self.before[-1].shape[1] :]
         residual = image - self.before[-1]
-        decision = stream.rules.before_measuring(self.evaluation, stream.residual is not None)
+        decision = stream.rules.before_measuring(self.position, stream.residual is not None)
         if decision is None:
             decision = stream.rules.after_measuring(self._difference(residual))
         stream.rules.note(decision)
@@ -225,7 +228,7 @@ class _Pass:
     def _leave_middle(self, outputs: Tokens) -> Tokens:
         """At the end of the middle blocks: keep what they added, or add a forecast of it."""
         assert self.decision is not None
-        forecast, position = self.stream.forecast, self.evaluation.position
+        forecast, position = self.stream.forecast, self.position
         if not self.decision.computed:
             return tuple(tokens + added for tokens, added in zip(outputs, forecast.at(position), strict=True))
         entry = self.entry

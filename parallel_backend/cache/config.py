@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
+from ..config import is_int
 from .step_mask import POLICIES, parse_mask, steps_mask
+
+Number = TypeVar("Number", int, float)
 
 _LEAST = {
     "Fn_compute_blocks": 1,
@@ -120,7 +123,7 @@ class TaylorSeerCalibratorConfig:
 
     def __post_init__(self) -> None:
         order = self.taylorseer_order
-        if not _is_int(order) or not 1 <= order <= 4:
+        if not is_int(order) or not 1 <= order <= 4:
             raise ValueError(f"TaylorSeerCalibratorConfig.taylorseer_order must be 1, 2, 3 or 4; got {order!r}")
 
 
@@ -145,12 +148,8 @@ class CacheSettings:
         )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_int(name: str, value: object, least: int) -> None:
-    if not _is_int(value) or value < least:  # type: ignore[operator]
+    if not is_int(value) or value < least:  # type: ignore[operator]
         raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
@@ -192,7 +191,7 @@ def parse_cache(text: str) -> CacheSettings:
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
         if name == "taylorseer_order":
-            calibrator = TaylorSeerCalibratorConfig(int(value)) if value != "0" else None
+            calibrator = TaylorSeerCalibratorConfig(_number(name, value, int)) if value != "0" else None
         elif name not in names or not value:
             raise ValueError(
                 f"--cache {text!r}: {item!r} is neither a preset ({', '.join(PRESETS)}) nor name=value with one of "
@@ -203,5 +202,12 @@ def parse_cache(text: str) -> CacheSettings:
         elif name == "steps_computation_policy":
             values[name] = value
         else:
-            values[name] = float(value) if "threshold" in name else int(value)
+            values[name] = _number(name, value, float if "threshold" in name else int)
     return CacheSettings(DBCacheConfig(**values), calibrator)
+
+
+def _number(name: str, text: str, kind: Callable[[str], Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--cache: {name} must be a {'whole ' if kind is int else ''}number; got {text!r}") from None

@@ -37,23 +37,32 @@ class Decision:
 
 
 class StreamRules:
-    """The rules' memory of one conditioning stream in one run."""
+    """The rules' memory of one conditioning stream in one run.
 
-    def __init__(self, config: DBCacheConfig) -> None:
-        self.config = config
+    Args:
+        config: thresholds.
+        steps: of the run; None if unknown.
+
+    Raises:
+        ValueError: a mask by name where the number of steps is unknown.
+    """
+
+    def __init__(self, config: DBCacheConfig, steps: int | None) -> None:
+        self.config, self.mask = config, config.mask(steps)
+        self.warmup = config.max_warmup_steps
+        if self.mask is not None:
+            self.warmup = min(self.warmup, leading_ones(self.mask))
         self.cached = 0
         self.continuous = 0
         self.accumulated = 0.0
 
-    def before_measuring(self, evaluation: Evaluation, has_content: bool) -> Decision | None:
-        """What can be decided without residuals; None where they have to be compared."""
-        config, step = self.config, int(evaluation.position + 1e-6)
-        mask = config.mask(evaluation.steps)
-        warmup = config.max_warmup_steps if mask is None else min(config.max_warmup_steps, leading_ones(mask))
+    def before_measuring(self, position: float, has_content: bool) -> Decision | None:
+        """What can be decided at a position (in steps) without residuals; None where they have to be compared."""
+        config, mask, step = self.config, self.mask, int(position + 1e-6)
         cap = config.max_accumulated_residual_diff_threshold
         if not has_content:
             return Decision(True, None, "nothing cached yet")
-        if step < warmup and step % config.warmup_interval == 0:
+        if step < self.warmup and step % config.warmup_interval == 0:
             return Decision(True, None, "warmup")
         if mask is not None:
             if step < len(mask) and mask[step]:

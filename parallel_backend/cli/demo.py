@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from ..cache.config import parse_cache
-from ..cache.run import summarize
 from ..config import ParallelismConfig
 
 
@@ -54,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
+    from ..cache.run import summarize
     from ..demo_model import demo_folder
     from ..loading.pipeline_folder import open_pipeline_folder
     from ..runtime.group_config import GroupConfig

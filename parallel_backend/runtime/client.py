@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +189,11 @@ class WorkerGroup:
             tensors = {"x": x, "timestep": timestep}
             if guidance is not None:
                 tensors["guidance"] = guidance
-            request = Predict(next(self._ids), names[0], names[1:])
+            plan = None
             if cache is not None:
                 run, evaluation = cache
                 plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
-                request = replace(request, cache=plan)
+            request = Predict(next(self._ids), names[0], names[1:], plan)
             began = time.perf_counter()
             answers, results = self._call(request, tensors, check)
             if cache is not None:

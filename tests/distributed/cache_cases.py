@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel_backend.cache import block_cache
 from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
 from parallel_backend.cache.decision import Evaluation
@@ -31,9 +32,20 @@ class Result:
     syncs: list[int]
 
 
-def settings(order: int, **changes: Any) -> CacheSettings:
+def settings(order: int = 0, **changes: Any) -> CacheSettings:
     values = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": THRESHOLD, **changes}
     return CacheSettings(DBCacheConfig(**values), TaylorSeerCalibratorConfig(order) if order else None)
+
+
+def inputs_at(step: int, inputs: dict[str, Any], drift: torch.Tensor) -> dict[str, Any]:
+    """Inputs that move away from step to step, as those of a sampler do."""
+    level = torch.full_like(inputs["timestep"], 1 - 0.0001 * step)
+    return {**inputs, "hidden_states": inputs["hidden_states"] + 0.0005 * step**2 * drift, "timestep": level}
+
+
+def new_drift(inputs: dict[str, Any]) -> torch.Tensor:
+    """The direction in which they move."""
+    return torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(9))
 
 
 def sample(
@@ -49,7 +61,7 @@ def sample(
         parallelize_transformer(model, FLUX2, layout, mesh)
     cache = BlockCache(model, FLUX2.block_stacks, SINGLE if mesh is None else mesh.world)
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
-    drift = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    drift = new_drift(inputs)
     if shifted:
         drift[:, : tokens // 2] *= 20
     counts, watched = {"all_reduce": 0, "tolist": 0}, (dist.all_reduce, torch.Tensor.tolist)
@@ -67,9 +79,7 @@ def sample(
         for step in range(STEPS):
             before = dict(counts)
             cache.plan(plan, Evaluation("run", "", float(step), STEPS))
-            moved = x + 0.0005 * step**2 * drift
-            sigma = torch.full((batch,), 1 - 0.0001 * step)
-            out = model(**{**inputs, "hidden_states": moved, "timestep": sigma}).sample
+            out = model(**inputs_at(step, {**inputs, "hidden_states": x}, drift)).sample
             x = torch.cat([x[:, :tokens] - 1e-4 * out[:, :tokens], x[:, tokens:]], dim=1)
             assert cache.last is not None
             result.computed.append(cache.last.computed)
@@ -78,21 +88,21 @@ def sample(
             result.syncs.append(counts["tolist"] - before["tolist"])
     finally:
         dist.all_reduce, torch.Tensor.tolist = watched
-    result.latents = torch.cat([x, out[:, :tokens]], dim=1) if out.shape[2] == x.shape[2] else x
+    result.latents = torch.cat([x, out[:, :tokens]], dim=1)
     return result
 
 
 def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any) -> tuple[list[bool], list[float]]:
     """The decisions of a run, and this rank's own difference at each step that was measured."""
     own: list[float] = []
-    measure = BlockCache.__init__.__globals__["_Pass"]._difference
+    kind = block_cache._Pass
+    measure = kind._difference
 
     def note(self: Any, residual: torch.Tensor) -> float:
         kept = self.stream.residual
         own.append(((kept - residual).abs().sum() / kept.abs().sum()).item())
         return measure(self, residual)
 
-    kind = BlockCache.__init__.__globals__["_Pass"]
     kind._difference = note
     try:
         return sample(mesh, layout, *args).computed, own
@@ -100,12 +110,8 @@ def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any)
         kind._difference = measure
 
 
-def library(mesh: ParallelMesh, layout: ParallelismConfig) -> tuple[torch.Tensor, list[bool]]:
-    """`enable_cache` with a cache on all ranks of the world: the last output and the decisions."""
-    return _library(layout)
-
-
-def _library(layout: ParallelismConfig | None) -> tuple[torch.Tensor, list[bool]]:
+def library(mesh: ParallelMesh | None, layout: ParallelismConfig | None) -> tuple[torch.Tensor, list[bool]]:
+    """`enable_cache` with a cache on all ranks of the world (or alone): the last output and the decisions."""
     model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(5, [(3, 5)], 1)
     plan = settings(1)
     enable_cache(model, plan.config, calibrator_config=plan.calibrator, parallelism_config=layout)

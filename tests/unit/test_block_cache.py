@@ -11,13 +11,11 @@ from torch._dynamo.testing import CompileCounter
 
 from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig, disable_cache, enable_cache, summary
 from parallel_backend.cache.block_cache import MOST_STREAMS, BlockCache
-from parallel_backend.cache.config import CacheSettings
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.mesh import SINGLE
+from tests.distributed import cache_cases
+from tests.distributed.cache_cases import STEPS, THRESHOLD, settings
 from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
-
-STEPS = 12
-THRESHOLD = 0.23
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +29,7 @@ def model():
 
 
 def inputs_at(step: int, inputs: dict) -> dict:
-    """Inputs that drift from step to step, as those of a sampler do."""
-    drift = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(9))
-    level = 1 - 0.0001 * step
-    return {**inputs, "hidden_states": inputs["hidden_states"] + 0.0005 * step**2 * drift,
-            "timestep": torch.full_like(inputs["timestep"], level)}  # fmt: skip
-
-
-def settings(order: int = 0, **changes) -> CacheSettings:
-    values = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": THRESHOLD, **changes}
-    return CacheSettings(DBCacheConfig(**values), TaylorSeerCalibratorConfig(order) if order else None)
+    return cache_cases.inputs_at(step, inputs, cache_cases.new_drift(inputs))
 
 
 def run_cached(cache, plan, inputs, steps=STEPS, run="run", stream="") -> tuple[list, list]:

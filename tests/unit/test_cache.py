@@ -1,13 +1,14 @@
 """The cache's rules, masks and forecasts, in plain numbers: nothing here runs a model."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig
 from parallel_backend.cache.config import PRESETS, CacheSettings, parse_cache
-from parallel_backend.cache.decision import Decision, Evaluation, StreamRules
+from parallel_backend.cache.decision import Decision, StreamRules
 from parallel_backend.cache.run import CacheRun, summarize
 from parallel_backend.cache.step_mask import POLICIES, parse_mask, steps_mask
 from parallel_backend.cache.taylorseer import Forecast
@@ -21,24 +22,30 @@ MASKS_OF_28 = {
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"),
+    ("name", "bad", "good"),
     [
-        ("Fn_compute_blocks", 0),
-        ("Bn_compute_blocks", -1),
-        ("residual_diff_threshold", 1.5),
-        ("max_warmup_steps", 2.5),
-        ("warmup_interval", 0),
-        ("max_cached_steps", -2),
-        ("max_continuous_cached_steps", True),
-        ("max_accumulated_residual_diff_threshold", -0.1),
-        ("steps_computation_mask", "quick"),
-        ("steps_computation_mask", (1, 2)),
-        ("steps_computation_policy", "sometimes"),
-        ("num_inference_steps", 0),
+        ("Fn_compute_blocks", 0, 1),
+        ("Bn_compute_blocks", -1, 0),
+        ("residual_diff_threshold", -0.01, 0),
+        ("residual_diff_threshold", 1.01, 1),
+        ("residual_diff_threshold", "0.1", 0.1),
+        ("residual_diff_threshold", float("nan"), 0.5),
+        ("max_warmup_steps", -1, 0),
+        ("max_warmup_steps", 1.5, 1),
+        ("warmup_interval", 0, 1),
+        ("max_cached_steps", -2, -1),
+        ("max_continuous_cached_steps", -2, -1),
+        ("max_continuous_cached_steps", True, 1),
+        ("max_accumulated_residual_diff_threshold", -0.1, 0.0),
+        ("steps_computation_mask", "quick", "fast"),
+        ("steps_computation_mask", [1, 2], (1, 0)),
+        ("steps_computation_policy", "sometimes", "static"),
+        ("num_inference_steps", 0, 1),
     ],
 )
-def test_wrong_values_are_named(name, bad):
-    with pytest.raises(ValueError, match=rf"DBCacheConfig\.{name} must "):
+def test_wrong_values_are_named(name, bad, good):
+    assert getattr(DBCacheConfig(**{name: good}), name) == good
+    with pytest.raises(ValueError, match=rf"DBCacheConfig\.{name} must .*; got {re.escape(repr(bad))}"):
         DBCacheConfig(**{name: bad})
 
 
@@ -91,10 +98,9 @@ def test_masks_by_hand():
 
 def decide(config: DBCacheConfig, diffs: list[float]) -> str:
     """The decisions for a run whose step i would measure ``diffs[i]``: 1 computed, 0 cached."""
-    rules, out = StreamRules(config), ""
+    rules, out = StreamRules(config, len(diffs)), ""
     for index, diff in enumerate(diffs):
-        evaluation = Evaluation("run", "", float(index), len(diffs))
-        decision = rules.before_measuring(evaluation, has_content=index > 0) or rules.after_measuring(diff)
+        decision = rules.before_measuring(float(index), has_content=index > 0) or rules.after_measuring(diff)
         rules.note(decision)
         out += str(int(decision.computed))
     return out
@@ -171,6 +177,8 @@ def test_settings_on_the_command_line():
         parse_cache("fast")
     with pytest.raises(ValueError, match="Fn_compute_blocks must be"):
         parse_cache("Fn_compute_blocks=0")
+    with pytest.raises(ValueError, match="max_warmup_steps must be a whole number; got 'many'"):
+        parse_cache("max_warmup_steps=many")
 
 
 def test_report_and_summary():
