@@ -121,6 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = held_out(arguments.count)
     judges = Judges(cases)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = True
     pipeline = Flux2Pipeline.from_pretrained(demo_folder(), torch_dtype=torch.float32).to(device)
     prompts = [caption.text for _, caption in cases]
     with torch.no_grad():
@@ -160,6 +161,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(prompts),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
+        "dtype": "TF32" if device == "cuda" else "fp32",
         "step_ms": {head: [1000 * second for second in pair] for head, pair in times.items()},
         "table": table,
     }

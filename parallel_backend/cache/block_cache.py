@@ -202,14 +202,16 @@ class _Pass:
         if len(outputs) < len(self.before):
             # All streams run as one by now, the image's tokens last.
             image = image[:, image.shape[1] - self.before[-1].shape[1] :]
-        residual = image - self.before[-1]
         decision = stream.rules.before_measuring(self.position, stream.residual is not None)
+        if decision is None or decision.computed:
+            residual = image - self.before[-1]
+            norm = _l1(residual)  # queued before the device is waited for, so that it does not idle afterwards
         if decision is None:
             decision = stream.rules.after_measuring(self._difference(residual))
         stream.rules.note(decision)
         self.decision = decision
         if decision.computed:
-            stream.residual, stream.norm = residual, _l1(residual)
+            stream.residual, stream.norm = residual, norm
         self.before = ()
 
     def _difference(self, residual: Tensor) -> float:
@@ -222,7 +224,7 @@ class _Pass:
         sums = torch.stack([_l1(self.stream.residual - residual), self.stream.norm])
         if self.axis.is_split:
             dist.all_reduce(sums, group=self.axis.group)
-        change, norm = sums.tolist()
+        change, norm = _to_host(sums)
         return change / norm if norm > 0 else float(change > 0)
 
     def _leave_middle(self, outputs: Tokens) -> Tokens:
@@ -241,3 +243,14 @@ class _Pass:
 def _l1(tokens: Tensor) -> Tensor:
     """Sum of absolute values in fp32, a scalar on the device."""
     return torch.linalg.vector_norm(tokens, ord=1, dtype=torch.float32)
+
+
+def _to_host(sums: Tensor) -> list[float]:
+    """The one wait for the device."""
+    if sums.device.type != "cuda":
+        return sums.tolist()
+    # Into pinned memory, which the device writes without the driver's staging.
+    out = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    out.copy_(sums, non_blocking=True)
+    torch.cuda.current_stream(sums.device).synchronize()
+    return out.tolist()

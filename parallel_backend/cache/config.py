@@ -170,9 +170,12 @@ def _checked_mask(mask: Sequence[Any]) -> tuple[int, ...]:
 
 
 PRESETS = {
-    "quality": CacheSettings(DBCacheConfig(residual_diff_threshold=0.08), None),
-    "speed": CacheSettings(DBCacheConfig(residual_diff_threshold=0.24), TaylorSeerCalibratorConfig(1)),
+    name: CacheSettings(
+        DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=threshold), TaylorSeerCalibratorConfig(1)
+    )
+    for name, threshold in (("quality", 0.08), ("speed", 0.2))
 }
+"""Points of the frontier that docs/cache.md shows, quality first or speed first."""
 
 
 def parse_cache(text: str) -> CacheSettings:

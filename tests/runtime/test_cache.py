@@ -1,0 +1,67 @@
+"""The block cache over a real worker group: the presets' pictures, what is freed, and the demo's own report."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+from parallel_backend.cache.config import PRESETS, parse_cache
+from parallel_backend.cli import main
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.demo_model import demo_folder
+from parallel_backend.runtime.group_config import GroupConfig
+from parallel_backend.runtime.groups import acquire_group, close_groups
+from parallel_backend.sampling import ImageRequest, draw
+
+pytestmark = pytest.mark.timeout(180)
+
+REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", steps=20, seed=3)
+
+
+@pytest.fixture(scope="module")
+def group():
+    yield acquire_group(GroupConfig.create(demo_folder(), ParallelismConfig(ulysses_size=2), "cpu"))
+    close_groups()
+
+
+@pytest.fixture(scope="module")
+def plain(group):
+    return np.asarray(draw(group, REQUEST))
+
+
+def test_presets_trade_quality_for_speed(group, plain):
+    psnr, cached = {}, {}
+    for name, settings in PRESETS.items():
+        picture = np.asarray(draw(group, REQUEST, cache=settings))
+        report = group.report()
+        psnr[name], cached[name] = peak_signal_noise_ratio(plain, picture), report["cache"]["cached"]
+        assert report["cache"]["computed"] + cached[name] == REQUEST.steps
+        assert report["cache"]["settings"] == settings.to_dict()
+        assert report["cache"]["seconds_saved"] > 0
+        assert [rank["cache_bytes"] for rank in report["ranks"]] == [0, 0]  # freed at the end of the run
+    assert psnr["quality"] >= 30
+    assert psnr["speed"] >= 22
+    assert cached["speed"] > cached["quality"] >= 2
+    assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
+
+
+def test_settings_that_leave_nothing_to_skip(group, plain):
+    with pytest.raises(ValueError, match=r"Fn_compute_blocks=15 .* this Flux2Transformer2DModel has 15 blocks"):
+        draw(group, REQUEST, cache=parse_cache("Fn_compute_blocks=15"))
+    assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
+
+
+def test_the_demo_reports_its_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cache = "Fn_compute_blocks=1,residual_diff_threshold=1,max_warmup_steps=2,taylorseer_order=1"
+    layout = ["--ulysses", "1", "--tp", "1", "--devices", "cpu"]
+    assert main(["demo", *layout, "--steps", "6", "--width", "64", "--height", "96", "--cache", cache]) == 0
+    assert re.search(
+        r"^4 of 6 evaluations from the cache, about [\d.]+ s saved$", capsys.readouterr().out, re.MULTILINE
+    )
+    report = json.loads((tmp_path / "demo.json").read_text())["cache"]
+    assert (report["computed"], report["cached"], report["steps"], report["streams"]) == (2, 4, 6, 1)
+    assert [e["computed"] for e in report["evaluations"]] == [True, True, False, False, False, False]
+    assert report["settings"] == parse_cache(cache).to_dict()
