@@ -46,8 +46,9 @@ class BlockCache(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="The same MODEL; samplers behind it use the cache.")],
-            # Nodes with equal inputs share their output in ComfyUI's cache, but each shows runs of its own.
             hidden=[io.Hidden.unique_id],
+            # Or nodes with equal inputs would share their output in ComfyUI's cache, but each shows runs of its own.
+            not_idempotent=True,
         )
 
     @classmethod

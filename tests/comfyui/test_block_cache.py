@@ -259,7 +259,7 @@ def test_models_with_other_settings_do_not_mix(server, graph):
 def test_equal_settings_are_shown_on_their_own_nodes(server, graph):
     loader = add_loader(graph)
     caches = [add_cache(graph, (loader, 0)) for _ in range(2)]
-    samplers = [add_sampler(graph, loader, model=cache, seed=508, steps=steps) for cache, steps in zip(caches, (3, 4))]
+    samplers = [add_sampler(graph, loader, model=cache, seed=508, steps=3 + i) for i, cache in enumerate(caches)]
     result, _ = sample(server, graph, *samplers)
     assert [[run["steps"] for run in runs(result, cache)] for cache in caches] == [[3], [4]]
 
@@ -310,7 +310,7 @@ def test_regions_are_streams(server, graph):
     regions = [
         graph.add("ConditioningSetArea", conditioning=prompt, width=width, height=128, x=x, y=0, strength=1.0)
         for prompt, width, x in (
-            (add_prompt(graph, loader), 48, 0),
+            (add_prompt(graph, loader), 64, 0),
             (add_prompt(graph, loader, "a castle on a hill at sunset"), 96, 32),
         )
     ]
