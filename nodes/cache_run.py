@@ -130,7 +130,7 @@ class SamplerRun:
         report = self.cache.report()
         if not report["evaluations"] or server.client_id is None:
             return
-        text = describe(report) + (f"\n{self.warning}" if self.warning else "")
+        text = describe(report) + (f".\n{self.warning}" if self.warning else "")
         message = {
             "node": self.node_id,
             "prompt_id": self._prompt_id,
@@ -153,8 +153,7 @@ def describe(report: dict[str, Any]) -> str:
     text = f"{report['computed']} computed, {report['cached']} cached, about {report['seconds_saved']:.1f} s saved"
     diffs = [e["diff"] for e in report["evaluations"] if e["diff"] is not None]
     if diffs:
-        threshold = report["settings"]["config"]["residual_diff_threshold"]
-        text += f"\nresidual differences {min(diffs):.3f} to {max(diffs):.3f}, threshold {threshold:g}"
+        text += f";\nresidual differences {min(diffs):.3f} to {max(diffs):.3f}"
     return text
 
 

@@ -31,15 +31,16 @@ LISTEN = """() => {
     { ...event.detail, drawn: document.querySelectorAll(".evaluation").length }));
 }"""
 
-# What the plots on the page show: marks by shape, and what else can be read.
-PLOTS = """() => [...document.querySelectorAll("svg:has(.evaluation)")].map(svg => ({
-  squares: svg.querySelectorAll("rect.evaluation").length,
-  circles: svg.querySelectorAll("circle.evaluation").length,
-  thresholds: svg.querySelectorAll("line.threshold").length,
-  titles: [...svg.querySelectorAll(".evaluation title")].map(title => title.textContent),
-  texts: [...svg.querySelectorAll("text")].map(text => text.textContent),
-  box: (({ x, y, width, height }) => [x, y, width, height])(svg.getBoundingClientRect()),
-}))"""
+# The plots of all nodes, also of those in subgraphs: marks by shape, and what can be read.
+PLOTS = """() => app.graph.nodes.flatMap(node => node.subgraph?.nodes ?? [node]).flatMap(node => node.widgets ?? [])
+  .filter(widget => widget.name === "block_cache_plot").map(({ element: svg }) => ({
+    squares: svg.querySelectorAll("rect.evaluation").length,
+    circles: svg.querySelectorAll("circle.evaluation").length,
+    thresholds: svg.querySelectorAll("line.threshold").length,
+    titles: [...svg.querySelectorAll(".evaluation title")].map(title => title.textContent),
+    texts: [...svg.querySelectorAll("text")].map(text => text.textContent),
+    visible: svg.checkVisibility() && svg.getBoundingClientRect().height > 50,
+  }))"""
 
 TEXTS = """id => app.graph.getNodeById(id).widgets.filter(w => typeof w.value === "string").map(w => w.value)"""
 
@@ -83,12 +84,53 @@ def test_plot_after_a_run(frontend: Frontend, tmp_path: Path):
     assert f"{last['cached']} cached" in plot["texts"]
     # It was drawn while the run went, too.
     assert 0 < runs[-2]["drawn"] < STEPS
+    assert plot["visible"]
     texts = frontend.call(TEXTS, CACHE_ID)
     assert any(text.startswith(f"{last['computed']} computed, {last['cached']} cached, about ") for text in texts)
     # What is shown is no part of the workflow.
-    after = frontend.graph()
-    saved, shown = ([n for n in g["nodes"] if n["id"] == CACHE_ID][0]["widgets_values"] for g in (before, after))
-    assert shown[: len(saved)] == saved
+    assert values_of(frontend.graph()) == values_of(before)
     screenshot = tmp_path / "plot.png"
     frontend.page.screenshot(path=screenshot)
     assert screenshot.stat().st_size > 10_000
+
+
+def values_of(workflow: dict[str, Any]) -> dict[str, Any]:
+    """What is saved of the node's widgets, without the texts that the front end itself keeps there."""
+    (node,) = (node for node in workflow["nodes"] if node["id"] == CACHE_ID)
+    return {key: value for key, value in node["widgets_values_named"].items() if not key.startswith("$$")}
+
+
+def test_another_run_replaces_the_plot(frontend: Frontend):
+    drop(frontend, WORKFLOW)
+    set_widgets(frontend, 7, steps=6, seed=2)
+    run(frontend)
+    (plot,) = frontend.call(PLOTS)
+    assert len(plot["titles"]) == 6
+    set_widgets(frontend, 7, steps=5)
+    runs = run(frontend)
+    (plot,) = frontend.call(PLOTS)
+    assert len(plot["titles"]) == 5
+    assert plot["texts"].count(f"{runs[-1]['computed']} computed") == 1
+    # A graph that is opened again, as Undo does it, has its plot again.
+    frontend.page.evaluate("async () => app.loadGraphData((await app.graphToPrompt()).workflow)")
+    frontend.page.wait_for_timeout(500)
+    assert [len(plot["titles"]) for plot in frontend.call(PLOTS)] == [5]
+
+
+def test_in_a_subgraph(frontend: Frontend):
+    drop(frontend, WORKFLOW)
+    set_widgets(frontend, 7, steps=4, seed=3)
+    frontend.page.evaluate("id => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", CACHE_ID)
+    runs = run(frontend)
+    assert ":" in runs[-1]["node"]
+    assert [len(plot["titles"]) for plot in frontend.call(PLOTS)] == [4]
+
+
+def set_widgets(frontend: Frontend, node: int, **values: int) -> None:
+    frontend.page.evaluate(
+        """([id, values]) => {
+          for (const widget of app.graph.getNodeById(id).widgets)
+            if (widget.name in values) widget.value = values[widget.name];
+        }""",
+        [node, values],
+    )
