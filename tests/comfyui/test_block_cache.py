@@ -333,6 +333,34 @@ def test_a_conditioning_that_ends_mid_run(server, graph):
     assert len(run["evaluations"]) == STEPS
 
 
+def test_windows_of_one_conditioning_are_streams(server, graph):
+    # Each step calls the model three times with the same conditioning, for other rows of the latent.
+    loader = add_loader(graph)
+    windows = graph.add(
+        "ContextWindowsManual",
+        model=(loader, 0),
+        context_length=4,
+        context_overlap=2,
+        context_schedule="standard_static",
+        context_stride=1,
+        closed_loop=False,
+        fuse_method="pyramid",
+        dim=2,
+        freenoise=False,
+        cond_retain_index_list="",
+        latent_retain_index_list="",
+        split_conds_to_windows=False,
+        causal_window_fix=False,
+    )
+    cache = add_cache(graph, windows)
+    options = {"seed": 519, "steps": 4}
+    result, (cached, plain) = sample(
+        server, graph, *(add_sampler(graph, loader, model=model, **options) for model in (cache, windows))
+    )
+    assert counts(runs(result, cache)[0]) == (6, 6, 3)
+    assert 0 < relative_error(cached, plain) < 1
+
+
 def test_another_resolution_and_img2img(server, graph):
     loader = add_loader(graph)
     cache = add_cache(graph, (loader, 0))

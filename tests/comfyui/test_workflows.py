@@ -26,8 +26,8 @@ OTHER_SEED = 20
 
 CACHE = "HybridDiT_BlockCache"
 CACHED_PSNR = 40.0
-"""Of a cached picture against the uncached one, in dB, at least; measured are 49 for the shipped workflow, and 17 for
-another seed."""
+"""Of a cached picture against the uncached one, in dB, at least; measured are 49 for the shipped workflow, and 32 for
+the uncached picture moved by two pixels."""
 
 SEEDS = {"KSampler": "seed", "RandomNoise": "noise_seed"}
 
@@ -136,8 +136,8 @@ def test_cached_workflow(file: Path, server: ComfyServer):
     assert run["cached"] >= steps // 4
     assert not np.array_equal(cached, uncached)
     assert psnr(cached, uncached) > CACHED_PSNR
-    # Proof that the comparison can fail.
-    assert psnr(picture(server, run_well(server, with_other_seed(workflow))), uncached) < CACHED_PSNR - 10
+    # Proof that the comparison can fail: the same picture, moved by two pixels.
+    assert psnr(np.roll(uncached, 2, axis=1), uncached) < CACHED_PSNR - 5
 
     # The cache leaves nothing behind: the picture without it is the one that was there before it.
     again = without_caches(workflow)
