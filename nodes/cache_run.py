@@ -48,14 +48,9 @@ class CacheWrappers:
         # The guider's options are a copy for this call: what is put there ends with it, and no other MODEL sees it.
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         others = other_caches(executor.class_obj.model_options)
-        warning = ""
         if others:
-            warning = (
-                f"{' and '.join(others)} and Block Cache both skip computation on this MODEL, and their errors add "
-                "up; bypass one of them"
-            )
-            log.warning(warning)
-        run = options[RUN_KEY] = SamplerRun(self.settings, sigmas.tolist(), self.handle, self.node_id, warning)
+            log.warning(warning_of(others))
+        run = options[RUN_KEY] = SamplerRun(self.settings, sigmas.tolist(), self.handle, self.node_id, others)
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
@@ -77,14 +72,14 @@ class SamplerRun:
     Args:
         settings, handle, node_id: as in `CacheWrappers`.
         sigmas: of this call of the sampler.
-        warning: shown beside the figures.
+        others: other caches on the MODEL, which the node warns of.
     """
 
     def __init__(
-        self, settings: CacheSettings, sigmas: list[float], handle: GroupHandle, node_id: str, warning: str = ""
+        self, settings: CacheSettings, sigmas: list[float], handle: GroupHandle, node_id: str, others: list[str]
     ) -> None:
         self.cache = CacheRun(settings, sigmas)
-        self.handle, self.node_id, self.warning = handle, node_id, warning
+        self.handle, self.node_id, self.others = handle, node_id, others
         context = get_executing_context()
         self._prompt_id = None if context is None else context.prompt_id
         self._calls: Counter[str] = Counter()
@@ -130,7 +125,7 @@ class SamplerRun:
         report = self.cache.report()
         if not report["evaluations"] or server.client_id is None:
             return
-        text = describe(report) + (f".\n{self.warning}" if self.warning else "")
+        text = describe(report) + (f".\n{warning_of(self.others)}" if self.others else "")
         message = {
             "node": self.node_id,
             "prompt_id": self._prompt_id,
@@ -141,6 +136,7 @@ class SamplerRun:
             "cached": report["cached"],
             "streams": report["streams"],
             "seconds_saved": report["seconds_saved"],
+            "others": self.others,
             "evaluations": [_plain(evaluation) for evaluation in report["evaluations"]],
         }
         server.send_sync(EVENT, message, server.client_id)
@@ -167,6 +163,12 @@ def other_caches(model_options: dict[str, Any]) -> list[str]:
         keys.add(getattr(function, "__qualname__", type(function).__qualname__))
     known = (RUN_KEY, "easycache", "lazycache")
     return names + sorted(key for key in keys if "cache" in key.lower() and key not in known)
+
+
+def warning_of(others: list[str]) -> str:
+    """What to say where other caches are on the same MODEL."""
+    names = ", ".join(others)
+    return f"{names} and Block Cache both skip computation on this MODEL, and their errors add up; bypass one of them"
 
 
 def _plain(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,10 @@ function draw(svg, run) {
   parts.push(square(LEFT + 4, middle, 3.5), label(LEFT + 11, middle + 3, `${run.computed} computed`));
   parts.push(circle(LEFT + 88, middle, 3.5), label(LEFT + 95, middle + 3, `${run.cached} cached`));
   parts.push(line(LEFT + 156, middle, LEFT + 174), label(LEFT + 178, middle + 3, `threshold ${number(threshold)}`));
+  if (run.others.length) {
+    const warning = `also ${run.others.join(", ")}: errors add up`;
+    parts.push(label(RIGHT, TOP - 9, warning, { fill: THRESHOLD, anchor: "end" }));
+  }
   svg.replaceChildren(...parts);
   svg.setAttribute("aria-label", `${run.computed} evaluations computed, ${run.cached} cached`);
 }
