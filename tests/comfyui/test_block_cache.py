@@ -376,7 +376,8 @@ def test_another_resolution_and_img2img(server, graph):
 def test_another_cache_is_named_once(server, graph):
     loader = add_loader(graph)
     options = {"reuse_threshold": 0.2, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
-    cache = add_cache(graph, graph.add("EasyCache", model=(loader, 0), **options))
+    # Also where two Block Caches follow: the first one has no run.
+    cache = add_cache(graph, add_cache(graph, graph.add("EasyCache", model=(loader, 0), **options)))
     before = server.log_text().count("EasyCache and Block Cache")
     result, _ = sample(server, graph, add_sampler(graph, loader, model=cache, seed=516, steps=4))
     assert server.log_text().count("EasyCache and Block Cache") == before + 1
