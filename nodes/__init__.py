@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .block_cache import BlockCache
 from .layout import ParallelLayout
 from .loaders import LoadPipeline
 from .workers import UnloadWorkers, WorkersReport
@@ -13,4 +14,4 @@ class HybridDiTExtension(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ParallelLayout, LoadPipeline, WorkersReport, UnloadWorkers]
+        return [ParallelLayout, LoadPipeline, BlockCache, WorkersReport, UnloadWorkers]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from .cache_run import RUN_KEY
 from .comfy_patcher import RemotePatcher
 from .group import GroupHandle, check_interrupted
 
@@ -26,9 +27,12 @@ class RemoteDiffusionModel(nn.Module):
 
     patch_size = 1
 
-    def __init__(self, handle: GroupHandle, channels: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, handle: GroupHandle, channels: int, block_count: int, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
         super().__init__()
         self.handle = handle
+        self.block_count = block_count
         self.channels = channels
         self.dtype = getattr(torch, handle.config.dtype)
         self._shapes = shapes
@@ -63,10 +67,20 @@ class RemoteDiffusionModel(nn.Module):
 
     def _evaluate(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
                   transformer_options=None, **kwargs) -> Tensor:  # fmt: skip
-        _refuse(x, timestep, control, transformer_options or {}, kwargs, self.channels)
+        options = transformer_options or {}
+        _refuse(x, timestep, control, options, kwargs, self.channels)
+        run = options.get(RUN_KEY)
         prediction = self.handle.get().predict(
-            x, timestep, context, guidance, references=list(ref_latents or ()), check=check_interrupted
+            x,
+            timestep,
+            context,
+            guidance,
+            references=list(ref_latents or ()),
+            check=check_interrupted,
+            cache=None if run is None else run.plan(self.handle, options),
         )
+        if run is not None:
+            run.evaluated()
         return prediction.to(x.device)
 
 
@@ -137,7 +151,8 @@ def _make_flux2(handle: GroupHandle, source: PipelineFolder) -> RemotePatcher:
         "patch_size": 1,
     }
     shapes = _comfy_shapes(source, unet_config)
-    diffusion_model = RemoteDiffusionModel(handle, config["in_channels"], shapes)
+    block_count = config["num_layers"] + config["num_single_layers"]
+    diffusion_model = RemoteDiffusionModel(handle, config["in_channels"], block_count, shapes)
     model = RemoteFlux2(comfy.supported_models.Flux2(unet_config), diffusion_model)
     return RemotePatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 

@@ -32,7 +32,7 @@ EXAMPLE_IMAGE = "hybrid-dit-example.png"
 
 OURS = "Hybrid DiT"
 COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
-    (300, {OURS: ["HybridDiT_ParallelLayout", "HybridDiT_LoadPipeline"]}),
+    (300, {OURS: ["HybridDiT_ParallelLayout", "HybridDiT_LoadPipeline", "HybridDiT_BlockCache"]}),
     (
         320,
         {
@@ -55,6 +55,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom."""
 HEIGHTS = {
     **{"HybridDiT_ParallelLayout": 170, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
+    **{"HybridDiT_BlockCache": 290},
     **{"CLIPTextEncode": 110, "LoadImage": 340, "SaveImage": 350},
 }
 """Of nodes that show more than the frontend reckons with: a state, a picture, or a badge in Nodes 2.0."""
@@ -76,6 +77,11 @@ NOTES = {
 ## Text to image on many GPUs
 *Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. Here 2 (Ulysses) x 2 \
 (TP) = 4 worker processes compute each step of the small demo model, on the CPU if there is no GPU.
+""",
+    "flux2_text_to_image_cached": """\
+## Text to image with the block cache
+*Parallel Layout*, *Load Pipeline (Parallel)* and *Block Cache* are Hybrid DiT's; all others are stock nodes. Steps \
+that hardly differ from the last computed one skip most blocks; *Block Cache* shows which. Bypass it to compare.
 """,
     "flux2_custom_sampler": """\
 ## Custom sampling, with a report

@@ -19,7 +19,8 @@ class CacheRun:
 
     Args:
         settings: thresholds and calibrator.
-        sigmas: the run's noise levels, falling, the last one included; None where they are not known.
+        sigmas: the run's noise levels, the last one included; None where they are not known. They fall, or rise where
+            a picture is turned back into noise.
         steps: of the run, where `sigmas` are not known.
     """
 
@@ -29,6 +30,7 @@ class CacheRun:
         self.id = uuid.uuid4().hex
         self.settings = settings
         self.sigmas = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+        self._rising = np.argsort(() if self.sigmas is None else self.sigmas, kind="stable")
         self.steps = steps if self.sigmas is None else len(self.sigmas) - 1
         self._entries: list[tuple[Evaluation, Decision, Callable[[], float]]] = []
 
@@ -39,9 +41,8 @@ class CacheRun:
     def position(self, sigma: float) -> float:
         """Where in the run a noise level stands, in steps; between two levels of the schedule it is a fraction."""
         assert self.sigmas is not None
-        places = np.arange(len(self.sigmas))
         # np.interp wants rising abscissae. Rounded, so that a level of the schedule is a whole number again.
-        return round(float(np.interp(sigma, self.sigmas[::-1], places[::-1])), 3)
+        return round(float(np.interp(sigma, self.sigmas[self._rising], self._rising)), 3)
 
     def note(self, evaluation: Evaluation, decision: Decision, seconds: float | Callable[[], float]) -> None:
         """Remember a decision that was carried out, and what the evaluation took (now or when asked)."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,16 @@ class WorkerGroup:
             return results["prediction"]
 
     def end_run(self, run: CacheRun) -> None:
-        """Free what the workers' cache keeps of a run. A group that is gone has nothing to free."""
+        """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.
+
+        So Cancel returns at once, whatever step the workers are in, and the error that ended a run stays the one that
+        is seen. Requests are carried out in order, and answers that nobody waits for are dropped.
+        """
         with self._lock:
-            if self._channels:
-                self._call(EndRun(next(self._ids), run.id), {}, lambda: None)
+            request = EndRun(next(self._ids), run.id)
+            for channel in self._channels.values():
+                with suppress(ChannelClosedError):  # a rank that is gone keeps nothing; the next request says so
+                    channel.send(request)
 
     def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
         """Image ``[B, 3, H, W]`` in -1..1 (fp32) from a latent ``[B, C, h, w]``."""

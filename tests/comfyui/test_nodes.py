@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import urllib.parse
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
+from parallel_backend import DBCacheConfig
+from parallel_backend.cache.config import PRESETS
+
 from .server import CHECKOUT, PACK_NAME, ComfyServer
+from .test_workflow_formats import DYNAMIC_COMBO
 
 NODES = {
     "HybridDiT_ParallelLayout": "Parallel Layout",
     "HybridDiT_LoadPipeline": "Load Pipeline (Parallel)",
+    "HybridDiT_BlockCache": "Block Cache",
     "HybridDiT_WorkersReport": "Workers Report",
     "HybridDiT_UnloadWorkers": "Unload Workers",
 }
@@ -26,8 +32,15 @@ def definitions(server: ComfyServer) -> dict[str, Any]:
 
 
 def inputs_of(node: dict[str, Any]) -> dict[str, list]:
-    """What a user can set or connect: not the hidden ones."""
-    return {name: spec for group in ("required", "optional") for name, spec in node["input"].get(group, {}).items()}
+    """What a user can set or connect, also what a choice opens: not the hidden ones."""
+    found: dict[str, list] = {}
+    for group in ("required", "optional"):
+        for name, spec in node["input"].get(group, {}).items():
+            found[name] = spec
+            if spec[0] == DYNAMIC_COMBO:
+                for option in spec[1]["options"]:
+                    found |= inputs_of({"input": option["inputs"]})
+    return found
 
 
 def test_the_nodes(definitions):
@@ -76,3 +89,13 @@ def test_defaults_are_small(definitions):
     inputs = inputs_of(definitions["HybridDiT_ParallelLayout"])
     defaults = {name: spec[1]["default"] for name, spec in inputs.items()}
     assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto"}
+
+
+def test_block_cache_defaults_are_the_library_s(definitions):
+    inputs = inputs_of(definitions["HybridDiT_BlockCache"])
+    defaults = {name: spec[1].get("default") for name, spec in inputs.items() if name not in ("model", "preset")}
+    off = {"max_accumulated_residual_diff_threshold": 0.0, "steps_computation_mask": "", "taylorseer_order": 0}
+    config = asdict(DBCacheConfig())
+    del config["num_inference_steps"]  # a sampler's call says it
+    assert defaults == config | off
+    assert [option["key"] for option in inputs["preset"][1]["options"]] == [*PRESETS, "custom"]

@@ -15,6 +15,8 @@ API_FOLDER = FOLDER / "api"
 NAMES = sorted({file.stem for folder in (FOLDER, API_FOLDER) for file in folder.glob("*.json")})
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
+"""A combo whose choice decides which widgets follow it; theirs are named after it, with a dot."""
 NOTES = {"Note", "MarkdownNote"}
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 MODE_ALWAYS = 0
@@ -40,7 +42,9 @@ def _inputs(node: dict[str, Any], definition: dict[str, Any], origins: dict[int,
     links = {slot["name"]: origins[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
     inputs: dict[str, Any] = {}
     values = list(node.get("widgets_values") or [])
-    for name, spec in _specs(definition):
+    specs = _specs(definition)
+    while specs:
+        name, spec = specs.pop(0)
         options = spec[1] if len(spec) > 1 else {}
         if _is_widget(spec[0], options):
             assert values, f"node {node['id']} ({node['type']}) has no value for {name}"
@@ -50,6 +54,11 @@ def _inputs(node: dict[str, Any], definition: dict[str, Any], origins: dict[int,
                 assert values.pop(0) in CONTROLS
             if options.get("image_upload"):
                 assert values.pop(0) == "image"
+            if spec[0] == DYNAMIC_COMBO:
+                (chosen,) = (option for option in options["options"] if option["key"] == inputs[name])
+                specs[:0] = [
+                    (f"{name}.{inner}", spec) for group in chosen["inputs"].values() for inner, spec in group.items()
+                ]
         if name in links:
             inputs[name] = links.pop(name)
     assert not links, f"node {node['id']} ({node['type']}) has links to inputs that do not exist: {sorted(links)}"
@@ -66,7 +75,7 @@ def _specs(definition: dict[str, Any]) -> list[tuple[str, list]]:
 
 
 def _is_widget(kind: Any, options: dict[str, Any]) -> bool:
-    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+    return (isinstance(kind, list) or kind in WIDGET_TYPES | {DYNAMIC_COMBO}) and not options.get("forceInput")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,17 @@ def test_picture_beside_it(name):
 def one_node(widgets: list, kind: str) -> dict[str, Any]:
     """A one-node UI workflow, for the converter's own tests."""
     return {"nodes": [{"id": 1, "type": kind, "mode": 0, "inputs": [], "widgets_values": widgets}], "links": []}
+
+
+def test_converter_opens_a_dynamic_combo(definitions):
+    kind = "HybridDiT_BlockCache"
+    assert to_api(one_node(["speed"], kind), definitions)["1"]["inputs"] == {"preset": "speed"}
+    values = [2, 1, 0.5, 3, 1, -1, -1, 0.0, 0, "", "static"]
+    inputs = to_api(one_node(["custom", *values], kind), definitions)["1"]["inputs"]
+    assert list(inputs.values()) == ["custom", *values]
+    assert inputs["preset.Fn_compute_blocks"] == 2
+    with pytest.raises(AssertionError, match="values of no input"):
+        to_api(one_node(["speed", 2], kind), definitions)
 
 
 def test_converter_sees_differences(definitions):

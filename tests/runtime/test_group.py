@@ -22,6 +22,8 @@ from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 
 from parallel_backend import ParallelismConfig
+from parallel_backend.cache.config import PRESETS
+from parallel_backend.cache.run import CacheRun
 from parallel_backend.runtime import client
 from parallel_backend.runtime.channel import Channel
 from parallel_backend.runtime.client import WorkerGroup, WorkersFailedError
@@ -29,7 +31,7 @@ from parallel_backend.runtime.devices import Devices
 from parallel_backend.runtime.group_config import GroupConfig
 from parallel_backend.runtime.groups import acquire_group, close_groups, find_group
 from parallel_backend.runtime.launcher import Launcher
-from parallel_backend.runtime.messages import Keep, Predict
+from parallel_backend.runtime.messages import EndRun, Keep, Predict
 from parallel_backend.sampling import ImageRequest, draw
 
 from .processes import Watched
@@ -698,6 +700,18 @@ while True:
         check=lambda: print("stuck", flush=True) if next(waits) == 20 else None,  # a second in one step
     )
 """
+
+
+def test_the_end_of_a_run_is_told_and_not_waited_for(single_config):
+    group = WorkerGroup(single_config)  # not started: its one rank never answers
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    group._channels[0] = Channel(ours)
+    run = CacheRun(PRESETS["quality"], steps=4)
+    group.end_run(run)
+    assert Channel(theirs).receive()[0] == EndRun(1, run.id)
+    theirs.close()
+    group.end_run(run)  # a rank that is gone hides no error
+    ours.close()
 
 
 def test_workers_end_when_their_client_is_killed(pipeline, tmp_path_factory):

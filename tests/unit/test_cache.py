@@ -166,6 +166,12 @@ def test_positions_in_a_schedule():
     assert run.position(1.2) == 0  # a sampler that adds noise at the start
 
 
+def test_positions_in_a_rising_schedule():
+    run = CacheRun(PRESETS["quality"], sigmas=[0.0, 0.4, 0.7, 0.9, 1.0])
+    assert [run.position(sigma) for sigma in (0.0, 0.4, 0.7, 0.9, 1.0)] == [0, 1, 2, 3, 4]
+    assert run.position(0.8) == 2.5
+
+
 def test_settings_on_the_command_line():
     assert parse_cache("speed") is PRESETS["speed"]
     written = parse_cache(
