@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..parallel_backend.cache.config import PRESETS, CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from ..parallel_backend.cache.config import PRESETS, CacheSettings, TaylorSeerCalibratorConfig
 from ..parallel_backend.cache.step_mask import POLICIES, parse_mask
 from .cache_run import RUN_KEY, CacheWrappers
 from .comfy_model import RemoteDiffusionModel
 from .layout import CATEGORY
 
 CUSTOM = "custom"
-DEFAULTS = DBCacheConfig()
+START = PRESETS["quality"]
+DEFAULTS, DEFAULT_ORDER = START.config, START.calibrator.taylorseer_order if START.calibrator else 0
+"""Of the custom fields: they start where the first preset is."""
 MOST_BLOCKS, MOST_STEPS = 1000, 10_000
 
 
@@ -41,7 +44,7 @@ class BlockCache(io.ComfyNode):
                         *(io.DynamicCombo.Option(name, []) for name in PRESETS),
                         io.DynamicCombo.Option(CUSTOM, custom_inputs()),
                     ],
-                    tooltip="'quality' stays close to the uncached picture, 'speed' skips more and extrapolates, "
+                    tooltip="'quality' stays close to the uncached picture, 'speed' skips more, "
                     "'custom' opens all settings.",
                 ),
             ],
@@ -91,12 +94,12 @@ def make_settings(values: dict[str, Any] | None) -> CacheSettings:
     if values is None or preset != CUSTOM:
         raise ValueError(f"preset must be one of {', '.join([*PRESETS, CUSTOM])}")
     given = {name: value for name, value in values.items() if name != "preset" and value is not None}
-    order = given.pop("taylorseer_order", 0)
+    order = given.pop("taylorseer_order", DEFAULT_ORDER)
     given["steps_computation_mask"] = parse_mask(given.get("steps_computation_mask", ""))
     # A limit of 0 would compute each step, and a number field cannot be empty.
     limit = "max_accumulated_residual_diff_threshold"
     given[limit] = given.get(limit) or None
-    return CacheSettings(DBCacheConfig(**given), TaylorSeerCalibratorConfig(order) if order else None)
+    return CacheSettings(replace(DEFAULTS, **given), TaylorSeerCalibratorConfig(order) if order else None)
 
 
 def custom_inputs() -> list[io.Input]:
@@ -126,7 +129,7 @@ def custom_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "taylorseer_order",
-            default=0,
+            default=DEFAULT_ORDER,
             min=0,
             max=4,
             optional=True,

@@ -115,7 +115,7 @@ def test_linked_values_are_accepted(server, graph):
 
 def test_too_few_blocks(server, graph):
     loader = add_loader(graph)
-    cache = add_cache(graph, (loader, 0), "quality")
+    cache = add_cache(graph, (loader, 0), Fn_compute_blocks=8)
     save_latent(graph, add_sampler(graph, loader, model=cache))
     assert "Fn_compute_blocks=8 and Bn_compute_blocks=0 leave nothing to skip: this MODEL has 5 blocks" in failure(
         server, graph, cache

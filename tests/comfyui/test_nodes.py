@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from parallel_backend import DBCacheConfig
 from parallel_backend.cache.config import PRESETS
 
 from .server import CHECKOUT, PACK_NAME, ComfyServer
@@ -91,11 +90,12 @@ def test_defaults_are_small(definitions):
     assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto"}
 
 
-def test_block_cache_defaults_are_the_library_s(definitions):
+def test_block_cache_starts_from_the_first_preset(definitions):
     inputs = inputs_of(definitions["HybridDiT_BlockCache"])
     defaults = {name: spec[1].get("default") for name, spec in inputs.items() if name not in ("model", "preset")}
-    off = {"max_accumulated_residual_diff_threshold": 0.0, "steps_computation_mask": "", "taylorseer_order": 0}
-    config = asdict(DBCacheConfig())
+    order = PRESETS["quality"].calibrator.taylorseer_order
+    off = {"max_accumulated_residual_diff_threshold": 0.0, "steps_computation_mask": "", "taylorseer_order": order}
+    config = asdict(PRESETS["quality"].config)
     del config["num_inference_steps"]  # a sampler's call says it
     assert defaults == config | off
     assert [option["key"] for option in inputs["preset"][1]["options"]] == [*PRESETS, "custom"]
