@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .base import Family, Model, ModelAdapter
 from .flux2 import Flux2
 
@@ -32,10 +34,23 @@ def family_of_transformer(class_name: str) -> Family:
     raise ValueError(f"the transformer class {class_name} is not supported; supported are: {_supported()}")
 
 
+def family_of_single_file(keys: Collection[str]) -> Family | None:
+    """The family of the transformer whose tensors have these keys in a single file; None if no family knows them."""
+    return next((family for family in FAMILIES if family.is_single_file(keys)), None)
+
+
 def _supported() -> str:
     return "; ".join(
         f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
     )
 
 
-__all__ = ["FAMILIES", "Family", "Model", "ModelAdapter", "family_of_pipeline", "family_of_transformer"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Model",
+    "ModelAdapter",
+    "family_of_pipeline",
+    "family_of_single_file",
+    "family_of_transformer",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,21 @@ class Family(ABC):
     @abstractmethod
     def build_transformer(self, config: Mapping[str, Any]) -> Model:
         """The transformer of a configuration, with weights on the meta device."""
+
+    @abstractmethod
+    def is_single_file(self, keys: Collection[str]) -> bool:
+        """Whether keys of a file, without a prefix, are this family's transformer's as ComfyUI names them."""
+
+    @abstractmethod
+    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The transformer's configuration, read off the shapes in a single file; ValueError if one is missing."""
+
+    @abstractmethod
+    def single_file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
+        """What makes a parameter of the transformer: ``(key, part, parts)``, one after the other.
+
+        Each is the part of that number of a tensor's rows, cut into so many equal parts.
+        """
 
     @abstractmethod
     def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
+from . import flux2_single_file
 from .base import Family, Model
 
 REFERENCE_SPACING = 10
@@ -51,6 +52,15 @@ class Flux2(Family):
     def build_transformer(self, config: Mapping[str, Any]) -> Model:
         with torch.device("meta"):
             return Flux2Transformer2DModel.from_config(dict(config)).eval()
+
+    def is_single_file(self, keys: Collection[str]) -> bool:
+        return flux2_single_file.MARK in keys
+
+    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return flux2_single_file.config_of(shapes)
+
+    def single_file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
+        return flux2_single_file.rows_of(name)
 
     def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
         layout.check_heads(config["num_attention_heads"], f"this {self.title} transformer")

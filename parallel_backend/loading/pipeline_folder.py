@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
-from .safetensors_reader import StoredTensor, find_stored, index_folder
+from .safetensors_reader import Weight, find_weight, index_folder, whole
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class PipelineFolder:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
         self.family.check_layout(self.transformer_config, layout)
         for component in ("transformer", "text_encoder", "vae"):
-            self.tensors(component)
+            self.weights(component)
 
-    def tensors(self, component: str) -> dict[str, StoredTensor]:
-        """Where each tensor of ``transformer``, ``text_encoder`` or ``vae`` is stored."""
-        return index_folder(self.path / component)
+    def weights(self, component: str) -> dict[str, Weight]:
+        """What each tensor of the models of ``transformer``, ``text_encoder`` or ``vae`` is made of."""
+        stored = index_folder(self.path / component)
+        if component == "text_encoder":
+            return {name: whole(stored[key]) for name, key in self.family.text_keys(list(stored)).items()}
+        return {name: whole(tensor) for name, tensor in stored.items()}
 
     def check_weights(self) -> None:
         """Raise ValueError if a tensor is missing or has another shape than its configuration makes it.
@@ -47,13 +50,10 @@ class PipelineFolder:
             "vae": self.family.build_vae(self.vae_config),
         }
         for component, model in models.items():
-            stored = self.tensors(component)
-            keys = {name: name for name in stored}
-            if component == "text_encoder":
-                keys = self.family.text_keys(list(stored))
+            weights = self.weights(component)
             for name, tensor in model.state_dict().items():
                 if not name.endswith("num_batches_tracked"):  # of no use in inference
-                    find_stored(name, tensor.shape, stored, keys)
+                    find_weight(name, tensor.shape, weights)
 
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ..parallel.tensor import ParamShard
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored: its file, full shape and size in bytes."""
+    """Where a tensor is stored: its file and key, full shape, size in bytes, and dtype as safetensors calls it."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -31,6 +33,39 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is missing, is no safetensors file, or is shorter than its header says.
     """
+    length, header = _read_json_header(file)
+    size = file.stat().st_size
+    try:
+        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+        tensors = {
+            key: StoredTensor(
+                file, key, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]
+            )
+            for key, entry in entries.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _unreadable(file, error) from None
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{file} has {size} bytes but its header describes {8 + length + end}: it was cut off or damaged; "
+            "download it again"
+        )
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+    metadata = _read_json_header(file)[1].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_json_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """The header's length in bytes and the header."""
     if not file.is_file():
         raise ValueError(f"{file} is missing; download the model again or restore this file")
     size = file.stat().st_size
@@ -41,20 +76,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
         try:
             header = json.loads(stream.read(length))
-            entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-            tensors = {
-                key: StoredTensor(file, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-                for key, entry in entries.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{file} has an unreadable safetensors header ({error!r}); download it again") from None
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{file} has {size} bytes but its header describes {8 + length + end}: it was cut off or damaged; "
-            "download it again"
-        )
-    return tensors
+        except ValueError as error:
+            raise _unreadable(file, error) from None
+    if not isinstance(header, dict):
+        raise _unreadable(file, TypeError(f"a {type(header).__name__}"))
+    return length, header
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} has an unreadable safetensors header ({error!r}); download it again")
 
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -80,35 +110,111 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def find_stored(
-    name: str, shape: Sequence[int], stored: Mapping[str, StoredTensor], keys: Mapping[str, str]
-) -> StoredTensor:
-    """Where the tensor that a model calls ``name``, of full ``shape``, is stored.
+@dataclass(frozen=True)
+class Weight:
+    """What a full parameter is made of: rows of stored tensors, one after the other, times a scale.
 
     Args:
-        name, shape: of the model's parameter or buffer.
-        stored: what the files hold.
-        keys: the model's names -> keys in the files.
+        pieces: stored tensors with half-open ranges of their rows (the first dim).
+        scale: a stored scalar that all pieces are multiplied by; None for 1.
+    """
+
+    pieces: tuple[tuple[StoredTensor, int, int], ...]
+    scale: StoredTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the full parameter."""
+        first, _, _ = self.pieces[0]
+        return (sum(stop - start for _, start, stop in self.pieces), *first.shape[1:])
+
+
+def whole(tensor: StoredTensor) -> Weight:
+    """A parameter that is stored as it is."""
+    return Weight(((tensor, 0, tensor.shape[0] if tensor.shape else 0),))
+
+
+def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) -> Weight:
+    """What the tensor that a model calls ``name``, of full ``shape``, is made of.
 
     Raises:
         ValueError: it is not there, or has another shape, by name and file.
     """
-    found = stored.get(keys.get(name, ""))
-    if found is None:
-        files = ", ".join(sorted({entry.file.name for entry in stored.values()}))
+    weight = weights.get(name)
+    if weight is None:
+        files = ", ".join(sorted({tensor.file.name for known in weights.values() for tensor, _, _ in known.pieces}))
         raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
-    if list(found.shape) != list(shape):
+    tensor, _, _ = weight.pieces[0]
+    found = weight.shape if tensor.shape else ()
+    if list(found) != list(shape):
+        part = "" if found == tensor.shape else f" and gives {name} {list(found)}"
         raise ValueError(
-            f"{keys[name]} in {found.file} has shape {list(found.shape)}, but the model's configuration makes it "
-            f"{list(shape)}; the checkpoint and its config.json do not belong together"
+            f"{tensor.key} in {tensor.file} has shape {list(tensor.shape)}{part}, but the model's configuration makes "
+            f"it {list(shape)}; the checkpoint and its config.json do not belong together"
         )
-    return found
+    return weight
+
+
+class Reader:
+    """Reads weights, or the rows and columns of them that a rank needs, from files that it keeps open."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+
+    def read(self, weight: Weight, shard: ParamShard | None, dtype: torch.dtype) -> Tensor:
+        """A full parameter, or this rank's slice of it, on the CPU, in memory of its own.
+
+        Raises:
+            ValueError: values that are no numbers, by key and file.
+        """
+        source = _Rows(self, weight)
+        tensor = shard.take(source) if shard is not None else source[:]  # type: ignore[arg-type]
+        if weight.scale is not None:
+            # As ComfyUI dequantises: in the dtype that is computed in.
+            tensor = tensor.to(dtype) * self.scalar(weight.scale).to(dtype)
+        # A copy even where nothing changes: the result must not lean on the mapped file.
+        tensor = tensor.to(dtype=dtype, copy=True).contiguous()
+        if not tensor.isfinite().all():
+            first, _, _ = weight.pieces[0]
+            raise ValueError(f"{first.key} in {first.file} holds values that are not finite numbers; download it again")
+        return tensor
+
+    def stored(self, tensor: StoredTensor) -> Any:
+        """A tensor in its file, to be sliced."""
+        return self._open(tensor.file).get_slice(tensor.key)
+
+    def scalar(self, tensor: StoredTensor) -> Tensor:
+        """A tensor of one element, without dims."""
+        return self._open(tensor.file).get_tensor(tensor.key).reshape(())
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(str(file), framework="pt")
+        return self._files[file]
+
+
+class _Rows:
+    """Slices like the full parameter that a `Weight` describes, along the first two dims."""
+
+    def __init__(self, reader: Reader, weight: Weight) -> None:
+        self.reader, self.weight = reader, weight
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        first, last, _ = rows.indices(self.weight.shape[0])
+        parts, offset = [], 0
+        for tensor, start, stop in self.weight.pieces:
+            begin, end = max(first, offset), min(last, offset + stop - start)
+            if begin < end:
+                taken = slice(begin - offset + start, end - offset + start)
+                parts.append(self.reader.stored(tensor)[(taken, *columns)])
+            offset += stop - start
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def load_weights(
     model: nn.Module,
-    stored: Mapping[str, StoredTensor],
-    keys: Mapping[str, str],
+    weights: Mapping[str, Weight],
     table: Mapping[str, ParamShard],
     *,
     device: torch.device,
@@ -119,8 +225,7 @@ def load_weights(
 
     Args:
         model: its parameters have rank-local shapes already; all of them are replaced.
-        stored: what the files hold.
-        keys: parameter name -> key in the files.
+        weights: parameter name -> what it is made of.
         table: parameter name -> the slice to take; parameters that are not in it are read whole.
         device, dtype: where the weights go and as what.
         on_bytes: told the bytes of each tensor after it is in place.
@@ -129,26 +234,20 @@ def load_weights(
         Bytes of weights now held on the device.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the model, by name and file.
+        ValueError: a tensor is missing, has another shape than the model or no finite values, by name and file.
     """
-    by_file: dict[Path, list[str]] = defaultdict(list)
+    found: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
         full = list(parameter.shape)
         if name in table:
             full[table[name].dim] = table[name].size
-        by_file[find_stored(name, full, stored, keys).file].append(name)
-    modules = dict(model.named_modules())
-    held = 0
-    for file, names in by_file.items():
-        with safe_open(str(file), framework="pt") as reader:
-            for name in names:
-                source = reader.get_slice(keys[name])
-                shard = table.get(name)
-                tensor = shard.take(source) if shard else source[:]
-                # A copy even where nothing changes: the result must not lean on the mapped file.
-                tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-                owner, _, leaf = name.rpartition(".")
-                setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
-                held += tensor.nbytes
-                on_bytes(tensor.nbytes)
+        found[name] = find_weight(name, full, weights)
+    modules, reader, held = dict(model.named_modules()), Reader(), 0
+    # In the order of the files, which disks like.
+    for name in sorted(found, key=lambda name: str(found[name].pieces[0][0].file)):
+        tensor = reader.read(found[name], table.get(name), dtype).to(device)
+        owner, _, leaf = name.rpartition(".")
+        setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
+        held += tensor.nbytes
+        on_bytes(tensor.nbytes)
     return held

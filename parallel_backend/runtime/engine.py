@@ -55,12 +55,8 @@ class Engine:
             self.text, self.family, source.text_config, text_axis(self.family, source.text_config, mesh)
         )
 
-        stored = {name: source.tensors(name) for name in ("transformer", "text_encoder")}
-        parts = (
-            ("text_encoder", self.text, self.family.text_keys(list(stored["text_encoder"])), text_table),
-            ("transformer", self.transformer, {name: name for name in stored["transformer"]}, transformer_table),
-        )
-        total = sum(p.numel() for _, model, _, _ in parts for p in model.parameters()) * dtype.itemsize
+        parts = (("text_encoder", self.text, text_table), ("transformer", self.transformer, transformer_table))
+        total = sum(p.numel() for _, model, _ in parts for p in model.parameters()) * dtype.itemsize
         done = 0
         step = max(1, total // 50)
 
@@ -70,9 +66,9 @@ class Engine:
             if (done - new) // step != done // step:
                 on_progress(done, total)
 
-        for name, model, keys, table in parts:
+        for name, model, table in parts:
             self.weight_bytes[name] = load_weights(
-                model, stored[name], keys, table, device=self.device, dtype=dtype, on_bytes=count
+                model, source.weights(name), table, device=self.device, dtype=dtype, on_bytes=count
             )
             model.to(self.device)  # buffers
         if self.rank == 0:

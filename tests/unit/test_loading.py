@@ -15,7 +15,7 @@ from transformers import Mistral3ForConditionalGeneration
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.loading.pipeline_folder import open_pipeline_folder
-from parallel_backend.loading.safetensors_reader import index_folder, load_weights, read_header
+from parallel_backend.loading.safetensors_reader import index_folder, load_weights, read_header, whole
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from parallel_backend.runtime.engine import Engine
@@ -50,8 +50,8 @@ def load_transformer(folder: Path, pipeline: Path, axis: Axis | None = None):
     model = source.family.build_transformer(source.transformer_config)
     plan = source.family.transformer_plan(source.transformer_config)
     table = apply_tensor_parallel(model, plan, axis) if axis else {}
-    stored = index_folder(folder)
-    held = load_weights(model, stored, {name: name for name in stored}, table, device=CPU, dtype=torch.float32)
+    weights = {name: whole(tensor) for name, tensor in index_folder(folder).items()}
+    held = load_weights(model, weights, table, device=CPU, dtype=torch.float32)
     return model, table, held
 
 
@@ -78,7 +78,7 @@ class TestWhole:
         assert source.transformer_config["num_attention_heads"] == 8
         for component, file in WEIGHTS.items():
             tensors = load_file(tiny_pipeline / component / file)
-            found = source.tensors(component)
+            found = index_folder(tiny_pipeline / component)
             assert {name: entry.shape for name, entry in found.items()} == {
                 k: tuple(v.shape) for k, v in tensors.items()
             }
@@ -133,11 +133,9 @@ class TestWhole:
     def test_the_dtype_asked_for(self, tiny_pipeline):
         source = open_pipeline_folder(tiny_pipeline)
         model = source.family.build_transformer(source.transformer_config)
-        stored = source.tensors("transformer")
         told = []
-        held = load_weights(
-            model, stored, {n: n for n in stored}, {}, device=CPU, dtype=torch.bfloat16, on_bytes=told.append
-        )
+        weights = source.weights("transformer")
+        held = load_weights(model, weights, {}, device=CPU, dtype=torch.bfloat16, on_bytes=told.append)
         full = load_file(tiny_pipeline / "transformer" / WEIGHTS["transformer"])
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, full[name].bfloat16()), name

@@ -1,0 +1,121 @@
+"""A transformer in one safetensors file, as ComfyUI loads it: its family, its configuration, where its weights are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..families import Family, family_of_single_file
+from .safetensors_reader import StoredTensor, Weight, read_header, read_metadata
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+"""In front of the transformer's keys: in files that may hold more than it, and in files of it alone."""
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a single file says of itself.
+
+    Args:
+        path: of the file.
+        family: of the model in it.
+        transformer_config: of the diffusers class.
+        weights: parameter of the diffusers class -> what it is made of.
+        unused: keys that no parameter takes.
+    """
+
+    path: Path
+    family: Family
+    transformer_config: dict[str, Any]
+    weights: dict[str, Weight]
+    unused: tuple[str, ...]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored in 8 bits."""
+        return any(tensor.dtype in FP8_DTYPES for weight in self.weights.values() for tensor, _, _ in weight.pieces)
+
+
+def open_single_file(path: Path) -> SingleFile:
+    """Look at a single file; its header alone is read.
+
+    Raises:
+        ValueError: it is no safetensors file, is cut off, holds no known model, lacks a tensor or has one of a wrong
+            shape, or is quantised in a way that is not read.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path.name} is not a .safetensors file; other formats (such as pickled .ckpt and .pt, or .gguf) are not "
+            "read: convert it, or download the .safetensors file"
+        )
+    stored = read_header(path)
+    for prefix in PREFIXES:
+        keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        family = family_of_single_file(keys)
+        if family is not None:
+            break
+    else:
+        raise ValueError(
+            f"{path} holds no model that is known here ({len(stored)} tensors, such as {', '.join(list(stored)[:3])})"
+        )
+    _check_quantization(path, keys)
+    shapes = {key: tensor.shape for key, tensor in keys.items()}
+    try:
+        config = family.single_file_config(shapes)
+        model = family.build_transformer(config)
+        weights = {name: _weight(family, name, keys) for name, _ in model.named_parameters()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    used = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
+    unused = [key for key in keys if prefix + key not in used and key.rpartition(".")[2] not in _BESIDE]
+    for name, parameter in model.named_parameters():
+        if weights[name].shape != tuple(parameter.shape):
+            tensor, _, _ = weights[name].pieces[0]
+            raise ValueError(
+                f"{tensor.key} in {path} gives {name} the shape {list(weights[name].shape)}, but the rest of the file "
+                f"makes it {list(parameter.shape)}; the file is damaged or of another model"
+            )
+    return SingleFile(path, family, config, weights, tuple(unused))
+
+
+_BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant", "scaled_fp8")
+"""Last parts of keys that stand beside weights and say how they are quantised."""
+
+
+def _weight(family: Family, name: str, keys: dict[str, StoredTensor]) -> Weight:
+    """What a parameter is made of."""
+    rows = family.single_file_rows(name)
+    pieces = []
+    for key, part, parts in rows:
+        tensor = keys.get(key)
+        if tensor is None and key.endswith("norm.weight"):
+            tensor = keys.get(f"{key[: -len('weight')]}scale")
+        if tensor is None:
+            raise ValueError(f"there is no tensor {key}; the checkpoint is incomplete")
+        size = tensor.shape[0]
+        pieces.append((tensor, size * part // parts, size * (part + 1) // parts))
+    layer = rows[0][0].rpartition(".")[0]
+    scale = keys.get(f"{layer}.weight_scale", keys.get(f"{layer}.scale_weight")) if name.endswith(".weight") else None
+    return Weight(tuple(pieces), scale)
+
+
+def _check_quantization(path: Path, keys: dict[str, StoredTensor]) -> None:
+    """Raise ValueError for formats other than fp8 with a scale a tensor."""
+    metadata = read_metadata(path).get("_quantization_metadata")
+    layers = json.loads(metadata).get("layers", {}) if metadata else {}
+    for layer, values in layers.items():
+        if values.get("format") not in FP8_FORMATS:
+            raise ValueError(
+                f"{path} stores {layer} in the format {values.get('format')}, which is not read; take a file in bf16, "
+                "or in fp8 with a scale a tensor"
+            )
+    for key, tensor in keys.items():
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16", *FP8_DTYPES) and key.endswith(".weight"):
+            raise ValueError(
+                f"{key} in {path} is stored as {tensor.dtype}, which is not read; take a file in bf16 or fp8"
+            )

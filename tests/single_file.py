@@ -1,0 +1,89 @@
+"""Random FLUX.2 transformers in one file, under Black Forest Labs' names, as ComfyUI's users have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+HEAD = 128
+"""Width of a head; ComfyUI's FLUX.2 knows no other."""
+CHANNELS, TEXT, TIME = 128, 96, 64
+
+
+def flux2_tensors(heads: int = 2, double: int = 2, single: int = 3, guidance: bool = True) -> dict[str, Tensor]:
+    """A state dict without a prefix, fp32, random."""
+    width, mlp = heads * HEAD, 3 * heads * HEAD
+    shapes: dict[str, tuple[int, ...]] = {
+        "img_in.weight": (width, CHANNELS),
+        "txt_in.weight": (width, TEXT),
+        "time_in.in_layer.weight": (width, TIME),
+        "time_in.out_layer.weight": (width, width),
+        "double_stream_modulation_img.lin.weight": (6 * width, width),
+        "double_stream_modulation_txt.lin.weight": (6 * width, width),
+        "single_stream_modulation.lin.weight": (3 * width, width),
+        "final_layer.linear.weight": (CHANNELS, width),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+    }
+    if guidance:
+        shapes |= {"guidance_in.in_layer.weight": (width, TIME), "guidance_in.out_layer.weight": (width, width)}
+    for index in range(double):
+        for side in ("img", "txt"):
+            prefix = f"double_blocks.{index}.{side}"
+            shapes |= {
+                f"{prefix}_attn.qkv.weight": (3 * width, width),
+                f"{prefix}_attn.proj.weight": (width, width),
+                f"{prefix}_attn.norm.query_norm.scale": (HEAD,),
+                f"{prefix}_attn.norm.key_norm.scale": (HEAD,),
+                f"{prefix}_mlp.0.weight": (2 * mlp, width),
+                f"{prefix}_mlp.2.weight": (width, mlp),
+            }
+    for index in range(single):
+        prefix = f"single_blocks.{index}"
+        shapes |= {
+            f"{prefix}.linear1.weight": (3 * width + 2 * mlp, width),
+            f"{prefix}.linear2.weight": (width, width + mlp),
+            f"{prefix}.norm.query_norm.scale": (HEAD,),
+            f"{prefix}.norm.key_norm.scale": (HEAD,),
+        }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if len(shape) > 1 else 0.1)
+        + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
+
+
+def to_fp8(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The blocks' linears as e4m3fn with a scale each, in one of ComfyUI's layouts, and the file's metadata.
+
+    Args:
+        tensors: without a prefix.
+        layout: ``"metadata"`` (a table in the header, ``weight_scale``), ``"comfy_quant"`` (a tensor a layer) or
+            ``"scaled_fp8"`` (the older one: a marker and ``scale_weight``).
+    """
+    out: dict[str, Tensor] = {}
+    layers = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or "blocks" not in name:
+            out[name] = tensor.bfloat16()
+            continue
+        layer, scale = name.removesuffix(".weight"), tensor.abs().max() / 448
+        out[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        out[f"{layer}.{'scale_weight' if layout == 'scaled_fp8' else 'weight_scale'}"] = scale.float()
+        layers[layer] = {"format": "float8_e4m3fn"}
+        if layout == "comfy_quant":
+            out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    if layout == "scaled_fp8":
+        out["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    return out, metadata if layout == "metadata" else {}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Path:
+    save_file({prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    return path

@@ -1,0 +1,162 @@
+"""Transformers in one file: diffusers' own conversion is the oracle, rank by rank; what is not whole is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+from parallel_backend.loading.safetensors_reader import load_weights
+from parallel_backend.loading.single_file import open_single_file
+from parallel_backend.mesh import Axis
+from parallel_backend.parallel.tensor import apply_tensor_parallel
+from tests.single_file import flux2_tensors, to_fp8, write
+
+CPU = torch.device("cpu")
+
+
+def load(path, axis=None, dtype=torch.float32):
+    """A transformer with this rank's weights, and its table."""
+    source = open_single_file(path)
+    model = source.family.build_transformer(source.transformer_config)
+    table = (
+        apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
+    )
+    load_weights(model, source.weights, table, device=CPU, dtype=dtype)
+    return model, table
+
+
+def converted(tensors):
+    return convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("guidance", [True, False])
+def test_every_parameter_is_what_diffusers_makes_of_the_file(tmp_path, prefix, guidance):
+    tensors = flux2_tensors(guidance=guidance)
+    others = {"first_stage_model.decoder.weight": torch.ones(2, 2)} if prefix.startswith("model") else {}
+    write(tmp_path / "model.safetensors", {**{prefix + name: t for name, t in tensors.items()}, **others})
+    model, _ = load(tmp_path / "model.safetensors")
+    expected = converted(tensors)
+    actual = dict(model.named_parameters())
+    assert actual.keys() == expected.keys()
+    for name, parameter in actual.items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_a_rank_reads_its_slices(tmp_path, degree):
+    tensors = flux2_tensors(heads=4)
+    path = write(tmp_path / "model.safetensors", tensors)
+    expected = converted(tensors)
+    for rank in range(degree):
+        model, table = load(path, Axis(None, degree, rank))
+        assert table
+        for name, parameter in model.named_parameters():
+            whole = expected[name]
+            assert torch.equal(parameter, table[name].take(whole) if name in table else whole), (rank, name)
+
+
+def test_the_configuration_is_that_of_the_shapes(tmp_path):
+    source = open_single_file(write(tmp_path / "model.safetensors", flux2_tensors(heads=3, double=1, single=2)))
+    model = source.family.build_transformer(source.transformer_config)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        name: tuple(t.shape) for name, t in converted(flux2_tensors(heads=3, double=1, single=2)).items()
+    }
+    config = model.config
+    assert (config.num_attention_heads, config.attention_head_dim, config.mlp_ratio) == (3, 128, 3.0)
+    # What shapes do not say is as published for FLUX.2.
+    assert (config.rope_theta, list(config.axes_dims_rope), config.eps) == (2000, [32] * 4, 1e-6)
+    assert source.unused == ()
+    assert not source.quantized
+
+
+@pytest.mark.parametrize("layout", ["metadata", "comfy_quant", "scaled_fp8"])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_fp8_is_multiplied_by_its_scale(tmp_path, layout, degree):
+    stored, metadata = to_fp8(flux2_tensors(), layout)
+    path = write(tmp_path / "model.safetensors", stored, "model.diffusion_model.", metadata)
+    source = open_single_file(path)
+    assert source.quantized
+    assert source.unused == ()
+    whole = converted(
+        {
+            name: tensor.float() * stored.get(f"{name[:-7]}.weight_scale", stored.get(f"{name[:-7]}.scale_weight", 1.0))
+            for name, tensor in stored.items()
+            if tensor.ndim and tensor.dtype != torch.uint8 and name != "scaled_fp8"
+        }
+    )
+    for rank in range(degree):
+        model, table = load(path, Axis(None, degree, rank) if degree > 1 else None)
+        for name, parameter in model.named_parameters():
+            expected = table[name].take(whole[name]) if name in table else whole[name]
+            torch.testing.assert_close(parameter.data, expected, rtol=1e-6, atol=0, msg=name)
+
+
+class TestBadFiles:
+    """An error that names file and key."""
+
+    def refused(self, path, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        assert path.name in str(caught.value)
+
+    def test_a_pickle(self, tmp_path):
+        torch.save(flux2_tensors(), tmp_path / "model.ckpt")
+        self.refused(tmp_path / "model.ckpt", r"is not a \.safetensors file.*pickled.*convert it")
+        (tmp_path / "model.ckpt").rename(tmp_path / "model.safetensors")
+        self.refused(tmp_path / "model.safetensors", "is not a safetensors file, or was cut off")
+
+    def test_cut_off(self, tmp_path):
+        path = write(tmp_path / "model.safetensors", flux2_tensors())
+        with path.open("r+b") as stream:
+            stream.truncate(path.stat().st_size - 100)
+        self.refused(path, "was cut off or damaged; download it again")
+
+    def test_another_model(self, tmp_path):
+        path = write(tmp_path / "model.safetensors", {"lora_A.weight": torch.ones(2, 2)})
+        self.refused(path, r"holds no model that is known here \(1 tensors, such as lora_A.weight\)")
+
+    @pytest.mark.parametrize(
+        "key",
+        ["single_blocks.1.linear2.weight", "double_blocks.0.txt_attn.qkv.weight", "txt_in.weight",
+         "double_blocks.1.img_attn.norm.key_norm.scale"],
+    )  # fmt: skip
+    def test_a_missing_tensor(self, tmp_path, key):
+        tensors = flux2_tensors()
+        del tensors[key]
+        name = key.replace(".scale", ".weight")
+        self.refused(write(tmp_path / "model.safetensors", tensors), rf"no tensor {re.escape(name)}.*incomplete")
+
+    def test_a_missing_block(self, tmp_path):
+        tensors = {name: t for name, t in flux2_tensors().items() if not name.startswith("single_blocks.1.")}
+        self.refused(write(tmp_path / "model.safetensors", tensors), r"no tensors of single_blocks\.1;.*incomplete")
+
+    def test_a_wrong_shape(self, tmp_path):
+        tensors = flux2_tensors() | {"single_blocks.0.linear2.weight": torch.ones(256, 1000)}
+        self.refused(
+            write(tmp_path / "model.safetensors", tensors),
+            r"single_blocks\.0\.linear2\.weight .*\[256, 1000\], but the rest of the file makes it \[256, 1024\]",
+        )
+
+    def test_a_wrong_dtype(self, tmp_path):
+        tensors = flux2_tensors() | {"single_blocks.0.linear2.weight": torch.ones(256, 1024, dtype=torch.int8)}
+        self.refused(
+            write(tmp_path / "model.safetensors", tensors), r"single_blocks\.0\.linear2\.weight.* I8, which is not"
+        )
+
+    def test_another_quantization(self, tmp_path):
+        metadata = {"_quantization_metadata": '{"layers": {"single_blocks.0.linear1": {"format": "nvfp4"}}}'}
+        path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata=metadata)
+        self.refused(path, r"stores single_blocks\.0\.linear1 in the format nvfp4, which is not read")
+
+    def test_values_that_are_no_numbers(self, tmp_path):
+        tensors = flux2_tensors()
+        tensors["single_blocks.2.linear1.weight"][5, 7] = float("nan")
+        self.refused(write(tmp_path / "model.safetensors", tensors), r"single_blocks\.2\.linear1\.weight .*not finite")
+
+    def test_unexpected_tensors_are_told(self, tmp_path):
+        path = write(tmp_path / "model.safetensors", flux2_tensors() | {"vector_in.weight": torch.ones(2)})
+        assert open_single_file(path).unused == ("vector_in.weight",)
