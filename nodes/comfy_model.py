@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.loading.checkpoint import Checkpoint
 from .cache_run import RUN_KEY
 from .comfy_patcher import RemotePatcher
 from .group import GroupHandle, check_interrupted
@@ -130,12 +130,12 @@ class RemoteFlux2(comfy.model_base.Flux2):
         return HOST_MEMORY
 
 
-def make_model(handle: GroupHandle, source: PipelineFolder) -> RemotePatcher:
-    """The MODEL of a pipeline whose transformer is in the workers."""
+def make_model(handle: GroupHandle, source: Checkpoint) -> RemotePatcher:
+    """The MODEL of a checkpoint whose transformer is in the workers."""
     return _MAKERS[source.family.name](handle, source)
 
 
-def _make_flux2(handle: GroupHandle, source: PipelineFolder) -> RemotePatcher:
+def _make_flux2(handle: GroupHandle, source: Checkpoint) -> RemotePatcher:
     config = source.transformer_config
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
     unet_config = {
@@ -157,10 +157,10 @@ def _make_flux2(handle: GroupHandle, source: PipelineFolder) -> RemotePatcher:
     return RemotePatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
-_MAKERS: dict[str, Callable[[GroupHandle, PipelineFolder], RemotePatcher]] = {"flux2": _make_flux2}
+_MAKERS: dict[str, Callable[[GroupHandle, Checkpoint], RemotePatcher]] = {"flux2": _make_flux2}
 
 
-def _comfy_shapes(source: PipelineFolder, unet_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _comfy_shapes(source: Checkpoint, unet_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the transformer's weights under ComfyUI's names, q, k and v fused."""
     table = comfy.utils.flux_to_diffusers(unet_config)
     shapes: dict[str, tuple[int, ...]] = {}

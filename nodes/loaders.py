@@ -1,7 +1,8 @@
-"""Load Pipeline (Parallel): a diffusers pipeline folder as stock MODEL, CLIP and VAE that compute in the workers."""
+"""The loaders: a diffusers pipeline folder as MODEL, CLIP and VAE, or a file as MODEL, computed in the workers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -9,13 +10,18 @@ from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
-from ..parallel_backend.loading.pipeline_folder import open_pipeline_folder
+from ..parallel_backend.loading.checkpoint import Checkpoint
+from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
+from ..parallel_backend.loading.single_file import open_single_file
 from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .group import GroupHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
+
+FILES = "diffusion_models"
+"""ComfyUI's name of the folders with model files; models/unet is among them."""
 
 
 class LoadPipeline(io.ComfyNode):
@@ -40,19 +46,8 @@ class LoadPipeline(io.ComfyNode):
                     tooltip="A folder with a model_index.json under models/diffusers. "
                     f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along; it draws simple shapes.",
                 ),
-                LayoutSocket.Input(
-                    "layout",
-                    optional=True,
-                    tooltip="From Parallel Layout. Without it one process holds the whole pipeline.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Number format of the weights; 'auto' is bfloat16 on GPUs and float32 on the CPU.",
-                ),
+                layout_input(),
+                dtype_input("dtype"),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
@@ -79,16 +74,98 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto") -> io.NodeOutput:
-        layout = layout or Layout(ParallelismConfig(), "auto")
-        try:
-            folder = find_pipeline(pipeline)
-            handle = GroupHandle(GroupConfig.create(folder, layout.degrees, layout.devices, dtype))
-            source = handle.get().source
-        except (ValueError, RuntimeError) as error:
-            show_text(f"failed: {str(error).splitlines()[0]}")
-            raise
-        NodeState(handle.config)("ready", 1, 1)
+        handle, source = load(lambda: find_pipeline(pipeline), layout, dtype)
+        assert isinstance(source, PipelineFolder)
         return io.NodeOutput(make_model(handle, source), make_clip(handle, source), make_vae(handle, source))
+
+
+class LoadDiffusionModel(io.ComfyNode):
+    """Stands where Load Diffusion Model stands: the file's transformer in the workers, as MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HybridDiT_LoadDiffusionModel",
+            display_name="Load Diffusion Model (Parallel)",
+            category=CATEGORY,
+            description=(
+                "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
+                "says. Takes the place of Load Diffusion Model; text encoder and VAE stay with their stock loaders."
+            ),
+            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel"],
+            inputs=[
+                io.Combo.Input(
+                    "unet_name",
+                    options=folder_paths.get_filename_list(FILES),
+                    tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
+                    "flux2_dev.safetensors or flux2_dev_fp8mixed.safetensors.",
+                ),
+                layout_input(),
+                dtype_input("weight_dtype"),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name=None):
+        if unet_name is None:
+            return True
+        try:
+            open_single_file(find_file(unet_name)).check(ParallelismConfig())
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name=None, **_):
+        return open_single_file(find_file(unet_name)).fingerprint() if unet_name is not None else ""
+
+    @classmethod
+    def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(make_model(*load(lambda: find_file(unet_name), layout, weight_dtype)))
+
+
+def layout_input() -> io.Input:
+    """The layout socket of a loader."""
+    tooltip = "From Parallel Layout. Without it one process holds the whole model."
+    return LayoutSocket.Input("layout", optional=True, tooltip=tooltip)
+
+
+def dtype_input(name: str) -> io.Input:
+    """The number format of a loader's weights."""
+    return io.Combo.Input(
+        name,
+        options=list(DTYPES),
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="Number format of the weights; 'auto' is bfloat16 on GPUs and float32 on the CPU.",
+    )
+
+
+def load(find: Callable[[], Path], layout: Layout | None, dtype: str) -> tuple[GroupHandle, Checkpoint]:
+    """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
+    layout = layout or Layout(ParallelismConfig(), "auto")
+    try:
+        handle = GroupHandle(GroupConfig.create(find(), layout.degrees, layout.devices, dtype))
+        source = handle.get().source
+    except (ValueError, RuntimeError) as error:
+        show_text(f"failed: {str(error).splitlines()[0]}")
+        raise
+    NodeState(handle.config)("ready", 1, 1)
+    return handle, source
+
+
+def find_file(name: str) -> Path:
+    """The file of a listed name.
+
+    Raises:
+        ValueError: there is no such file under models/diffusion_models.
+    """
+    if name not in folder_paths.get_filename_list(FILES):
+        roots = ", ".join(map(str, folder_paths.get_folder_paths(FILES)))
+        raise ValueError(f"there is no diffusion model file {name!r} under {roots}")
+    return Path(folder_paths.get_full_path_or_raise(FILES, name))
 
 
 def list_pipelines() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 HEAD = 128
 """Width of a head; ComfyUI's FLUX.2 knows no other."""
-CHANNELS, TEXT, TIME = 128, 96, 64
+CHANNELS, TEXT, TIME = 128, 192, 256
 
 
 def flux2_tensors(heads: int = 2, double: int = 2, single: int = 3, guidance: bool = True) -> dict[str, Tensor]:

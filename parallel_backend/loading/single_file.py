@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import ParallelismConfig
 from ..families import Family, family_of_single_file
 from .safetensors_reader import StoredTensor, Weight, read_header, read_metadata
 
@@ -24,20 +25,39 @@ class SingleFile:
         path: of the file.
         family: of the model in it.
         transformer_config: of the diffusers class.
-        weights: parameter of the diffusers class -> what it is made of.
+        transformer_weights: parameter of the diffusers class -> what it is made of.
         unused: keys that no parameter takes.
     """
 
     path: Path
     family: Family
     transformer_config: dict[str, Any]
-    weights: dict[str, Weight]
+    transformer_weights: dict[str, Weight]
     unused: tuple[str, ...]
+    components = ("transformer",)
 
     @property
     def quantized(self) -> bool:
         """Whether weights are stored in 8 bits."""
-        return any(tensor.dtype in FP8_DTYPES for weight in self.weights.values() for tensor, _, _ in weight.pieces)
+        weights = self.transformer_weights.values()
+        return any(tensor.dtype in FP8_DTYPES for weight in weights for tensor, _, _ in weight.pieces)
+
+    def check(self, layout: ParallelismConfig) -> None:
+        """Raise ValueError if the layout does not fit the model."""
+        self.family.check_layout(self.transformer_config, layout)
+
+    def check_weights(self) -> None:
+        """All was checked when the file was opened."""
+
+    def weights(self, component: str) -> dict[str, Weight]:
+        """What each parameter of the transformer is made of."""
+        assert component == "transformer"
+        return self.transformer_weights
+
+    def fingerprint(self) -> str:
+        """Changes when the file changes (by size and time)."""
+        status = self.path.stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def open_single_file(path: Path) -> SingleFile:

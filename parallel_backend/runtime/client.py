@@ -1,4 +1,4 @@
-"""The client's side of a worker group: start it, load a pipeline into it, and have it encode, predict and decode.
+"""The client's side of a worker group: start it, load a checkpoint into it, and have it encode, predict and decode.
 
 Both the ComfyUI nodes and the command line use this. Nothing here knows of either.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache.decision import Decision, Evaluation
 from ..cache.run import CacheRun
-from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
+from ..loading.checkpoint import Checkpoint, open_checkpoint
 from .channel import Channel, ChannelClosedError, pack
 from .group_config import GroupConfig
 from .launcher import Launcher
@@ -59,11 +59,11 @@ class WorkersFailedError(RuntimeError):
 
 
 class WorkerGroup:
-    """A started group with one pipeline in it. Use `acquire_group` rather than making one."""
+    """A started group with one checkpoint in it. Use `acquire_group` rather than making one."""
 
     def __init__(self, config: GroupConfig, port: int = 0) -> None:
         self.config = config
-        self.source: PipelineFolder = open_pipeline_folder(Path(config.folder))
+        self.source: Checkpoint = open_checkpoint(Path(config.path))
         self.state = "starting"
         self.seconds: dict[str, Any] = {"start": 0.0, "load": 0.0}
         self.reset_timings()
@@ -81,7 +81,7 @@ class WorkerGroup:
         return self.state == "ready" and self._launcher.running()
 
     def start(self, on_state: OnState = lambda *_: None, check: Check = lambda: None) -> None:
-        """Start the ranks and load the pipeline.
+        """Start the ranks and load the checkpoint.
 
         Args:
             on_state: told the state and how far it is: ``("starting", ranks up, ranks, "")``, ``("loading", bytes
@@ -141,7 +141,7 @@ class WorkerGroup:
 
         request = Load(
             next(self._ids),
-            self.config.folder,
+            self.config.path,
             layout.ulysses_size,
             layout.ring_size,
             layout.tp_size,

@@ -15,7 +15,8 @@ from ..cache.block_cache import BlockCache
 from ..cache.config import CacheSettings
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
-from ..loading.pipeline_folder import open_pipeline_folder
+from ..loading.checkpoint import open_checkpoint
+from ..loading.pipeline_folder import PipelineFolder
 from ..loading.safetensors_reader import load_weights
 from ..mesh import build_mesh
 from ..parallelize import parallelize_transformer, shard_text_model, text_axis
@@ -32,30 +33,32 @@ class Engine:
 
     @torch.no_grad()
     def load(
-        self, folder: str, layout: ParallelismConfig, dtype: torch.dtype, on_progress: Callable[[int, int], None]
+        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, on_progress: Callable[[int, int], None]
     ) -> None:
-        """Read this rank's shards of a pipeline folder.
+        """Read this rank's shards of a checkpoint.
 
         Args:
-            folder: a diffusers pipeline folder.
+            path: a diffusers pipeline folder, or a transformer in one file.
             layout: degrees; their product is the world size.
             dtype: of the transformer and the text encoder; the VAE stays in fp32.
             on_progress: told bytes done and bytes in all, a few times a second at most.
         """
-        source = open_pipeline_folder(Path(folder))
+        source = open_checkpoint(Path(path))
         self.family, self.dtype = source.family, dtype
         mesh = build_mesh(layout, self.device.type)
 
         self.transformer = self.family.build_transformer(source.transformer_config)
         transformer_table = parallelize_transformer(self.transformer, self.family, layout, mesh)
         self.cache = BlockCache(self.transformer, self.family.block_stacks, mesh.world)
-        self.text_layers = self.family.text_layers(source.text_config)
-        self.text = self.family.build_text_model(source.text_config)
-        text_table = shard_text_model(
-            self.text, self.family, source.text_config, text_axis(self.family, source.text_config, mesh)
-        )
+        parts = [("transformer", self.transformer, transformer_table)]
+        if isinstance(source, PipelineFolder):
+            self.text_layers = self.family.text_layers(source.text_config)
+            self.text = self.family.build_text_model(source.text_config)
+            axis = text_axis(self.family, source.text_config, mesh)
+            parts.append(
+                ("text_encoder", self.text, shard_text_model(self.text, self.family, source.text_config, axis))
+            )
 
-        parts = (("text_encoder", self.text, text_table), ("transformer", self.transformer, transformer_table))
         total = sum(p.numel() for _, model, _ in parts for p in model.parameters()) * dtype.itemsize
         done = 0
         step = max(1, total // 50)
@@ -71,7 +74,7 @@ class Engine:
                 model, source.weights(name), table, device=self.device, dtype=dtype, on_bytes=count
             )
             model.to(self.device)  # buffers
-        if self.rank == 0:
+        if self.rank == 0 and isinstance(source, PipelineFolder):
             self.vae = self.family.load_vae(source.path / "vae").to(self.device)
             self.weight_bytes["vae"] = sum(p.nbytes for p in self.vae.parameters())
         on_progress(total, total)

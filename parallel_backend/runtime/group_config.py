@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ParallelismConfig
-from ..loading.pipeline_folder import open_pipeline_folder
+from ..loading.checkpoint import open_checkpoint
 from .devices import Devices, resolve_devices
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -17,7 +17,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 class GroupConfig:
     """What a group is keyed by: equal configurations share one group."""
 
-    folder: str
+    path: str
     layout: ParallelismConfig
     devices: Devices
     dtype: str
@@ -25,24 +25,24 @@ class GroupConfig:
 
     @classmethod
     def create(
-        cls, folder: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
+        cls, path: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
     ) -> GroupConfig:
         """Check everything that can be checked without starting a process.
 
         Args:
-            folder: a diffusers pipeline folder.
+            path: a diffusers pipeline folder, or a transformer in one safetensors file.
             layout: degrees.
             devices: see `resolve_devices`.
             dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
 
         Raises:
-            ValueError: a folder, layout, device or dtype that cannot work, with the remedy.
+            ValueError: a checkpoint, layout, device or dtype that cannot work, with the remedy.
         """
         if not hasattr(os, "memfd_create"):
             raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-        source = open_pipeline_folder(Path(folder))
+        source = open_checkpoint(Path(path))
         source.check(layout)
         resolved = resolve_devices(devices, layout.world_size)
         if dtype == "auto":

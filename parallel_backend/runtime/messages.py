@@ -21,10 +21,10 @@ class Hello:
 
 @dataclass(frozen=True)
 class Load:
-    """Load a pipeline folder. Degrees are those of the layout, dtype is a torch dtype's name."""
+    """Load a checkpoint. Degrees are those of the layout, dtype is a torch dtype's name."""
 
     id: int
-    folder: str
+    path: str
     ulysses: int
     ring: int
     tp: int

@@ -41,7 +41,7 @@ def make_report(
             "ranks": layout.world_size,
         },
         "backend": "nccl" if config.devices.kind == "cuda" else "gloo",
-        "model": {"family": family, "folder": config.folder, "dtype": config.dtype},
+        "model": {"family": family, "path": config.path, "dtype": config.dtype},
         "versions": {
             "hybrid_dit": __version__,
             "torch": torch.__version__,

@@ -108,7 +108,7 @@ def perform(
         case Load():
             layout = ParallelismConfig(request.ulysses, request.ring, request.tp)
             engine.load(
-                request.folder,
+                request.path,
                 layout,
                 getattr(torch, request.dtype),
                 lambda done, total: channel.send(Progress(engine.rank, done, total)),

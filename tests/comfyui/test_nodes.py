@@ -17,6 +17,7 @@ from .test_workflow_formats import DYNAMIC_COMBO
 NODES = {
     "HybridDiT_ParallelLayout": "Parallel Layout",
     "HybridDiT_LoadPipeline": "Load Pipeline (Parallel)",
+    "HybridDiT_LoadDiffusionModel": "Load Diffusion Model (Parallel)",
     "HybridDiT_BlockCache": "Block Cache",
     "HybridDiT_WorkersReport": "Workers Report",
     "HybridDiT_UnloadWorkers": "Unload Workers",

@@ -41,7 +41,7 @@ def test_demo_draws_a_picture_and_writes_a_report(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["layout"] == {"name": "Ring-2", "ulysses": 1, "ring": 2, "tp": 1, "ranks": 2}
     assert report["backend"] == "gloo"
-    assert report["model"] == {"family": "flux2", "folder": str(demo_folder()), "dtype": "float32"}
+    assert report["model"] == {"family": "flux2", "path": str(demo_folder()), "dtype": "float32"}
     assert set(report["versions"]) == {"hybrid_dit", "torch", "diffusers", "transformers"}
     seconds = report["seconds"]
     assert set(seconds) == {"start", "load", "text", "steps", "step_median", "decode", "total"}

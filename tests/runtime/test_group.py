@@ -442,7 +442,7 @@ class TestReport:
         report = json.loads(json.dumps(group.report()))
         assert report["layout"] == {"name": "Ulysses-2-TP-2", "ulysses": 2, "ring": 1, "tp": 2, "ranks": 4}
         assert report["backend"] == "gloo"
-        assert report["model"] == {"family": "flux2", "folder": config.folder, "dtype": "float32"}
+        assert report["model"] == {"family": "flux2", "path": config.path, "dtype": "float32"}
         assert set(report["versions"]) == {"hybrid_dit", "torch", "diffusers", "transformers"}
         assert report["versions"]["torch"] == torch.__version__
         seconds = report["seconds"]

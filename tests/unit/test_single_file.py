@@ -24,7 +24,7 @@ def load(path, axis=None, dtype=torch.float32):
     table = (
         apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
     )
-    load_weights(model, source.weights, table, device=CPU, dtype=dtype)
+    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype)
     return model, table
 
 

@@ -1,0 +1,73 @@
+"""Load Diffusion Model (Parallel) in the place of ComfyUI's own loader: the same file, the same latents."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.single_file import flux2_tensors, to_fp8, write
+
+from .graphs import Graph, add_layout, add_loader, add_sampler, relative_error, run_well, save_latent, saved_latent
+from .test_errors import rejection
+
+PARITY = 1e-4
+LAYOUTS = {"Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}, "TP-4": {"ulysses": 1, "tp": 4}}
+FILES = {
+    "fp32": lambda tensors: (tensors, {}),
+    "bf16": lambda tensors: ({name: tensor.bfloat16() for name, tensor in tensors.items()}, {}),
+    "fp8, a table in the header": lambda tensors: to_fp8(tensors, "metadata"),
+    "fp8, a marker": lambda tensors: to_fp8(tensors, "scaled_fp8"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    folder = server.models / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def graph():
+    return Graph()
+
+
+def add_file_loader(graph, name, **layout):
+    return graph.add(
+        "HybridDiT_LoadDiffusionModel", unet_name=name, layout=add_layout(graph, **layout), weight_dtype="float32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "prefix"),
+    [("fp32", "Ulysses-2-TP-2", ""), ("fp32", "TP-4", "model.diffusion_model."), ("bf16", "TP-4", ""),
+     ("fp8, a table in the header", "Ulysses-2-TP-2", ""), ("fp8, a marker", "TP-4", "model.diffusion_model.")],
+)  # fmt: skip
+def test_the_same_latents_as_with_comfyuis_own_loader(server, folder, graph, kind, layout, prefix):
+    tensors, metadata = FILES[kind](flux2_tensors(heads=4))
+    name = write(folder / f"{kind.replace(' ', '_')}-{layout}.safetensors", tensors, prefix, metadata).name
+    loader = add_loader(graph)
+    latents = []
+    for model in (
+        add_file_loader(graph, name, **LAYOUTS[layout]),
+        graph.add("UNETLoader", unet_name=name, weight_dtype="default"),
+    ):
+        latents.append(save_latent(graph, add_sampler(graph, loader, model=model, steps=3)))
+    result = run_well(server, graph)
+    ours, theirs = (saved_latent(server, result, latent) for latent in latents)
+    assert relative_error(ours, theirs) <= PARITY
+
+
+def test_a_damaged_file_is_refused_before_anything_runs(server, folder, graph):
+    tensors = flux2_tensors(heads=4)
+    del tensors["single_blocks.1.linear2.weight"]
+    name = write(folder / "incomplete.safetensors", tensors).name
+    model = add_file_loader(graph, name)
+    save_latent(graph, add_sampler(graph, add_loader(graph), model=model))
+    message = rejection(server, graph, model)
+    assert "incomplete.safetensors: there is no tensor single_blocks.1.linear2.weight" in message
+
+
+def test_a_file_outside_the_folders_is_refused(server, folder, graph):
+    model = add_file_loader(graph, "../../outside.safetensors")
+    save_latent(graph, add_sampler(graph, add_loader(graph), model=model))
+    assert "unet_name" in rejection(server, graph, model)
