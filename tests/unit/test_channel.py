@@ -14,7 +14,7 @@ from parallel_backend.runtime.messages import Done, EncodeText, Failed, Hello, K
 
 EVERY_MESSAGE = [
     Hello(rank=3, pid=4711),
-    Load(id=1, folder="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
+    Load(id=1, path="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
     EncodeText(id=2),
     Keep(id=3, forget=["t1", "t2"]),
     Predict(id=4, context="t5", references=["t6", "t7"], cache={"settings": {}, "evaluation": {"position": 0.5}}),
