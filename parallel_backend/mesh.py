@@ -32,6 +32,32 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 SINGLE = Axis(group=None, degree=1, rank=0)
+ERROR_BYTES = 4000
+"""Of an error's text that `raise_together` carries."""
+
+
+def raise_together(error: ValueError | None, axis: Axis) -> None:
+    """Raise on every rank of an axis what one of them found; else the others would go on and wait for it. Collective.
+
+    Args:
+        error: this rank's, or None.
+        axis: the ranks; the error of the first one that has one is raised.
+    """
+    if not axis.is_split:
+        if error is not None:
+            raise error
+        return
+    device = default_device_type()
+    first = torch.tensor(axis.degree if error is None else axis.rank, device=device)
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=axis.group)
+    if first == axis.degree:
+        return
+    text = torch.zeros(ERROR_BYTES, dtype=torch.uint8, device=device)
+    if first == axis.rank:
+        data = str(error).encode()[:ERROR_BYTES]
+        text[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    dist.broadcast(text, group=axis.group, group_src=int(first))
+    raise ValueError(bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")) from error
 
 
 @dataclass(frozen=True)

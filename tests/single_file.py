@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,8 +16,8 @@ HEAD = 128
 CHANNELS, TEXT, TIME = 128, 192, 256
 
 
-def flux2_tensors(heads: int = 2, double: int = 2, single: int = 3, guidance: bool = True) -> dict[str, Tensor]:
-    """A state dict without a prefix, fp32, random."""
+def flux2_shapes(heads: int = 2, double: int = 2, single: int = 3, guidance: bool = True) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state dict without a prefix."""
     width, mlp = heads * HEAD, 3 * heads * HEAD
     shapes: dict[str, tuple[int, ...]] = {
         "img_in.weight": (width, CHANNELS),
@@ -50,11 +51,16 @@ def flux2_tensors(heads: int = 2, double: int = 2, single: int = 3, guidance: bo
             f"{prefix}.norm.query_norm.scale": (HEAD,),
             f"{prefix}.norm.key_norm.scale": (HEAD,),
         }
+    return shapes
+
+
+def flux2_tensors(**size: Any) -> dict[str, Tensor]:
+    """A state dict, fp32, random."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if len(shape) > 1 else 0.1)
         + (len(shape) == 1)
-        for name, shape in shapes.items()
+        for name, shape in flux2_shapes(**size).items()
     }
 
 

@@ -1,19 +1,13 @@
-"""Reading safetensors by slice: a rank takes its rows and columns of each tensor and never holds a whole model."""
+"""What safetensors files hold, from their headers alone, and what a model's weights are made of."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-
-from ..parallel.tensor import ParamShard
 
 
 @dataclass(frozen=True)
@@ -153,101 +147,3 @@ def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) 
             f"it {list(shape)}; the checkpoint and its config.json do not belong together"
         )
     return weight
-
-
-class Reader:
-    """Reads weights, or the rows and columns of them that a rank needs, from files that it keeps open."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, Any] = {}
-
-    def read(self, weight: Weight, shard: ParamShard | None, dtype: torch.dtype) -> Tensor:
-        """A full parameter, or this rank's slice of it, on the CPU, in memory of its own.
-
-        Raises:
-            ValueError: values that are no numbers, by key and file.
-        """
-        source = _Rows(self, weight)
-        tensor = shard.take(source) if shard is not None else source[:]  # type: ignore[arg-type]
-        if weight.scale is not None:
-            # As ComfyUI dequantises: in the dtype that is computed in.
-            tensor = tensor.to(dtype) * self.scalar(weight.scale).to(dtype)
-        # A copy even where nothing changes: the result must not lean on the mapped file.
-        tensor = tensor.to(dtype=dtype, copy=True).contiguous()
-        if not tensor.isfinite().all():
-            first, _, _ = weight.pieces[0]
-            raise ValueError(f"{first.key} in {first.file} holds values that are not finite numbers; download it again")
-        return tensor
-
-    def stored(self, tensor: StoredTensor) -> Any:
-        """A tensor in its file, to be sliced."""
-        return self._open(tensor.file).get_slice(tensor.key)
-
-    def scalar(self, tensor: StoredTensor) -> Tensor:
-        """A tensor of one element, without dims."""
-        return self._open(tensor.file).get_tensor(tensor.key).reshape(())
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._files:
-            self._files[file] = safe_open(str(file), framework="pt")
-        return self._files[file]
-
-
-class _Rows:
-    """Slices like the full parameter that a `Weight` describes, along the first two dims."""
-
-    def __init__(self, reader: Reader, weight: Weight) -> None:
-        self.reader, self.weight = reader, weight
-
-    def __getitem__(self, index: Any) -> Tensor:
-        rows, *columns = index if isinstance(index, tuple) else (index,)
-        first, last, _ = rows.indices(self.weight.shape[0])
-        parts, offset = [], 0
-        for tensor, start, stop in self.weight.pieces:
-            begin, end = max(first, offset), min(last, offset + stop - start)
-            if begin < end:
-                taken = slice(begin - offset + start, end - offset + start)
-                parts.append(self.reader.stored(tensor)[(taken, *columns)])
-            offset += stop - start
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def load_weights(
-    model: nn.Module,
-    weights: Mapping[str, Weight],
-    table: Mapping[str, ParamShard],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> int:
-    """Fill a model on the meta device with this rank's slices.
-
-    Args:
-        model: its parameters have rank-local shapes already; all of them are replaced.
-        weights: parameter name -> what it is made of.
-        table: parameter name -> the slice to take; parameters that are not in it are read whole.
-        device, dtype: where the weights go and as what.
-        on_bytes: told the bytes of each tensor after it is in place.
-
-    Returns:
-        Bytes of weights now held on the device.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape than the model or no finite values, by name and file.
-    """
-    found: dict[str, Weight] = {}
-    for name, parameter in model.named_parameters():
-        full = list(parameter.shape)
-        if name in table:
-            full[table[name].dim] = table[name].size
-        found[name] = find_weight(name, full, weights)
-    modules, reader, held = dict(model.named_modules()), Reader(), 0
-    # In the order of the files, which disks like.
-    for name in sorted(found, key=lambda name: str(found[name].pieces[0][0].file)):
-        tensor = reader.read(found[name], table.get(name), dtype).to(device)
-        owner, _, leaf = name.rpartition(".")
-        setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
-        held += tensor.nbytes
-        on_bytes(tensor.nbytes)
-    return held

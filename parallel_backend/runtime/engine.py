@@ -17,8 +17,8 @@ from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
 from ..loading.checkpoint import open_checkpoint
 from ..loading.pipeline_folder import PipelineFolder
-from ..loading.safetensors_reader import load_weights
-from ..mesh import build_mesh
+from ..loading.weight_loader import load_weights
+from ..mesh import SINGLE, build_mesh, raise_together
 from ..parallelize import parallelize_transformer, shard_text_model, text_axis
 
 
@@ -70,9 +70,17 @@ class Engine:
                 on_progress(done, total)
 
         for name, model, table in parts:
-            self.weight_bytes[name] = load_weights(
-                model, source.weights(name), table, device=self.device, dtype=dtype, on_bytes=count
-            )
+            # The transformer's slices are the same on all ranks of cp; the text encoder is spread over all ranks.
+            replicas = mesh.cp if name == "transformer" else SINGLE
+            error: ValueError | None = None
+            try:
+                self.weight_bytes[name] = load_weights(
+                    model, source.weights(name), table,
+                    device=self.device, dtype=dtype, replicas=replicas, on_bytes=count,
+                )  # fmt: skip
+            except ValueError as found:
+                error = found
+            raise_together(error, mesh.world)
             model.to(self.device)  # buffers
         if self.rank == 0 and isinstance(source, PipelineFolder):
             self.vae = self.family.load_vae(source.path / "vae").to(self.device)

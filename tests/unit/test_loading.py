@@ -15,7 +15,8 @@ from transformers import Mistral3ForConditionalGeneration
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.loading.pipeline_folder import open_pipeline_folder
-from parallel_backend.loading.safetensors_reader import index_folder, load_weights, read_header, whole
+from parallel_backend.loading.safetensors_reader import index_folder, read_header, whole
+from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from parallel_backend.runtime.engine import Engine

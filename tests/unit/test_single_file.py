@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
-from parallel_backend.loading.safetensors_reader import load_weights
 from parallel_backend.loading.single_file import open_single_file
+from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from tests.single_file import flux2_tensors, to_fp8, write

@@ -1,0 +1,44 @@
+"""Ranks that load one checkpoint together: right slices, each byte read once, and one error for all."""
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+from parallel_backend import ParallelismConfig
+from tests.distributed import loading_cases
+from tests.single_file import flux2_tensors, write
+
+LAYOUTS = {
+    "Ulysses-2-TP-2": ParallelismConfig(ulysses_size=2, tp_size=2),
+    "Ring-4": ParallelismConfig(ring_size=4),
+    "USP-2-2-TP-2": ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_replicas_share_the_reading(world, tmp_path, name):
+    layout, tensors = LAYOUTS[name], flux2_tensors(heads=4, double=1, single=2)
+    expected = convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
+    results = world.run(loading_cases.load, layout, str(write(tmp_path / "model.safetensors", tensors)))
+    for parameters, table, _, raised in results:
+        assert raised == ""
+        for key, parameter in parameters.items():
+            assert torch.equal(parameter, table[key].take(expected[key]) if key in table else expected[key]), key
+    for tp in range(layout.tp_size):
+        replicas = results[tp :: layout.tp_size]
+        held = sum(parameter.numel() for parameter in replicas[0][0].values())
+        read = [elements for _, _, elements, _ in replicas]
+        assert sum(read) == held  # each element once, by one of them
+        assert max(read) <= 1.5 * held / len(read)
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_one_rank_s_error_is_everyone_s(world, tmp_path, row):
+    """The bad value is in the shard of one tp rank, which one of its replicas reads."""
+    tensors = flux2_tensors(heads=4, double=1, single=1)
+    tensors["double_blocks.0.img_attn.qkv.weight"][row, 3] = float("nan")
+    path = str(write(tmp_path / "model.safetensors", tensors))
+    errors = [raised for *_, raised in world.run(loading_cases.load, LAYOUTS["Ulysses-2-TP-2"], path)]
+    assert len(set(errors)) == 1
+    assert "double_blocks.0.img_attn.qkv.weight in" in errors[0]
+    assert "not finite" in errors[0]
