@@ -20,6 +20,8 @@ from .comfy_vae import make_vae
 from .group import GroupHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
 
+AS_STORED = "default"
+"""ComfyUI's name for weights as their file has them."""
 FILES = "diffusion_models"
 """ComfyUI's name of the folders with model files; models/unet is among them."""
 
@@ -47,7 +49,14 @@ class LoadPipeline(io.ComfyNode):
                     f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along; it draws simple shapes.",
                 ),
                 layout_input(),
-                dtype_input("dtype"),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Number format of the weights; 'auto' is bfloat16 on GPUs and float32 on the CPU.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
@@ -101,7 +110,14 @@ class LoadDiffusionModel(io.ComfyNode):
                     "flux2_dev.safetensors or flux2_dev_fp8mixed.safetensors.",
                 ),
                 layout_input(),
-                dtype_input("weight_dtype"),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=[AS_STORED, *DTYPES[1:]],
+                    default=AS_STORED,
+                    optional=True,
+                    tooltip="Number format in which the workers hold the weights. 'default': fp8 stays fp8 and is "
+                    "multiplied in bfloat16; others are bfloat16 on GPUs and float32 on the CPU.",
+                ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers.")],
         )
@@ -121,8 +137,11 @@ class LoadDiffusionModel(io.ComfyNode):
         return open_single_file(find_file(unet_name)).fingerprint() if unet_name is not None else ""
 
     @classmethod
-    def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(make_model(*load(lambda: find_file(unet_name), layout, weight_dtype)))
+    def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:
+        keep = weight_dtype == AS_STORED
+        return io.NodeOutput(
+            make_model(*load(lambda: find_file(unet_name), layout, "auto" if keep else weight_dtype, keep_fp8=keep))
+        )
 
 
 def layout_input() -> io.Input:
@@ -131,23 +150,13 @@ def layout_input() -> io.Input:
     return LayoutSocket.Input("layout", optional=True, tooltip=tooltip)
 
 
-def dtype_input(name: str) -> io.Input:
-    """The number format of a loader's weights."""
-    return io.Combo.Input(
-        name,
-        options=list(DTYPES),
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip="Number format of the weights; 'auto' is bfloat16 on GPUs and float32 on the CPU.",
-    )
-
-
-def load(find: Callable[[], Path], layout: Layout | None, dtype: str) -> tuple[GroupHandle, Checkpoint]:
+def load(
+    find: Callable[[], Path], layout: Layout | None, dtype: str, keep_fp8: bool = False
+) -> tuple[GroupHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
     layout = layout or Layout(ParallelismConfig(), "auto")
     try:
-        handle = GroupHandle(GroupConfig.create(find(), layout.degrees, layout.devices, dtype))
+        handle = GroupHandle(GroupConfig.create(find(), layout.degrees, layout.devices, dtype, keep_fp8))
         source = handle.get().source
     except (ValueError, RuntimeError) as error:
         show_text(f"failed: {str(error).splitlines()[0]}")

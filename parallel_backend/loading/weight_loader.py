@@ -17,9 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..mesh import SINGLE, Axis
-from ..parallel.tensor import ParamShard
+from ..parallel.tensor import ColumnParallelLinear, ParamShard, RowParallelLinear, ScaledLinear
 from .safetensors_reader import StoredTensor, Weight, find_weight
 
+LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 CHUNK_BYTES = 64 * 2**20
 """Of a tensor, read and moved at once."""
 AHEAD = 4
@@ -34,6 +35,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     replicas: Axis = SINGLE,
+    keep_fp8: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Fill a model on the meta device with this rank's slices. Collective over ``replicas``.
@@ -43,6 +45,7 @@ def load_weights(
         weights: parameter name -> what it is made of.
         table: parameter name -> the slice to take; parameters that are not in it are read whole.
         device, dtype: where the weights go and as what.
+        keep_fp8: linears that are stored in fp8 stay so and are multiplied in the input's dtype; else as ``dtype``.
         replicas: ranks that hold the same slices as this one.
         on_bytes: told the bytes of each tensor after it is in place.
 
@@ -74,10 +77,17 @@ def load_weights(
     held = 0
     with _ReadAhead(jobs) as chunks:
         for name in order:
-            tensor = torch.empty(parameters[name].shape, dtype=dtype, device=device)
+            owner, _, leaf = name.rpartition(".")
+            stays = (
+                _fp8_dtype(found[name])
+                if keep_fp8 and isinstance(modules[owner], LINEARS) and leaf == "weight"
+                else None
+            )
+            tensor = torch.empty(parameters[name].shape, dtype=stays or dtype, device=device)
+            stored_scale = found[name].scale
+            scale = None if stored_scale is None else source.scalar(stored_scale).to(device)
             if owners[name] == replicas.rank:
-                scale = found[name].scale
-                factor = None if scale is None else source.scalar(scale).to(device, dtype)
+                factor = None if stays or scale is None else scale.to(dtype)
                 finite = torch.ones((), dtype=torch.bool, device=device)
                 for start, chunk in chunks.of(name):
                     part = tensor[start : start + len(chunk)] if chunk.ndim else tensor
@@ -87,21 +97,45 @@ def load_weights(
                         part.copy_(moved)
                     else:
                         torch.mul(moved.to(dtype), factor, out=part)  # in the dtype computed in, as ComfyUI does
-                    finite &= part.isfinite().all()
+                    finite &= (part if stays is None else part.to(dtype)).isfinite().all()
                 if not finite and error is None:
                     first, _, _ = found[name].pieces[0]
                     error = ValueError(
                         f"{first.key} in {first.file} holds values that are not finite numbers; download it again"
                     )
             if replicas.is_split:
-                dist.broadcast(tensor, group=replicas.group, group_src=owners[name])
-            owner, _, leaf = name.rpartition(".")
-            setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
+                # Backends know no fp8, but bytes.
+                sent = tensor if stays is None else tensor.view(torch.uint8)
+                dist.broadcast(sent, group=replicas.group, group_src=owners[name])
+            if stays is None:
+                setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
+            else:
+                _set_fp8(model, owner, tensor, torch.ones((), device=device) if scale is None else scale)
             held += tensor.nbytes
             on_bytes(tensor.nbytes)
     if error is not None:
         raise error
     return held
+
+
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+def _fp8_dtype(weight: Weight) -> torch.dtype | None:
+    """The 8-bit dtype that a parameter is stored in; None for others."""
+    dtypes = {tensor.dtype for tensor, _, _ in weight.pieces}
+    return _FP8.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+
+def _set_fp8(model: nn.Module, name: str, weight: Tensor, scale: Tensor) -> None:
+    """Give a linear a weight in 8 bits and its scale."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, ScaledLinear(weight, scale, module.bias))
+    else:
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        module.weight_scale = scale  # type: ignore[assignment]
 
 
 def _share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:

@@ -86,6 +86,8 @@ class ParamShard:
 class ColumnParallelLinear(nn.Module):
     """Linear whose output features are split: ``[..., in] -> [..., out_local]``, or ``[..., out]`` when gathered."""
 
+    weight_scale: Tensor | None = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis, gather_output: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -94,12 +96,14 @@ class ColumnParallelLinear(nn.Module):
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, scaled(self.weight, self.weight_scale, x.dtype), self.bias)
         return all_gather_last_dim(y, self.axis) if self.gather_output else y
 
 
 class RowParallelLinear(nn.Module):
     """Linear whose input features are split: ``[..., in_local] -> [..., out]``, summed over the axis."""
+
+    weight_scale: Tensor | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis) -> None:
         super().__init__()
@@ -108,10 +112,28 @@ class RowParallelLinear(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, scaled(self.weight, self.weight_scale, x.dtype))
         dist.all_reduce(y, group=self.axis.group)
         # The bias is whole on every rank: adding it before the sum would add it once a rank.
         return y if self.bias is None else y + self.bias
+
+
+class ScaledLinear(nn.Module):
+    """Linear on one rank whose weight is stored in 8 bits with a scale: ``[..., in] -> [..., out]``."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = scale
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, scaled(self.weight, self.weight_scale, x.dtype), self.bias)
+
+
+def scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight as it is multiplied: as it is, or from 8 bits times its scale in ``dtype``, as ComfyUI does."""
+    return weight if scale is None else weight.to(dtype).mul_(scale.to(dtype))
 
 
 class ColumnParallelEmbedding(nn.Module):

@@ -146,6 +146,7 @@ class WorkerGroup:
             layout.ring_size,
             layout.tp_size,
             self.config.dtype,
+            self.config.keep_fp8,
         )
         began = time.perf_counter()
         self._call(request, {}, check, on_progress)

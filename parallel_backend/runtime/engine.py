@@ -33,7 +33,12 @@ class Engine:
 
     @torch.no_grad()
     def load(
-        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, on_progress: Callable[[int, int], None]
+        self,
+        path: str,
+        layout: ParallelismConfig,
+        dtype: torch.dtype,
+        on_progress: Callable[[int, int], None],
+        keep_fp8: bool = False,
     ) -> None:
         """Read this rank's shards of a checkpoint.
 
@@ -41,6 +46,7 @@ class Engine:
             path: a diffusers pipeline folder, or a transformer in one file.
             layout: degrees; their product is the world size.
             dtype: of the transformer and the text encoder; the VAE stays in fp32.
+            keep_fp8: weights that are stored in fp8 stay so; else they are held as ``dtype`` too.
             on_progress: told bytes done and bytes in all, a few times a second at most.
         """
         source = open_checkpoint(Path(path))
@@ -76,7 +82,7 @@ class Engine:
             try:
                 self.weight_bytes[name] = load_weights(
                     model, source.weights(name), table,
-                    device=self.device, dtype=dtype, replicas=replicas, on_bytes=count,
+                    device=self.device, dtype=dtype, replicas=replicas, keep_fp8=keep_fp8, on_bytes=count,
                 )  # fmt: skip
             except ValueError as found:
                 error = found

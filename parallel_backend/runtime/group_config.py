@@ -22,10 +22,16 @@ class GroupConfig:
     devices: Devices
     dtype: str
     fingerprint: str
+    keep_fp8: bool = False
 
     @classmethod
     def create(
-        cls, path: str | Path, layout: ParallelismConfig, devices: str = "auto", dtype: str = "auto"
+        cls,
+        path: str | Path,
+        layout: ParallelismConfig,
+        devices: str = "auto",
+        dtype: str = "auto",
+        keep_fp8: bool = False,
     ) -> GroupConfig:
         """Check everything that can be checked without starting a process.
 
@@ -34,6 +40,7 @@ class GroupConfig:
             layout: degrees.
             devices: see `resolve_devices`.
             dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
+            keep_fp8: weights that are stored in fp8 stay so, and ``dtype`` is that of the others and of the arithmetic.
 
         Raises:
             ValueError: a checkpoint, layout, device or dtype that cannot work, with the remedy.
@@ -47,4 +54,4 @@ class GroupConfig:
         resolved = resolve_devices(devices, layout.world_size)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint())
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), keep_fp8)

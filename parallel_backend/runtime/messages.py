@@ -21,7 +21,8 @@ class Hello:
 
 @dataclass(frozen=True)
 class Load:
-    """Load a checkpoint. Degrees are those of the layout, dtype is a torch dtype's name."""
+    """Load a checkpoint. Degrees are those of the layout, dtype is a torch dtype's name. With ``keep_fp8``
+    weights that are stored in fp8 stay so."""
 
     id: int
     path: str
@@ -29,6 +30,7 @@ class Load:
     ring: int
     tp: int
     dtype: str
+    keep_fp8: bool = False
 
 
 @dataclass(frozen=True)

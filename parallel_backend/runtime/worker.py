@@ -112,6 +112,7 @@ def perform(
                 layout,
                 getattr(torch, request.dtype),
                 lambda done, total: channel.send(Progress(engine.rank, done, total)),
+                request.keep_fp8,
             )
             return {}, {}
         case EncodeText():

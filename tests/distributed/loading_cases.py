@@ -13,7 +13,9 @@ from parallel_backend.mesh import ParallelMesh, raise_together
 from parallel_backend.parallelize import parallelize_transformer
 
 
-def load(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> tuple[dict[str, torch.Tensor], dict, int, str]:
+def load(
+    mesh: ParallelMesh, layout: ParallelismConfig, path: str, keep_fp8: bool = False
+) -> tuple[dict[str, torch.Tensor], dict, int, str]:
     """This rank's parameters, its table, the elements that it read, and the error that it raised."""
     source = open_single_file(path)
     model = source.family.build_transformer(source.transformer_config)
@@ -35,7 +37,7 @@ def load(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> tuple[dict
     try:
         weight_loader.load_weights(
             model, source.weights("transformer"), table,
-            device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp,
+            device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp, keep_fp8=keep_fp8,
         )  # fmt: skip
     except ValueError as found:
         error = found

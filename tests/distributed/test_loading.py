@@ -6,7 +6,7 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 
 from parallel_backend import ParallelismConfig
 from tests.distributed import loading_cases
-from tests.single_file import flux2_tensors, write
+from tests.single_file import flux2_tensors, to_fp8, write
 
 LAYOUTS = {
     "Ulysses-2-TP-2": ParallelismConfig(ulysses_size=2, tp_size=2),
@@ -42,3 +42,15 @@ def test_one_rank_s_error_is_everyone_s(world, tmp_path, row):
     assert len(set(errors)) == 1
     assert "double_blocks.0.img_attn.qkv.weight in" in errors[0]
     assert "not finite" in errors[0]
+
+
+def test_fp8_is_shared_as_it_is(world, tmp_path):
+    stored, metadata = to_fp8(flux2_tensors(heads=4, double=1, single=2), "metadata")
+    path = str(write(tmp_path / "model.safetensors", stored, metadata=metadata))
+    results = world.run(loading_cases.load, LAYOUTS["Ring-4"], path, keep_fp8=True)
+    key = "single_blocks.1.linear2.weight"
+    for parameters, _, _, raised in results:
+        assert raised == ""
+        found = parameters["single_transformer_blocks.1.attn.to_out.weight"]
+        assert found.dtype == torch.float8_e4m3fn
+        assert torch.equal(found.float(), stored[key].float())

@@ -17,14 +17,14 @@ from tests.single_file import flux2_tensors, to_fp8, write
 CPU = torch.device("cpu")
 
 
-def load(path, axis=None, dtype=torch.float32):
+def load(path, axis=None, dtype=torch.float32, keep_fp8=False):
     """A transformer with this rank's weights, and its table."""
     source = open_single_file(path)
     model = source.family.build_transformer(source.transformer_config)
     table = (
         apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
     )
-    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype)
+    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, keep_fp8=keep_fp8)
     return model, table
 
 
@@ -93,6 +93,39 @@ def test_fp8_is_multiplied_by_its_scale(tmp_path, layout, degree):
         for name, parameter in model.named_parameters():
             expected = table[name].take(whole[name]) if name in table else whole[name]
             torch.testing.assert_close(parameter.data, expected, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["metadata", "scaled_fp8"])
+def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
+    stored, metadata = to_fp8(flux2_tensors(), layout)
+    path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+    model, _ = load(path, keep_fp8=True)
+    dense, _ = load(path)
+    weights, whole = dict(model.named_parameters()), dict(dense.named_parameters())
+    assert weights.keys() == whole.keys()
+    in_fp8 = {name for name, weight in weights.items() if weight.dtype == torch.float8_e4m3fn}
+    assert in_fp8 == {name for name, weight in weights.items() if "blocks" in name and weight.ndim == 2}
+    inputs = {
+        "hidden_states": torch.randn(1, 12, 128), "encoder_hidden_states": torch.randn(1, 5, 192),
+        "timestep": torch.tensor([0.5]), "guidance": torch.tensor([4.0]),
+        "img_ids": torch.zeros(12, 4), "txt_ids": torch.zeros(5, 4),
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, dense(**inputs).sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
+    stored, metadata = to_fp8(flux2_tensors(), "metadata")
+    model, table = load(
+        write(tmp_path / "m.safetensors", stored, metadata=metadata), Axis(None, 2, rank), keep_fp8=True
+    )
+    module = model.single_transformer_blocks[1].attn.to_qkv_mlp_proj
+    key = "single_blocks.1.linear1"
+    expected = table["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"].take(stored[f"{key}.weight"].float())
+    assert module.weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(module.weight.float(), expected)
+    assert torch.equal(module.weight_scale, stored[f"{key}.weight_scale"])
 
 
 class TestBadFiles:
