@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
-from ..parallel_backend.loading.single_file import open_single_file
+from ..parallel_backend.loading.single_file import SingleFile, open_single_file
 from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .group import GroupHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
+
+log = logging.getLogger(__name__)
 
 AS_STORED = "default"
 """ComfyUI's name for weights as their file has them."""
@@ -139,9 +142,16 @@ class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:
         keep = weight_dtype == AS_STORED
-        return io.NodeOutput(
-            make_model(*load(lambda: find_file(unet_name), layout, "auto" if keep else weight_dtype, keep_fp8=keep))
-        )
+        dtype = "auto" if keep else weight_dtype
+        handle, source = load(lambda: find_file(unet_name), layout, dtype, keep_fp8=keep)
+        assert isinstance(source, SingleFile)
+        if source.unused:
+            some = ", ".join(source.unused[:3])
+            log.warning(
+                "%s: %d tensors have no place in %s and are not used, such as %s",
+                unet_name, len(source.unused), source.family.title, some,
+            )  # fmt: skip
+        return io.NodeOutput(make_model(handle, source))
 
 
 def layout_input() -> io.Input:
