@@ -59,14 +59,16 @@ def config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         ValueError: a tensor that says it is missing.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dims: int = 2) -> tuple[int, ...]:
         found = shapes.get(f"{name}.weight", shapes.get(f"{name}.scale"))
         if found is None:
             raise ValueError(f"the file has no tensor {name}.weight; the checkpoint is incomplete")
+        if len(found) != dims or 0 in found:
+            raise ValueError(f"{name} has shape {list(found)}, where {dims} dims are expected; the file is damaged")
         return found
 
     width, channels = shape("img_in")
-    head = shape("double_blocks.0.img_attn.norm.query_norm")[0]
+    (head,) = shape("double_blocks.0.img_attn.norm.query_norm", dims=1)
     return {
         "in_channels": channels,
         "out_channels": shape("final_layer.linear")[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ class SingleFile:
     transformer_config: dict[str, Any]
     transformer_weights: dict[str, Weight]
     unused: tuple[str, ...]
-    components = ("transformer",)
 
     @property
     def quantized(self) -> bool:
@@ -117,22 +117,30 @@ def _weight(family: Family, name: str, keys: dict[str, StoredTensor]) -> Weight:
             tensor = keys.get(f"{key[: -len('weight')]}scale")
         if tensor is None:
             raise ValueError(f"there is no tensor {key}; the checkpoint is incomplete")
-        size = tensor.shape[0]
+        size = tensor.shape[0] if tensor.shape else 0
         pieces.append((tensor, size * part // parts, size * (part + 1) // parts))
     layer = rows[0][0].rpartition(".")[0]
     scale = keys.get(f"{layer}.weight_scale", keys.get(f"{layer}.scale_weight")) if name.endswith(".weight") else None
+    if scale is not None and math.prod(scale.shape) != 1:
+        raise ValueError(
+            f"{scale.key} holds {math.prod(scale.shape)} scales; of fp8 files, those with one scale a tensor are read"
+        )
     return Weight(tuple(pieces), scale)
 
 
 def _check_quantization(path: Path, keys: dict[str, StoredTensor]) -> None:
     """Raise ValueError for formats other than fp8 with a scale a tensor."""
     metadata = read_metadata(path).get("_quantization_metadata")
-    layers = json.loads(metadata).get("layers", {}) if metadata else {}
-    for layer, values in layers.items():
-        if values.get("format") not in FP8_FORMATS:
+    try:
+        layers = json.loads(metadata).get("layers", {}) if metadata else {}
+        formats = {layer: values.get("format") for layer, values in layers.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has unreadable _quantization_metadata ({error!r}); download it again") from None
+    for layer, name in formats.items():
+        if name not in FP8_FORMATS:
             raise ValueError(
-                f"{path} stores {layer} in the format {values.get('format')}, which is not read; take a file in bf16, "
-                "or in fp8 with a scale a tensor"
+                f"{path} stores {layer} in the format {name}, which is not read; take a file in bf16, or in fp8 with a "
+                "scale a tensor"
             )
     for key, tensor in keys.items():
         if tensor.dtype not in ("F64", "F32", "F16", "BF16", *FP8_DTYPES) and key.endswith(".weight"):

@@ -78,11 +78,8 @@ def load_weights(
     with _ReadAhead(jobs) as chunks:
         for name in order:
             owner, _, leaf = name.rpartition(".")
-            stays = (
-                _fp8_dtype(found[name])
-                if keep_fp8 and isinstance(modules[owner], LINEARS) and leaf == "weight"
-                else None
-            )
+            linear = isinstance(modules[owner], LINEARS) and leaf == "weight"
+            stays = _fp8_dtype(found[name]) if keep_fp8 and linear else None
             tensor = torch.empty(parameters[name].shape, dtype=stays or dtype, device=device)
             stored_scale = found[name].scale
             scale = None if stored_scale is None else source.scalar(stored_scale).to(device)
@@ -110,7 +107,8 @@ def load_weights(
             if stays is None:
                 setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
             else:
-                _set_fp8(model, owner, tensor, torch.ones((), device=device) if scale is None else scale)
+                factor = torch.ones((), device=device) if scale is None else scale
+                modules[owner] = _set_fp8(model, owner, tensor, factor)
             held += tensor.nbytes
             on_bytes(tensor.nbytes)
     if error is not None:
@@ -127,15 +125,17 @@ def _fp8_dtype(weight: Weight) -> torch.dtype | None:
     return _FP8.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
-def _set_fp8(model: nn.Module, name: str, weight: Tensor, scale: Tensor) -> None:
-    """Give a linear a weight in 8 bits and its scale."""
+def _set_fp8(model: nn.Module, name: str, weight: Tensor, scale: Tensor) -> nn.Module:
+    """Give a linear a weight in 8 bits and its scale; the module that stands there now."""
     module = model.get_submodule(name)
     if isinstance(module, nn.Linear):
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, ScaledLinear(weight, scale, module.bias))
+        module = ScaledLinear(weight, scale, module.bias)
+        setattr(model.get_submodule(parent), leaf, module)
     else:
         module.weight = nn.Parameter(weight, requires_grad=False)
         module.weight_scale = scale  # type: ignore[assignment]
+    return module
 
 
 def _share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:

@@ -185,6 +185,20 @@ class TestBadFiles:
         path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata=metadata)
         self.refused(path, r"stores single_blocks\.0\.linear1 in the format nvfp4, which is not read")
 
+    def test_unreadable_metadata(self, tmp_path):
+        path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata={"_quantization_metadata": "[1]"})
+        self.refused(path, "has unreadable _quantization_metadata")
+
+    def test_scales_of_parts_of_a_tensor(self, tmp_path):
+        stored, metadata = to_fp8(flux2_tensors(), "metadata")
+        stored["single_blocks.0.linear2.weight_scale"] = torch.ones(256, 32)
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        self.refused(path, r"single_blocks\.0\.linear2\.weight_scale holds 8192 scales")
+
+    def test_a_tensor_with_other_dims(self, tmp_path):
+        tensors = flux2_tensors() | {"img_in.weight": torch.ones(3)}
+        self.refused(write(tmp_path / "model.safetensors", tensors), r"img_in has shape \[3\], where 2 dims")
+
     def test_values_that_are_no_numbers(self, tmp_path):
         tensors = flux2_tensors()
         tensors["single_blocks.2.linear1.weight"][5, 7] = float("nan")
