@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cached_rows import CachedRows
 from parallel_backend.cache.block_cache import BlockCache
-from parallel_backend.cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.demo_model import demo_folder
 from parallel_backend.families import family_of_transformer
@@ -45,7 +45,7 @@ CHUNK = 25
 
 def settings_of(threshold: float, head: int, order: int, warmup: int) -> CacheSettings:
     config = DBCacheConfig(Fn_compute_blocks=head, residual_diff_threshold=threshold, max_warmup_steps=warmup)
-    return CacheSettings(config, TaylorSeerCalibratorConfig(order) if order else None)
+    return CacheSettings.with_order(config, order)
 
 
 def compare(pictures: np.ndarray, plain: np.ndarray, cases: Sequence[Any]) -> list[tuple[float, float, Verdict]]:
@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "steps": steps,
                 "Fn": head,
                 "threshold": config.residual_diff_threshold,
-                "taylorseer": settings.calibrator.taylorseer_order if settings.calibrator else 0,
+                "taylorseer": settings.order,
                 "warmup": config.max_warmup_steps,
                 "computed_steps": computed,
                 "blocks": (computed + cached * head / rows.blocks) / steps,

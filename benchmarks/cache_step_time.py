@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.layout_memory import fill
 from parallel_backend.cache import block_cache
 from parallel_backend.cache.block_cache import BlockCache
-from parallel_backend.cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, flux2_dev
 from parallel_backend.mesh import SINGLE
@@ -72,7 +72,7 @@ class Timer:
     def seconds(self, head: int, tail: int, order: int, **rules: Any) -> float:
         """A step in a run of equal steps, after the first two."""
         config = DBCacheConfig(Fn_compute_blocks=head, Bn_compute_blocks=tail, max_warmup_steps=1, **rules)
-        settings = CacheSettings(config, TaylorSeerCalibratorConfig(order) if order else None)
+        settings = CacheSettings.with_order(config, order)
         self.runs += 1
         self.decisions.clear()
         for step in range(STEPS):

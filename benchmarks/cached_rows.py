@@ -45,10 +45,9 @@ class CachedRows:
         settings.config.check_blocks(self.blocks, "this model")
         if settings.config.Bn_compute_blocks:
             raise ValueError(f"Bn_compute_blocks is 0 here; got {settings.config.Bn_compute_blocks}")
-        order = settings.calibrator.taylorseer_order if settings.calibrator is not None else 0
         self._head = settings.config.Fn_compute_blocks
         self._rules = [StreamRules(settings.config, steps) for _ in range(rows)]
-        self._forecasts = [Forecast(order) for _ in range(rows)]
+        self._forecasts = [Forecast(settings.order) for _ in range(rows)]
         self._residual: Tensor | None = None
 
     @property

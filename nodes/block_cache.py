@@ -8,7 +8,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..parallel_backend.cache.config import PRESETS, CacheSettings, TaylorSeerCalibratorConfig
+from ..parallel_backend.cache.config import PRESETS, CacheSettings
 from ..parallel_backend.cache.step_mask import POLICIES, parse_mask
 from .cache_run import RUN_KEY, CacheWrappers
 from .comfy_model import RemoteDiffusionModel
@@ -16,8 +16,7 @@ from .layout import CATEGORY
 
 CUSTOM = "custom"
 START = PRESETS["quality"]
-DEFAULTS, DEFAULT_ORDER = START.config, START.calibrator.taylorseer_order if START.calibrator else 0
-"""Of the custom fields: they start where the first preset is."""
+"""Where the custom fields start: the first preset."""
 MOST_BLOCKS, MOST_STEPS = 1000, 10_000
 
 
@@ -94,12 +93,12 @@ def make_settings(values: dict[str, Any] | None) -> CacheSettings:
     if values is None or preset != CUSTOM:
         raise ValueError(f"preset must be one of {', '.join([*PRESETS, CUSTOM])}")
     given = {name: value for name, value in values.items() if name != "preset" and value is not None}
-    order = given.pop("taylorseer_order", DEFAULT_ORDER)
+    order = given.pop("taylorseer_order", START.order)
     given["steps_computation_mask"] = parse_mask(given.get("steps_computation_mask", ""))
     # A limit of 0 would compute each step, and a number field cannot be empty.
     limit = "max_accumulated_residual_diff_threshold"
     given[limit] = given.get(limit) or None
-    return CacheSettings(replace(DEFAULTS, **given), TaylorSeerCalibratorConfig(order) if order else None)
+    return CacheSettings.with_order(replace(START.config, **given), order)
 
 
 def custom_inputs() -> list[io.Input]:
@@ -129,7 +128,7 @@ def custom_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "taylorseer_order",
-            default=DEFAULT_ORDER,
+            default=START.order,
             min=0,
             max=4,
             optional=True,
@@ -146,7 +145,7 @@ def custom_inputs() -> list[io.Input]:
         io.Combo.Input(
             "steps_computation_policy",
             options=["dynamic", "static"],
-            default=DEFAULTS.steps_computation_policy,
+            default=START.config.steps_computation_policy,
             optional=True,
             tooltip="At a 0 of the mask: 'dynamic' asks the threshold, 'static' caches the step.",
         ),
@@ -154,9 +153,9 @@ def custom_inputs() -> list[io.Input]:
 
 
 def _number(name: str, least: int, most: int, tooltip: str) -> io.Input:
-    return io.Int.Input(name, default=getattr(DEFAULTS, name), min=least, max=most, optional=True, tooltip=tooltip)
+    return io.Int.Input(name, default=getattr(START.config, name), min=least, max=most, optional=True, tooltip=tooltip)
 
 
 def _share(name: str, most: float, tooltip: str) -> io.Input:
-    default = getattr(DEFAULTS, name) or 0.0
+    default = getattr(START.config, name) or 0.0
     return io.Float.Input(name, default=default, min=0, max=most, step=0.01, optional=True, tooltip=tooltip)

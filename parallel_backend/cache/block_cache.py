@@ -106,8 +106,7 @@ class BlockCache:
         settings.config.check_blocks(self.blocks, f"this {type(self.transformer).__name__}")
         key = (evaluation.run, evaluation.stream)
         if key not in self._streams:
-            order = settings.calibrator.taylorseer_order if settings.calibrator is not None else 0
-            self._streams[key] = _Stream(StreamRules(settings.config, evaluation.steps), Forecast(order))
+            self._streams[key] = _Stream(StreamRules(settings.config, evaluation.steps), Forecast(settings.order))
         self._streams.move_to_end(key)
         while len(self._streams) > MOST_STREAMS:
             self._streams.popitem(last=False)

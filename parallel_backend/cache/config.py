@@ -134,6 +134,16 @@ class CacheSettings:
     config: DBCacheConfig
     calibrator: TaylorSeerCalibratorConfig | None = None
 
+    @classmethod
+    def with_order(cls, config: DBCacheConfig, order: int) -> CacheSettings:
+        """The settings of a TaylorSeer order; 0 is none."""
+        return cls(config, TaylorSeerCalibratorConfig(order) if order else None)
+
+    @property
+    def order(self) -> int:
+        """TaylorSeer's order; 0 without it."""
+        return 0 if self.calibrator is None else self.calibrator.taylorseer_order
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for messages and reports."""
         return asdict(self)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from parallel_backend.cache import block_cache
 from parallel_backend.cache.block_cache import BlockCache
-from parallel_backend.cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
+from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.mesh import SINGLE, ParallelMesh
@@ -34,7 +34,7 @@ class Result:
 
 def settings(order: int = 0, **changes: Any) -> CacheSettings:
     values = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": THRESHOLD, **changes}
-    return CacheSettings(DBCacheConfig(**values), TaylorSeerCalibratorConfig(order) if order else None)
+    return CacheSettings.with_order(DBCacheConfig(**values), order)
 
 
 def inputs_at(step: int, inputs: dict[str, Any], drift: torch.Tensor) -> dict[str, Any]:
