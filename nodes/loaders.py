@@ -13,7 +13,7 @@ from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
-from ..parallel_backend.loading.single_file import SingleFile, open_single_file
+from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
 from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
@@ -137,7 +137,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name=None, **_):
-        return open_single_file(find_file(unet_name)).fingerprint() if unet_name is not None else ""
+        return file_fingerprint(find_file(unet_name)) if unet_name is not None else ""
 
     @classmethod
     def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:

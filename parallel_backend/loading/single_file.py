@@ -11,10 +11,10 @@ from typing import Any
 from ..config import ParallelismConfig
 from ..families import Family, family_of_single_file
 from .safetensors_reader import StoredTensor, Weight, read_header, read_metadata
+from .weight_loader import FP8_DTYPES
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """In front of the transformer's keys: in files that may hold more than it, and in files of it alone."""
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -55,9 +55,14 @@ class SingleFile:
         return self.transformer_weights
 
     def fingerprint(self) -> str:
-        """Changes when the file changes (by size and time)."""
-        status = self.path.stat()
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        """See `file_fingerprint`."""
+        return file_fingerprint(self.path)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Changes when the file changes (by size and time)."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def open_single_file(path: Path) -> SingleFile:

@@ -20,6 +20,8 @@ from ..mesh import SINGLE, Axis
 from ..parallel.tensor import ColumnParallelLinear, ParamShard, RowParallelLinear, ScaledLinear
 from .safetensors_reader import StoredTensor, Weight, find_weight
 
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""By their names in safetensors."""
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 CHUNK_BYTES = 64 * 2**20
 """Of a tensor, read and moved at once."""
@@ -56,15 +58,15 @@ def load_weights(
         ValueError: a tensor is missing, has another shape than the model or no finite values, by name and file. Values
             are looked at by the rank that reads them; it takes part in all broadcasts before it raises.
     """
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     found: dict[str, Weight] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         full = list(parameter.shape)
         if name in table:
             full[table[name].dim] = table[name].size
         found[name] = find_weight(name, full, weights)
     # In the order of the files, which disks like.
     order = sorted(found, key=lambda name: str(found[name].pieces[0][0].file))
-    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     owners = _share({name: parameters[name].numel() for name in order}, replicas.degree)
     source = _Source()
     jobs = [
@@ -116,13 +118,10 @@ def load_weights(
     return held
 
 
-_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
 def _fp8_dtype(weight: Weight) -> torch.dtype | None:
     """The 8-bit dtype that a parameter is stored in; None for others."""
     dtypes = {tensor.dtype for tensor, _, _ in weight.pieces}
-    return _FP8.get(dtypes.pop()) if len(dtypes) == 1 else None
+    return FP8_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def _set_fp8(model: nn.Module, name: str, weight: Tensor, scale: Tensor) -> nn.Module:
