@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from .graphs import Graph
 from .server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +86,12 @@ def example_image() -> Image.Image:
     picture = Image.new("RGB", (256, 256), (128, 128, 128))
     ImageDraw.Draw(picture).ellipse((48, 48, 208, 208), fill=(220, 30, 30))
     return picture
+
+
+@pytest.fixture
+def graph() -> Graph:
+    """An empty graph."""
+    return Graph()
 
 
 def new_server(comfyui: Path, home: Path) -> ComfyServer:

@@ -19,11 +19,6 @@ from .processes import worker_ranks
 from .test_errors import failure, rejection
 
 
-@pytest.fixture
-def graph() -> Graph:
-    return Graph()
-
-
 def test_without_the_node_or_with_threshold_0_the_picture_is_the_uncached_one(server, graph):
     loader = add_loader(graph)
     options = {"seed": 501, "steps": STEPS}

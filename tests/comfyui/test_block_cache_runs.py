@@ -20,11 +20,6 @@ from .graphs import (
 from .test_lifecycle import at_progress_of
 
 
-@pytest.fixture
-def graph() -> Graph:
-    return Graph()
-
-
 @pytest.mark.parametrize(
     ("sampler", "positions", "computed"),
     [

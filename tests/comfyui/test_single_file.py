@@ -28,11 +28,6 @@ def folder(server):
     return folder
 
 
-@pytest.fixture
-def graph():
-    return Graph()
-
-
 def add_file_loader(graph, name, **layout):
     return graph.add(
         "HybridDiT_LoadDiffusionModel", unet_name=name, layout=add_layout(graph, **layout), weight_dtype="default"
