@@ -15,8 +15,8 @@ from server import PromptServer
 from ..parallel_backend.cache.config import CacheSettings
 from ..parallel_backend.cache.decision import Evaluation
 from ..parallel_backend.cache.run import CacheRun
-from ..parallel_backend.runtime.groups import find_group
-from .group import GroupHandle
+from ..parallel_backend.runtime.groups import find_model
+from .group import ModelHandle
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CacheWrappers:
     """
 
     settings: CacheSettings
-    handle: GroupHandle
+    handle: ModelHandle
     node_id: str
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any,
@@ -76,7 +76,7 @@ class SamplerRun:
     """
 
     def __init__(
-        self, settings: CacheSettings, sigmas: list[float], handle: GroupHandle, node_id: str, others: list[str]
+        self, settings: CacheSettings, sigmas: list[float], handle: ModelHandle, node_id: str, others: list[str]
     ) -> None:
         self.cache = CacheRun(settings, sigmas)
         self.handle, self.node_id, self.others = handle, node_id, others
@@ -89,8 +89,8 @@ class SamplerRun:
         """The sampler asks for another prediction."""
         self._calls.clear()
 
-    def plan(self, handle: GroupHandle, options: dict[str, Any]) -> tuple[CacheRun, Evaluation] | None:
-        """What `WorkerGroup.predict` takes as ``cache`` for a call of the model; None where the cache keeps out of it.
+    def plan(self, handle: ModelHandle, options: dict[str, Any]) -> tuple[CacheRun, Evaluation] | None:
+        """What `RemoteModel.predict` takes as ``cache`` for a call of the model; None where the cache keeps out of it.
 
         A stream is the conditionings that ComfyUI has put into this call: where it batches them differently in the
         middle of a run, those streams begin anew. Conditionings that return within one evaluation, as tiles and context
@@ -113,9 +113,9 @@ class SamplerRun:
     def end(self) -> None:
         """Free what the workers keep and show the run; never raises, so that an error or Cancel stays what it is."""
         try:
-            group = find_group(self.handle.config)
-            if group is not None:
-                group.end_run(self.cache)
+            model = find_model(self.handle.config)
+            if model is not None:
+                model.end_run(self.cache)
             self._show(running=False)
         except Exception:
             log.exception("the end of a run with Block Cache")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from ..parallel_backend.sampling import load_tokenizer
-from .comfy_patcher import RemotePatcher
-from .group import GroupHandle, check_interrupted
+from .comfy_patcher import RemotePart, RemotePatcher
+from .group import ModelHandle, check_interrupted
 
 TOKENS_KEY = "parallel_text_encoder"
 
@@ -51,9 +51,10 @@ class ChatTokenizer:
 class RemoteTextEncoder(nn.Module):
     """Stands where ComfyUI's text encoder model stands, without parameters."""
 
-    def __init__(self, handle: GroupHandle) -> None:
+    def __init__(self, handle: ModelHandle) -> None:
         super().__init__()
         self.handle = handle
+        self.remote_part = RemotePart(handle, "text_encoder")
         self.dtypes = {torch.float32}
 
     def reset_clip_options(self) -> None:
@@ -75,7 +76,7 @@ class RemoteTextEncoder(nn.Module):
         raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
 
 
-def make_clip(handle: GroupHandle, source: PipelineFolder) -> comfy.sd.CLIP:
+def make_clip(handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
     """The CLIP of a pipeline whose text encoder is in the workers."""
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = RemoteTextEncoder(handle)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from .cache_run import RUN_KEY
-from .comfy_patcher import RemotePatcher
-from .group import GroupHandle, check_interrupted
+from .comfy_patcher import RemotePart, RemotePatcher
+from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 64 * 2**20
 """Bytes that an evaluation takes in ComfyUI's own process, generously."""
@@ -28,7 +28,7 @@ class RemoteDiffusionModel(nn.Module):
     patch_size = 1
 
     def __init__(
-        self, handle: GroupHandle, channels: int, block_count: int, shapes: dict[str, tuple[int, ...]]
+        self, handle: ModelHandle, channels: int, block_count: int, shapes: dict[str, tuple[int, ...]]
     ) -> None:
         super().__init__()
         self.handle = handle
@@ -125,17 +125,18 @@ class RemoteFlux2(comfy.model_base.Flux2):
     def __init__(self, model_config: Any, diffusion_model: RemoteDiffusionModel) -> None:
         super().__init__(model_config)
         self.diffusion_model = diffusion_model
+        self.remote_part = RemotePart(diffusion_model.handle, "transformer")
 
     def memory_required(self, input_shape, cond_shapes=None):
         return HOST_MEMORY
 
 
-def make_model(handle: GroupHandle, source: Checkpoint) -> RemotePatcher:
+def make_model(handle: ModelHandle, source: Checkpoint) -> RemotePatcher:
     """The MODEL of a checkpoint whose transformer is in the workers."""
     return _MAKERS[source.family.name](handle, source)
 
 
-def _make_flux2(handle: GroupHandle, source: Checkpoint) -> RemotePatcher:
+def _make_flux2(handle: ModelHandle, source: Checkpoint) -> RemotePatcher:
     config = source.transformer_config
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
     unet_config = {
@@ -157,7 +158,7 @@ def _make_flux2(handle: GroupHandle, source: Checkpoint) -> RemotePatcher:
     return RemotePatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
-_MAKERS: dict[str, Callable[[GroupHandle, Checkpoint], RemotePatcher]] = {"flux2": _make_flux2}
+_MAKERS: dict[str, Callable[[ModelHandle, Checkpoint], RemotePatcher]] = {"flux2": _make_flux2}
 
 
 def _comfy_shapes(source: Checkpoint, unet_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

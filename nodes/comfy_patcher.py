@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_patcher
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+from .group import ModelHandle
+
+
+@dataclass(frozen=True)
+class RemotePart:
+    """What of which model in the workers an object stands for; its attribute ``remote_part``."""
+
+    handle: ModelHandle
+    component: str
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -13,6 +24,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model, load_device, offload_device, size=1, weight_inplace_update=False):
         super().__init__(model, load_device, offload_device, size=size, weight_inplace_update=weight_inplace_update)
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        # ComfyUI wants memory back (for something else, or its user unloads models), unless a clone takes over.
+        part: RemotePart | None = getattr(self.model, "remote_part", None)
+        if unpatch_all and part is not None:
+            part.handle.offload(part.component)
+        return super().detach(unpatch_all)
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         if self.patches:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
-from .comfy_patcher import RemotePatcher
-from .group import GroupHandle, check_interrupted
+from .comfy_patcher import RemotePart, RemotePatcher
+from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 16 * 2**20
 """Bytes that an image takes in ComfyUI's own process while it is decoded in the worker."""
@@ -18,25 +18,26 @@ HOST_MEMORY = 16 * 2**20
 class RemoteAutoencoder(nn.Module):
     """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time."""
 
-    def __init__(self, handle: GroupHandle) -> None:
+    def __init__(self, handle: ModelHandle) -> None:
         super().__init__()
         self.handle = handle
+        self.remote_part = RemotePart(handle, "vae")
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1."""
-        group = self.handle.get()
-        return torch.cat([group.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
+        model = self.handle.get()
+        return torch.cat([model.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in -1..1 -> ``[B, C, h, w]``."""
-        group = self.handle.get()
-        return torch.cat([group.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+        model = self.handle.get()
+        return torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
 
 
 class RemoteVAE(comfy.sd.VAE):
     """A VAE whose weights are in the workers: what `comfy.sd.VAE` finds out from weights is stated here."""
 
-    def __init__(self, handle: GroupHandle, source: PipelineFolder) -> None:
+    def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         # Not super().__init__(), which needs the weights.
         self.first_stage_model = RemoteAutoencoder(handle)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
@@ -64,6 +65,6 @@ class RemoteVAE(comfy.sd.VAE):
         self.patcher = RemotePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
 
 
-def make_vae(handle: GroupHandle, source: PipelineFolder) -> RemoteVAE:
+def make_vae(handle: ModelHandle, source: PipelineFolder) -> RemoteVAE:
     """The VAE of a pipeline whose autoencoder is on the first worker."""
     return RemoteVAE(handle, source)

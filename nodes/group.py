@@ -1,8 +1,9 @@
-"""A worker group as ComfyUI's objects use it: started when first needed, with its state on the node that waits."""
+"""A model in a worker group as ComfyUI's objects use it: loaded when first needed, its state on the node that waits."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -10,26 +11,39 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..parallel_backend.runtime.client import WorkerGroup
-from ..parallel_backend.runtime.group_config import GroupConfig
-from ..parallel_backend.runtime.groups import acquire_group
+from ..parallel_backend.runtime.group_config import ModelConfig
+from ..parallel_backend.runtime.groups import acquire_model, add_user, find_model, remove_user
+from ..parallel_backend.runtime.remote_model import RemoteModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GroupHandle:
-    """Names a group by its configuration. The group itself may end and be started again in between."""
+class ModelHandle:
+    """Names a model by its configuration. Its group may end and be started again in between.
 
-    config: GroupConfig
+    As long as a handle exists, the model counts as used.
+    """
 
-    def get(self) -> WorkerGroup:
-        """The group, ready for requests; starting it shows its state on the node that is being executed.
+    config: ModelConfig
+
+    def __post_init__(self) -> None:
+        add_user(self.config)
+        weakref.finalize(self, remove_user, self.config).atexit = False
+
+    def get(self) -> RemoteModel:
+        """The model, ready for requests; loading it shows its state on the node that is being executed.
 
         Raises:
-            ValueError, WorkersFailedError: it cannot be started; the text says why.
+            ValueError, WorkersFailedError: it cannot be loaded; the text says why.
         """
-        return acquire_group(self.config, NodeState(self.config), check_interrupted)
+        return acquire_model(self.config, NodeState(self.config), check_interrupted)
+
+    def offload(self, component: str) -> None:
+        """Free the device memory of a component until it is used next; nothing where the model is not loaded."""
+        model = find_model(self.config)
+        if model is not None:
+            model.offload(component)
 
 
 def check_interrupted() -> None:
@@ -45,9 +59,9 @@ def show_text(text: str) -> None:
 
 
 class NodeState:
-    """Shows a group's state on the executing node: as ComfyUI's progress bar and progress text."""
+    """Shows a model's state on the executing node: as ComfyUI's progress bar and progress text."""
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
         context = get_executing_context()
         self.node_id = context.node_id if context is not None else None

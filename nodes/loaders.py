@@ -14,17 +14,23 @@ from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
-from ..parallel_backend.runtime.group_config import DTYPES, GroupConfig
+from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, ModelConfig
 from .comfy_clip import make_clip
 from .comfy_model import make_model
 from .comfy_vae import make_vae
-from .group import GroupHandle, NodeState, show_text
+from .group import ModelHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
 
 log = logging.getLogger(__name__)
 
 AS_STORED = "default"
 """ComfyUI's name for weights as their file has them."""
+WEIGHT_DTYPES = {
+    AS_STORED: ("auto", "matmul"),
+    "fp8 as storage": ("auto", "stored"),
+    **{dtype: (dtype, "cast") for dtype in DTYPES[1:]},
+}
+"""Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
 FILES = "diffusion_models"
 """ComfyUI's name of the folders with model files; models/unet is among them."""
 
@@ -60,6 +66,7 @@ class LoadPipeline(io.ComfyNode):
                     advanced=True,
                     tooltip="Number format of the weights; 'auto' is bfloat16 on GPUs and float32 on the CPU.",
                 ),
+                encoder_memory_input(),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
@@ -85,8 +92,10 @@ class LoadPipeline(io.ComfyNode):
         return open_pipeline_folder(find_pipeline(pipeline)).fingerprint() if pipeline is not None else ""
 
     @classmethod
-    def execute(cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto") -> io.NodeOutput:
-        handle, source = load(lambda: find_pipeline(pipeline), layout, dtype)
+    def execute(
+        cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto", encoder_memory: str = "auto"
+    ) -> io.NodeOutput:
+        handle, source = load(lambda: find_pipeline(pipeline), layout, dtype, encoder_memory=encoder_memory)
         assert isinstance(source, PipelineFolder)
         return io.NodeOutput(make_model(handle, source), make_clip(handle, source), make_vae(handle, source))
 
@@ -115,11 +124,12 @@ class LoadDiffusionModel(io.ComfyNode):
                 layout_input(),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=[AS_STORED, *DTYPES[1:]],
+                    options=list(WEIGHT_DTYPES),
                     default=AS_STORED,
                     optional=True,
-                    tooltip="Number format in which the workers hold the weights. 'default': fp8 stays fp8 and is "
-                    "multiplied in bfloat16; others are bfloat16 on GPUs and float32 on the CPU.",
+                    tooltip="Number format in which the workers hold the weights. 'default': fp8 stays fp8, and the "
+                    "GPU's fp8 units multiply it where the file is made for that; others are bfloat16 on GPUs and "
+                    "float32 on the CPU. 'fp8 as storage': fp8 is multiplied in bfloat16.",
                 ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers.")],
@@ -141,9 +151,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:
-        keep = weight_dtype == AS_STORED
-        dtype = "auto" if keep else weight_dtype
-        handle, source = load(lambda: find_file(unet_name), layout, dtype, keep_fp8=keep)
+        handle, source = load(lambda: find_file(unet_name), layout, *WEIGHT_DTYPES[weight_dtype])
         assert isinstance(source, SingleFile)
         if source.unused:
             some = ", ".join(source.unused[:3])
@@ -160,13 +168,26 @@ def layout_input() -> io.Input:
     return LayoutSocket.Input("layout", optional=True, tooltip=tooltip)
 
 
+def encoder_memory_input() -> io.Input:
+    """Where a loader's text encoder stays between prompts."""
+    return io.Combo.Input(
+        "encoder_memory",
+        options=list(ENCODER_MEMORY),
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="Where the text encoder stays between prompts: on its 'device', or in 'host' memory, from where it "
+        "comes back for each new prompt. 'auto': on the device as long as a few GiB stay free there.",
+    )
+
+
 def load(
-    find: Callable[[], Path], layout: Layout | None, dtype: str, keep_fp8: bool = False
-) -> tuple[GroupHandle, Checkpoint]:
+    find: Callable[[], Path], layout: Layout | None, dtype: str, fp8: str = "cast", encoder_memory: str = "auto"
+) -> tuple[ModelHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
     layout = layout or Layout(ParallelismConfig(), "auto")
     try:
-        handle = GroupHandle(GroupConfig.create(find(), layout.degrees, layout.devices, dtype, keep_fp8))
+        handle = ModelHandle(ModelConfig.create(find(), layout.degrees, layout.devices, dtype, fp8, encoder_memory))
         source = handle.get().source
     except (ValueError, RuntimeError) as error:
         show_text(f"failed: {str(error).splitlines()[0]}")

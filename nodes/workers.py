@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..parallel_backend.runtime.groups import close_groups, find_group
+from ..parallel_backend.runtime.groups import close_groups, find_model
 from .comfy_model import RemoteDiffusionModel
 from .group import show_text
 from .layout import CATEGORY
@@ -45,10 +45,10 @@ class WorkersReport(io.ComfyNode):
         diffusion_model = model.model.diffusion_model
         if not isinstance(diffusion_model, RemoteDiffusionModel):
             raise ValueError("this MODEL does not come from a parallel loader: there are no workers to report on")
-        group = find_group(diffusion_model.handle.config)
-        if group is None:
+        remote = find_model(diffusion_model.handle.config)
+        if remote is None:
             raise ValueError("the workers of this MODEL are not up; queue a picture first")
-        report = group.report()
+        report = remote.report()
         show_text(summarize(report))
         text = json.dumps(report, indent=2)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

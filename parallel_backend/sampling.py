@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
-from .runtime.client import WorkerGroup
+from .runtime.remote_model import RemoteModel
 
 MAX_TEXT_TOKENS = 512
 """Length that diffusers pads a prompt to."""
@@ -73,7 +73,7 @@ def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 def draw(
-    group: WorkerGroup,
+    model: RemoteModel,
     request: ImageRequest,
     on_step: Callable[[int, int], None] = lambda *_: None,
     cache: CacheSettings | None = None,
@@ -81,7 +81,7 @@ def draw(
     """Draw one picture.
 
     Args:
-        group: a ready worker group.
+        model: a pipeline in a worker group.
         request: what to draw.
         on_step: told the steps done and the steps in all.
         cache: of the transformer's blocks; None computes each step in full.
@@ -89,7 +89,7 @@ def draw(
     Raises:
         ValueError: a request that cannot be drawn.
     """
-    family, folder = group.source.family, group.source.path
+    family, folder = model.source.family, model.source.path
     request.check(family.latent_downscale)
     tokens = load_tokenizer(folder).apply_chat_template(
         [family.messages(request.prompt)],
@@ -101,7 +101,7 @@ def draw(
         truncation=True,
         max_length=MAX_TEXT_TOKENS,
     )
-    context = group.encode_text(tokens["input_ids"], tokens["attention_mask"])
+    context = model.encode_text(tokens["input_ids"], tokens["attention_mask"])
 
     shape = (1, family.latent_channels, *(side // family.latent_downscale for side in (request.height, request.width)))
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
@@ -112,12 +112,12 @@ def draw(
     on_step(0, request.steps)
     for index, timestep in enumerate(scheduler.timesteps):
         plan = None if run is None else (run, run.evaluation("", index))
-        prediction = group.predict(latent, timestep.expand(1) / 1000, context, guidance, cache=plan)
+        prediction = model.predict(latent, timestep.expand(1) / 1000, context, guidance, cache=plan)
         latent = scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
         on_step(index + 1, request.steps)
     if run is not None:
-        group.end_run(run)
-    return to_picture(group.decode(latent))
+        model.end_run(run)
+    return to_picture(model.decode(latent))
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:

@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..cache.run import summarize
     from ..demo_model import demo_folder
     from ..loading.pipeline_folder import open_pipeline_folder
-    from ..runtime.group_config import GroupConfig
-    from ..runtime.groups import acquire_group
+    from ..runtime.group_config import ModelConfig
+    from ..runtime.groups import acquire_model
     from ..sampling import ImageRequest, draw, load_scheduler
 
     request = ImageRequest(
@@ -79,14 +79,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{layout.world_size} ranks are more than the {torch.cuda.device_count()} GPU(s) here: they run on the CPU"
         )
-    config = GroupConfig.create(folder, layout, devices, arguments.dtype)
+    config = ModelConfig.create(folder, layout, devices, arguments.dtype)
     print(f"{layout.name}: {layout.describe()} on {config.devices.kind}, {config.dtype}")
 
     bar = _Bar()
-    group = acquire_group(config, bar.show, port=arguments.port)
-    picture = draw(group, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
-    report = group.report()
-    group.close()
+    model = acquire_model(config, bar.show, port=arguments.port)
+    picture = draw(model, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
+    report = model.report()
+    model.group.close()
     report["request"] = {**vars(request), "out": str(arguments.out)}
     report["seconds"]["total"] = time.perf_counter() - began
     picture.save(arguments.out)

@@ -25,11 +25,12 @@ class PipelineFolder:
     transformer_config: dict[str, Any]
     text_config: dict[str, Any]
     vae_config: dict[str, Any]
+    components: tuple[str, ...] = ("transformer", "text_encoder", "vae")
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
         self.family.check_layout(self.transformer_config, layout)
-        for component in ("transformer", "text_encoder", "vae"):
+        for component in self.components:
             self.weights(component)
 
     def weights(self, component: str) -> dict[str, Weight]:

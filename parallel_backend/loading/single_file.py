@@ -35,6 +35,7 @@ class SingleFile:
     transformer_config: dict[str, Any]
     transformer_weights: dict[str, Weight]
     unused: tuple[str, ...]
+    components: tuple[str, ...] = ("transformer",)
 
     @property
     def quantized(self) -> bool:

@@ -1,113 +1,168 @@
-"""The model as one rank holds it, and the four things it can do: encode text, predict, decode and encode images."""
+"""The models of a group as one rank holds them, and what they can do: encode text, predict, decode, encode images."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cache.block_cache import BlockCache
 from ..cache.config import CacheSettings
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
-from ..loading.checkpoint import open_checkpoint
-from ..loading.pipeline_folder import PipelineFolder
-from ..loading.weight_loader import load_weights
-from ..mesh import SINGLE, build_mesh, raise_together
-from ..parallelize import parallelize_transformer, shard_text_model, text_axis
+from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..memory import GIB
+from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
+from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart
+from .room import Room
+
+OnProgress = Callable[[int, int], None]
+"""Told bytes done and bytes in all."""
+
+LOADING_BYTES = GIB
+"""Device memory that loading takes beside the weights."""
+ENCODER_RESERVE = 6 * GIB
+"""What has to stay free on each GPU for a text encoder to stay there under ``auto``: a step's activations, and what
+ComfyUI does on the first GPU (its VAE takes 4.9 GiB for 1024 x 1024 in fp32)."""
+
+
+@dataclass
+class HostedModel:
+    """A model of this rank: its parts by name, and the conditioning that is kept for it."""
+
+    settings: ModelSettings
+    encoder_memory: str
+    parts: dict[str, Part] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    orphan: bool = False
 
 
 class Engine:
-    """One rank's part of a pipeline: transformer and text encoder shards, and on rank 0 the whole VAE."""
+    """One rank's part of all models of a group. Every rank is asked for the same things in the same order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of this rank.
+        notify: told what users should find in the log.
+        room: for tests, another view of the memory that there is.
+    """
+
+    def __init__(self, device: torch.device, notify: Callable[[str], None] = print, room: Room | None = None) -> None:
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.kept: dict[str, Tensor] = {}
-        self.weight_bytes: dict[str, int] = {}
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        world = Axis(dist.group.WORLD, ranks, self.rank) if ranks > 1 else SINGLE
+        self.room = room or Room(device, world, notify)
+        self.models: dict[str, HostedModel] = {}
+        self._meshes: dict[ParallelismConfig, ParallelMesh] = {}
+        self._used: OrderedDict[tuple[str, str], Part] = OrderedDict()
+        self._granted: tuple[Part | None, int] = (None, 0)
 
     @torch.no_grad()
     def load(
         self,
+        name: str,
         path: str,
         layout: ParallelismConfig,
         dtype: torch.dtype,
-        on_progress: Callable[[int, int], None],
-        keep_fp8: bool = False,
+        on_progress: OnProgress,
+        fp8: str = "cast",
+        encoder_memory: str = "auto",
+        orphans: Sequence[str] = (),
     ) -> None:
-        """Read this rank's shards of a checkpoint.
+        """Read this rank's shards of a checkpoint; nothing where the model is there already.
 
         Args:
-            path: a diffusers pipeline folder, or a transformer in one file.
+            name: what the model is called from now on.
+            path: a diffusers pipeline folder, or a model in one file.
             layout: degrees; their product is the world size.
             dtype: of the transformer and the text encoder; the VAE stays in fp32.
-            keep_fp8: weights that are stored in fp8 stay so; else they are held as ``dtype`` too.
-            on_progress: told bytes done and bytes in all, a few times a second at most.
+            on_progress: told a few times a second at most.
+            fp8, encoder_memory: see `ModelConfig`.
+            orphans: models that nobody refers to any more.
+
+        Raises:
+            ValueError: the checkpoint is damaged or does not fit. Nothing of it stays, the other models do.
         """
-        source = open_checkpoint(Path(path))
-        self.family, self.dtype = source.family, dtype
-        mesh = build_mesh(layout, self.device.type)
+        for other, model in self.models.items():
+            model.orphan = other in orphans and other != name
+        if name in self.models:
+            return
+        model = self._build(path, layout, dtype, fp8, encoder_memory)
+        count = _Counter(sum(part.nbytes for part in model.parts.values()), on_progress)
+        self.models[name] = model
+        try:
+            for component, part in model.parts.items():
+                self._make_room(part, part.nbytes, LOADING_BYTES if self.device.type == "cuda" else 0)
+                part.load(count.add)
+                self._used[name, component] = part
+        except BaseException:
+            self.unload(name)
+            raise
+        count.finish()
 
-        self.transformer = self.family.build_transformer(source.transformer_config)
-        transformer_table = parallelize_transformer(self.transformer, self.family, layout, mesh)
-        self.cache = BlockCache(self.transformer, self.family.block_stacks, mesh.world)
-        parts = [("transformer", self.transformer, transformer_table)]
-        if isinstance(source, PipelineFolder):
-            self.text_layers = self.family.text_layers(source.text_config)
-            self.text = self.family.build_text_model(source.text_config)
-            axis = text_axis(self.family, source.text_config, mesh)
-            parts.append(
-                ("text_encoder", self.text, shard_text_model(self.text, self.family, source.text_config, axis))
-            )
+    def _build(
+        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str
+    ) -> HostedModel:
+        if layout not in self._meshes:
+            self._meshes[layout] = build_mesh(layout, self.device.type)
+        mesh = self._meshes[layout]
+        source: Checkpoint | ValueError
+        try:
+            source = open_checkpoint(Path(path))
+        except ValueError as error:
+            source = error
+        raise_together(source if isinstance(source, ValueError) else None, self.room.axis)
+        assert not isinstance(source, ValueError)
+        settings = ModelSettings(source, layout, mesh, self.device, dtype, fp8)
+        return HostedModel(settings, encoder_memory, {part: PARTS[part](settings) for part in source.components})
 
-        total = sum(p.numel() for _, model, _ in parts for p in model.parameters()) * dtype.itemsize
-        done = 0
-        step = max(1, total // 50)
+    def unload(self, name: str) -> None:
+        """Free a model for good; nothing where there is none of that name."""
+        self.models.pop(name, None)
+        for key in [key for key in self._used if key[0] == name]:
+            del self._used[key]
+        self._granted = (None, 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-        def count(new: int) -> None:
-            nonlocal done
-            done += new
-            if (done - new) // step != done // step:
-                on_progress(done, total)
+    def offload(self, name: str, component: str) -> None:
+        """Free the device memory of a component, if it has any; the next use brings it back. Collective."""
+        part = self._model(name).parts.get(component)
+        if part is not None and part.place is Place.DEVICE:
+            self.room.leave(part, "as ComfyUI asked for memory")
+            self._granted = (None, 0)
 
-        for name, model, table in parts:
-            # The transformer's slices are the same on all ranks of cp; the text encoder is spread over all ranks.
-            replicas = mesh.cp if name == "transformer" else SINGLE
-            error: ValueError | None = None
-            try:
-                self.weight_bytes[name] = load_weights(
-                    model, source.weights(name), table,
-                    device=self.device, dtype=dtype, replicas=replicas, keep_fp8=keep_fp8, on_bytes=count,
-                )  # fmt: skip
-            except ValueError as found:
-                error = found
-            raise_together(error, mesh.world)
-            model.to(self.device)  # buffers
-        if self.rank == 0 and isinstance(source, PipelineFolder):
-            self.vae = self.family.load_vae(source.path / "vae").to(self.device)
-            self.weight_bytes["vae"] = sum(p.nbytes for p in self.vae.parameters())
-        on_progress(total, total)
-
-    def keep(self, tensors: Mapping[str, Tensor], forget: list[str]) -> None:
-        """Keep conditioning on the device under its name, until it is forgotten."""
-        for name in forget:
-            self.kept.pop(name, None)
-        for name, tensor in tensors.items():
-            self.kept[name] = tensor.to(self.device, self.dtype)
+    def keep(self, name: str, tensors: Mapping[str, Tensor], forget: list[str]) -> None:
+        """Keep conditioning of a model on the device under its name, until it is forgotten."""
+        model = self._model(name)
+        for old in forget:
+            model.kept.pop(old, None)
+        for new, tensor in tensors.items():
+            model.kept[new] = tensor.to(self.device, model.settings.dtype)
 
     @torch.no_grad()
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, name: str, ids: Tensor, mask: Tensor) -> Tensor:
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
-        return self.family.encode_text(self.text, ids.to(self.device), mask.to(self.device), self.text_layers)
+        part = cast(TextEncoderPart, self._part(name, "text_encoder"))
+        self._bring(name, part, ids.numel())
+        context = part.encode(ids, mask)
+        memory = self._model(name).encoder_memory
+        if memory == "auto" and self.device.type == "cuda" and self.room.least_available() < ENCODER_RESERVE:
+            self.room.leave(part, f"since less than {ENCODER_RESERVE / GIB:.0f} GiB would stay free beside it")
+        elif memory == "host" and self.room.fits_host(part):
+            part.to_host()
+        return context
 
     @torch.no_grad()
     def predict(
         self,
+        name: str,
         x: Tensor,
         timestep: Tensor,
         guidance: Tensor | None,
@@ -119,43 +174,118 @@ class Engine:
 
         With ``cache`` (``settings`` and ``evaluation``) also what the cache decided.
         """
-        missing = [name for name in (context, *references) if name not in self.kept]
+        model = self._model(name)
+        part = cast(TransformerPart, self._part(name, "transformer"))
+        missing = [tensor for tensor in (context, *references) if tensor not in model.kept]
         if missing:
             raise ValueError(f"conditioning {', '.join(missing)} was not sent to the workers")
-        x = x.to(self.device, self.dtype)
-        inputs = self.family.transformer_inputs(
+        family = model.settings.family
+        x = x.to(self.device, model.settings.dtype)
+        inputs = family.transformer_inputs(
             x,
             timestep.to(self.device),
-            self.kept[context],
+            model.kept[context],
             None if guidance is None else guidance.to(self.device),
-            [self.kept[name] for name in references],
+            [model.kept[reference] for reference in references],
         )
+        tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in family.sequence_inputs)
+        self._bring(name, part, tokens)
         if cache is not None:
-            self.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
-        output = self.transformer(**inputs, return_dict=False)[0]
-        return self.family.prediction(output, x), self.cache.last
+            part.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
+        output = part.module(**inputs, return_dict=False)[0]
+        return family.prediction(output, x), part.cache.last
+
+    def end_run(self, name: str, run: str) -> None:
+        """Free what the cache keeps of a run; nothing where the model is gone."""
+        model = self.models.get(name)
+        part = None if model is None else model.parts.get("transformer")
+        if isinstance(part, TransformerPart) and part.place is not Place.FILE:
+            part.cache.forget(run)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, name: str, latent: Tensor) -> Tensor | None:
         """Image ``[B, 3, H, W]`` in -1..1; on rank 0."""
-        return self.family.decode_latent(self.vae, latent.to(self.device, torch.float32))
+        part = cast(VAEPart, self._part(name, "vae"))
+        batch, _, height, width = latent.shape
+        pixels = batch * height * width * self._model(name).settings.family.latent_downscale ** 2
+        self._bring(name, part, pixels)
+        return part.decode(latent) if self.rank == 0 else None
 
     @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, name: str, image: Tensor) -> Tensor | None:
         """Latent ``[B, C, h, w]`` from an image ``[B, 3, H, W]`` in -1..1; on rank 0."""
-        return self.family.encode_image(self.vae, image.to(self.device, torch.float32))
+        part = cast(VAEPart, self._part(name, "vae"))
+        self._bring(name, part, image[:, 0].numel())
+        return part.encode(image) if self.rank == 0 else None
 
-    def stats(self) -> dict[str, object]:
-        """This rank's figures, under the names that docs/report.md explains."""
+    def stats(self, name: str) -> dict[str, object]:
+        """This rank's figures of a model, under the names that docs/report.md explains."""
         if self.device.type == "cuda":
-            peak, name = torch.cuda.max_memory_allocated(self.device), torch.cuda.get_device_name(self.device)
+            peak, device = torch.cuda.max_memory_allocated(self.device), torch.cuda.get_device_name(self.device)
         else:
-            peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cpu"
+            peak, device = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cpu"
+        parts = self._model(name).parts
+        held = {component: part for component, part in parts.items() if part.nbytes}
+        transformer = parts.get("transformer")
         return {
             "rank": self.rank,
             "device": str(self.device),
-            "device_name": name,
-            "weight_bytes": dict(self.weight_bytes),
+            "device_name": device,
+            "weight_bytes": {component: part.nbytes for component, part in held.items()},
+            "places": {component: part.place.value for component, part in held.items()},
             "peak_bytes": peak,
-            "cache_bytes": self.cache.kept_bytes(),
+            "cache_bytes": transformer.cache.kept_bytes()
+            if isinstance(transformer, TransformerPart) and transformer.place is not Place.FILE
+            else 0,
         }
+
+    def _model(self, name: str) -> HostedModel:
+        if name not in self.models:
+            raise ValueError(f"the workers hold no model {name}")
+        return self.models[name]
+
+    def _part(self, name: str, component: str) -> Part:
+        part = self._model(name).parts.get(component)
+        if part is None:
+            path = self._model(name).settings.source.path
+            raise ValueError(f"{path} has no {component.replace('_', ' ')}")
+        return part
+
+    def _bring(self, name: str, part: Part, size: int) -> None:
+        """Have a part on the device, with room for work of a size (tokens or pixels). Collective.
+
+        Nothing is to be done for the part that was used last, unless the work is larger.
+        """
+        latest, granted = self._granted
+        self._used[name, part.name] = part
+        self._used.move_to_end((name, part.name))
+        if part is latest and part.place is Place.DEVICE and size <= granted:
+            return
+        self._make_room(part, 0 if part.place is Place.DEVICE else part.nbytes, part.workspace(size))
+        if part.place is Place.HOST:
+            part.to_device()
+        elif part.place is Place.FILE:
+            part.load(lambda count: None)
+        self._granted = (part, size)
+
+    def _make_room(self, part: Part, weights: int, workspace: int) -> None:
+        """Have other parts leave, orphans first, then the least recently used. Collective."""
+        others = [(other, self.models[name].orphan) for (name, _), other in self._used.items() if other is not part]
+        others.sort(key=lambda pair: not pair[1])
+        self.room.make(weights, workspace, f"the {part.label}", others)
+
+
+class _Counter:
+    """Counts the bytes of a model as they arrive, and tells of it now and then."""
+
+    def __init__(self, total: int, on_progress: OnProgress) -> None:
+        self.total, self.on_progress, self.done = max(1, total), on_progress, 0
+
+    def add(self, new: int) -> None:
+        step = max(1, self.total // 50)
+        self.done += new
+        if (self.done - new) // step != self.done // step:
+            self.on_progress(self.done, self.total)
+
+    def finish(self) -> None:
+        self.on_progress(self.total, self.total)

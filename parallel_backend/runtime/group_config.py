@@ -1,4 +1,4 @@
-"""What a worker group is keyed by, and everything about it that can be checked before a process is started."""
+"""What worker groups and the models in them are keyed by, and what can be checked before a process is started."""
 
 from __future__ import annotations
 
@@ -11,18 +11,40 @@ from ..loading.checkpoint import open_checkpoint
 from .devices import Devices, resolve_devices
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FP8 = ("matmul", "stored", "cast")
+"""What becomes of weights that are stored in fp8; see `load_weights`."""
+ENCODER_MEMORY = ("auto", "device", "host")
+"""Where a text encoder stays between prompts; see `ModelConfig`."""
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """What a group is keyed by: equal configurations share one group."""
+    """What a group of processes is keyed by: so many ranks on those devices."""
+
+    devices: Devices
+    ranks: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model in a group is keyed by: equal configurations share one.
+
+    ``encoder_memory`` says where its text encoder stays between prompts: on its ``device``, in ``host`` memory, or
+    (``auto``) on the device as long as a few GiB stay free there.
+    """
 
     path: str
     layout: ParallelismConfig
     devices: Devices
     dtype: str
     fingerprint: str
-    keep_fp8: bool = False
+    fp8: str = "cast"
+    encoder_memory: str = "auto"
+
+    @property
+    def group(self) -> GroupConfig:
+        """The group that the model is loaded into; models of other layouts of as many ranks share it."""
+        return GroupConfig(self.devices, self.layout.world_size)
 
     @classmethod
     def create(
@@ -31,27 +53,34 @@ class GroupConfig:
         layout: ParallelismConfig,
         devices: str = "auto",
         dtype: str = "auto",
-        keep_fp8: bool = False,
-    ) -> GroupConfig:
+        fp8: str = "cast",
+        encoder_memory: str = "auto",
+    ) -> ModelConfig:
         """Check everything that can be checked without starting a process.
 
         Args:
-            path: a diffusers pipeline folder, or a transformer in one safetensors file.
+            path: a diffusers pipeline folder, or a model in one safetensors file.
             layout: degrees.
             devices: see `resolve_devices`.
             dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
-            keep_fp8: weights that are stored in fp8 stay so, and ``dtype`` is that of the others and of the arithmetic.
+            fp8: what becomes of weights that are stored in fp8, one of `FP8`; ``dtype`` is that of the others.
+            encoder_memory: one of `ENCODER_MEMORY`.
 
         Raises:
             ValueError: a checkpoint, layout, device or dtype that cannot work, with the remedy.
         """
         if not hasattr(os, "memfd_create"):
             raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        for what, value, known in (
+            ("dtype", dtype, DTYPES),
+            ("the use of fp8", fp8, FP8),
+            ("the text encoder's memory", encoder_memory, ENCODER_MEMORY),
+        ):
+            if value not in known:
+                raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         source = open_checkpoint(Path(path))
         source.check(layout)
         resolved = resolve_devices(devices, layout.world_size)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), keep_fp8)
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory)

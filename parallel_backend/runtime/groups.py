@@ -1,51 +1,92 @@
-"""The worker groups of this process: equal configurations share one, and groups in each other's way are replaced."""
+"""The worker groups of this process and the models in them: found again, and replaced where they are in the way."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
+from collections import Counter
 
-from .client import Check, OnState, WorkerGroup
-from .group_config import GroupConfig
+from .client import OnState, WorkerGroup, WorkersFailedError
+from .group_config import GroupConfig, ModelConfig
+from .remote_model import Check, RemoteModel
 
 _groups: dict[GroupConfig, WorkerGroup] = {}
 _groups_lock = threading.RLock()
+_users: Counter[ModelConfig] = Counter()
 CPU_GROUPS = 2
 """Groups on the CPU that may live side by side; the least recently used goes first."""
 
 
-def acquire_group(
-    config: GroupConfig, on_state: OnState = lambda *_: None, check: Check = lambda: None, port: int = 0
-) -> WorkerGroup:
-    """The group of a configuration: the one that is up, or a fresh one. Groups in the way of it are closed first.
+def acquire_model(
+    config: ModelConfig, on_state: OnState = lambda *_: None, check: Check = lambda: None, port: int = 0
+) -> RemoteModel:
+    """The model of a configuration, loaded into the group of its devices, which is started where it is not up.
 
-    ``on_state`` and ``check`` are those of `WorkerGroup.start`; they are not called for a group that is up.
+    ``on_state`` and ``check`` are those of `WorkerGroup.start` and `WorkerGroup.load`; they are not called for a model
+    that is there. Groups that share a GPU with the one that is needed are closed first.
     """
     with _groups_lock:
-        group = _groups.get(config)
-        if group is not None and group.ready:
-            _groups[config] = _groups.pop(config)  # the last one used stands last
-            return group
-        if group is not None:
-            group.close()
-            del _groups[config]
-        for other in [other for other in _groups if other.devices.overlaps(config.devices)]:
+        group = _groups.get(config.group)
+        if group is None or not group.ready:
+            group = _start(config.group, on_state, check, port)
+        _groups[config.group] = _groups.pop(config.group)  # the last one used stands last
+        return group.load(config, on_state, check, orphans=lambda other: other != config and not _users[other])
+
+
+def _start(config: GroupConfig, on_state: OnState, check: Check, port: int) -> WorkerGroup:
+    """A fresh group, in the place of those in the way."""
+    if config in _groups:
+        _groups.pop(config).close()
+    for other in [other for other in _groups if other.devices.overlaps(config.devices)]:
+        _groups.pop(other).close()
+    on_cpu = [other for other in _groups if other.devices.kind == "cpu"]
+    if config.devices.kind == "cpu":
+        for other in on_cpu[: len(on_cpu) - CPU_GROUPS + 1]:
             _groups.pop(other).close()
-        on_cpu = [other for other in _groups if other.devices.kind == "cpu"]
-        if config.devices.kind == "cpu":
-            for other in on_cpu[: len(on_cpu) - CPU_GROUPS + 1]:
-                _groups.pop(other).close()
-        group = WorkerGroup(config, port)
-        group.start(on_state, check)
-        _groups[config] = group
-        return group
+    group = WorkerGroup(config, port)
+    group.start(on_state, check)
+    _groups[config] = group
+    return group
 
 
-def find_group(config: GroupConfig) -> WorkerGroup | None:
-    """The group of a configuration if it is up."""
-    group = _groups.get(config)
-    return group if group is not None and group.ready else None
+def find_model(config: ModelConfig) -> RemoteModel | None:
+    """The model of a configuration if it is loaded and its group is up."""
+    group = _groups.get(config.group)
+    model = None if group is None else group.models.get(config)
+    return model if model is not None and model.ready else None
+
+
+def add_user(config: ModelConfig) -> None:
+    """Somebody refers to a model, loaded or not."""
+    _users[config] += 1
+
+
+def remove_user(config: ModelConfig) -> None:
+    """Somebody refers to a model no longer. Safe to call from a finalizer, at any time and in any thread.
+
+    A model without users stays until its room is needed: the next graph may ask for it again. One whose device memory
+    was asked back is freed for good.
+    """
+    _users[config] -= 1
+    if _users[config] > 0:
+        return
+    del _users[config]
+    model = find_model(config)
+    if model is not None and model.offloaded:
+        # Finalizers run anywhere, also in the middle of a request of this thread, which has to be over first.
+        threading.Thread(target=_unload_unused, args=(config,), daemon=True).start()
+
+
+def _unload_unused(config: ModelConfig) -> None:
+    model = find_model(config)
+    if model is None:
+        return
+    with model.group.lock:
+        if not _users[config] and model.offloaded:
+            with contextlib.suppress(WorkersFailedError):  # then it is freed all the same
+                model.group.unload(config)
 
 
 def close_groups() -> int:

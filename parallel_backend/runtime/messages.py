@@ -21,16 +21,39 @@ class Hello:
 
 @dataclass(frozen=True)
 class Load:
-    """Load a checkpoint. Degrees are those of the layout, dtype is a torch dtype's name. With ``keep_fp8``
-    weights that are stored in fp8 stay so."""
+    """Load a checkpoint and call it ``model``; nothing is done where that name is loaded already.
+
+    Degrees are those of the layout, dtype is a torch dtype's name. ``fp8`` and ``encoder_memory`` are
+    those of `ModelConfig`. ``orphans`` are models that nobody refers to any more: they go first where room is needed.
+    """
 
     id: int
+    model: str
     path: str
     ulysses: int
     ring: int
     tp: int
     dtype: str
-    keep_fp8: bool = False
+    fp8: str = "cast"
+    encoder_memory: str = "auto"
+    orphans: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Free the device memory of one component of a model, which is brought back when it is used next."""
+
+    id: int
+    model: str
+    component: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Free a model for good."""
+
+    id: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,7 @@ class EncodeText:
     """Encode token ids and mask ``[B, L]`` (tensors ``ids``, ``mask``); rank 0 answers with ``context``."""
 
     id: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,7 @@ class Keep:
     """Keep the tensors that come along under their names, and forget the ones named in ``forget``."""
 
     id: int
+    model: str
     forget: list[str] = field(default_factory=list)
 
 
@@ -57,6 +82,7 @@ class Predict:
     """
 
     id: int
+    model: str
     context: str
     references: list[str] = field(default_factory=list)
     cache: dict[str, Any] | None = None
@@ -67,6 +93,7 @@ class EndRun:
     """A run of a sampler has ended: free what the cache keeps of it."""
 
     id: int
+    model: str
     run: str
 
 
@@ -75,6 +102,7 @@ class DecodeLatent:
     """Decode tensor ``latent`` on rank 0, which answers with ``image``."""
 
     id: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -82,13 +110,15 @@ class EncodeImage:
     """Encode tensor ``image`` on rank 0, which answers with ``latent``."""
 
     id: int
+    model: str
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Ask each rank for its figures."""
+    """Ask each rank for its figures of a model."""
 
     id: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,13 @@ class Progress:
     rank: int
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What users should find in the log, such as a model that is moved out of another one's way."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +159,21 @@ class Failed:
 
 
 Message = (
-    Hello | Load | EncodeText | Keep | Predict | EndRun | DecodeLatent | EncodeImage | Stats | Progress | Done | Failed
+    Hello
+    | Load
+    | Offload
+    | Unload
+    | EncodeText
+    | Keep
+    | Predict
+    | EndRun
+    | DecodeLatent
+    | EncodeImage
+    | Stats
+    | Progress
+    | Notice
+    | Done
+    | Failed
 )
 _TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}  # type: ignore[attr-defined]
 

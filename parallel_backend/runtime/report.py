@@ -1,4 +1,4 @@
-"""The report on a worker group: what it is and what it took. docs/report.md explains every field."""
+"""The report on a model in a worker group: what it is and what it took. docs/report.md explains every field."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import transformers
 
 from .. import __version__
-from .group_config import GroupConfig
+from .group_config import ModelConfig
 
 
 def make_report(
-    config: GroupConfig,
+    config: ModelConfig,
     family: str,
     seconds: Mapping[str, Any],
     ranks: list[dict[str, Any]],
@@ -24,7 +24,7 @@ def make_report(
     """Put a report together.
 
     Args:
-        config: of the group.
+        config: of the model.
         family: name of the model family.
         seconds: ``start`` and ``load``, and lists of ``text``, ``steps`` and ``decode``.
         ranks: each rank's own figures, in rank order.

@@ -33,9 +33,12 @@ from .messages import (
     Keep,
     Load,
     Message,
+    Notice,
+    Offload,
     Predict,
     Progress,
     Stats,
+    Unload,
 )
 
 
@@ -60,7 +63,13 @@ def main() -> None:
         else:
             device = torch.device("cpu")
             dist.init_process_group("gloo")
-        serve(channel, Engine(device))
+
+        def notify(text: str) -> None:
+            print(text, flush=True)
+            if rank == 0:
+                channel.send(Notice(text))
+
+        serve(channel, Engine(device, notify))
     except ChannelClosedError:
         os._exit(0)
 
@@ -106,22 +115,31 @@ def perform(
     """Carry out one request; its data (each rank's) and its tensors (rank 0's, on any device)."""
     match request:
         case Load():
-            layout = ParallelismConfig(request.ulysses, request.ring, request.tp)
             engine.load(
+                request.model,
                 request.path,
-                layout,
+                ParallelismConfig(request.ulysses, request.ring, request.tp),
                 getattr(torch, request.dtype),
                 lambda done, total: channel.send(Progress(engine.rank, done, total)),
-                request.keep_fp8,
+                request.fp8,
+                request.encoder_memory,
+                request.orphans,
             )
             return {}, {}
+        case Offload():
+            engine.offload(request.model, request.component)
+            return {}, {}
+        case Unload():
+            engine.unload(request.model)
+            return {}, {}
         case EncodeText():
-            return {}, {"context": engine.encode_text(tensors["ids"], tensors["mask"])}
+            return {}, {"context": engine.encode_text(request.model, tensors["ids"], tensors["mask"])}
         case Keep():
-            engine.keep(tensors, request.forget)
+            engine.keep(request.model, tensors, request.forget)
             return {}, {}
         case Predict():
             prediction, decision = engine.predict(
+                request.model,
                 tensors["x"],
                 tensors["timestep"],
                 tensors.get("guidance"),
@@ -131,14 +149,16 @@ def perform(
             )
             return {} if decision is None else asdict(decision), {"prediction": prediction}
         case EndRun():
-            engine.cache.forget(request.run)
+            engine.end_run(request.model, request.run)
             return {}, {}
         case DecodeLatent():
-            return {}, {"image": engine.decode(tensors["latent"])} if engine.rank == 0 else {}
+            image = engine.decode(request.model, tensors["latent"])
+            return {}, {} if image is None else {"image": image}
         case EncodeImage():
-            return {}, {"latent": engine.encode(tensors["image"])} if engine.rank == 0 else {}
+            latent = engine.encode(request.model, tensors["image"])
+            return {}, {} if latent is None else {"latent": latent}
         case Stats():
-            return engine.stats(), {}
+            return engine.stats(request.model), {}
     raise ValueError(f"a worker does not take a {type(request).__name__}")
 
 

@@ -11,8 +11,8 @@ from parallel_backend.cache.config import PRESETS, parse_cache
 from parallel_backend.cli import main
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.demo_model import demo_folder
-from parallel_backend.runtime.group_config import GroupConfig
-from parallel_backend.runtime.groups import acquire_group, close_groups
+from parallel_backend.runtime.group_config import ModelConfig
+from parallel_backend.runtime.groups import acquire_model, close_groups
 from parallel_backend.sampling import ImageRequest, draw
 
 pytestmark = pytest.mark.timeout(180)
@@ -22,7 +22,7 @@ REQUEST = ImageRequest("a large red circle left of a small blue star on a grey b
 
 @pytest.fixture(scope="module")
 def group():
-    yield acquire_group(GroupConfig.create(demo_folder(), ParallelismConfig(ulysses_size=2), "cpu"))
+    yield acquire_model(ModelConfig.create(demo_folder(), ParallelismConfig(ulysses_size=2), "cpu"))
     close_groups()
 
 

@@ -111,7 +111,7 @@ def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys
         raise ValueError("that is enough")
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr("parallel_backend.runtime.group_config.GroupConfig.create", create)
+    monkeypatch.setattr("parallel_backend.runtime.group_config.ModelConfig.create", create)
     assert main(["demo", "--model", str(pipeline)]) == 2
     assert asked == [expected]
     assert ("4 ranks are more than the 3 GPU(s) here" in capsys.readouterr().out) == (gpus == 3)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.demo_model import demo_folder
-from parallel_backend.runtime.group_config import GroupConfig
-from parallel_backend.runtime.groups import acquire_group, close_groups
+from parallel_backend.runtime.group_config import ModelConfig
+from parallel_backend.runtime.groups import acquire_model, close_groups
 from parallel_backend.sampling import ImageRequest, draw
 from training.checker import rates
 from training.evaluate import held_out, verdicts
@@ -23,7 +23,7 @@ MOST_BYTES = 24e6
 
 @pytest.fixture(scope="module")
 def group():
-    yield acquire_group(GroupConfig.create(demo_folder(), ParallelismConfig(ulysses_size=2), "cpu"))
+    yield acquire_model(ModelConfig.create(demo_folder(), ParallelismConfig(ulysses_size=2), "cpu"))
     close_groups()
 
 

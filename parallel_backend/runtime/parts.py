@@ -1,0 +1,234 @@
+"""The parts of a model as one rank holds them: transformer, text encoder, VAE, each loaded, moved and freed alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache.block_cache import BlockCache
+from ..config import ParallelismConfig
+from ..families import Family, Model
+from ..loading.checkpoint import Checkpoint
+from ..loading.pipeline_folder import PipelineFolder
+from ..loading.weight_loader import load_weights
+from ..memory import transformer_activation_bytes, vae_activation_bytes
+from ..mesh import SINGLE, Axis, ParallelMesh, raise_together
+from ..parallel.tensor import ParamShard
+from ..parallelize import parallelize_transformer, shard_text_model, text_axis
+from .host_copy import HostCopy
+
+
+class Place(Enum):
+    """Where a part's weights are. The same on all ranks: parts move together."""
+
+    DEVICE = "device"
+    HOST = "host"
+    FILE = "file"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the parts of one model have in common."""
+
+    source: Checkpoint
+    layout: ParallelismConfig
+    mesh: ParallelMesh
+    device: torch.device
+    dtype: torch.dtype
+    fp8: str
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+
+class Part(ABC):
+    """One module of a model. It is built at once, on the meta device; `load` gives it its weights.
+
+    Args:
+        settings: of the model.
+    """
+
+    name: str
+    replicas: Axis = SINGLE
+    """Ranks that hold the same slices, which share the reading."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+        self.place = Place.FILE
+        self.module: Model = None
+        self.host: HostCopy | None = None
+        self._built: tuple[Model, Mapping[str, ParamShard]] | None = self.build()
+        self.nbytes = sum(p.numel() for p in self._built[0].parameters()) * settings.dtype.itemsize
+        """Bytes of this rank's weights; before loading, as if all of them had the model's dtype."""
+
+    @abstractmethod
+    def workspace(self, size: int) -> int:
+        """About the bytes that this rank needs beside the weights for work of a size."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.name.replace('_', ' ')} of {self.settings.source.path.name}"
+
+    @abstractmethod
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        """The rank-local module on the meta device, and the slices that it is made of."""
+
+    def load(self, on_bytes: Callable[[int], None]) -> None:
+        """Read the weights onto the device. Collective over all ranks of the model.
+
+        Raises:
+            ValueError: the checkpoint is damaged; on every rank the same, and the part is not there.
+        """
+        settings = self.settings
+        module, table = self._built or self.build()
+        self._built = None
+        error: ValueError | None = None
+        try:
+            self.nbytes = load_weights(
+                module, settings.source.weights(self.name), table,
+                device=settings.device, dtype=settings.dtype, replicas=self.replicas,
+                keep_fp8=settings.fp8 != "cast", on_bytes=on_bytes,
+            )  # fmt: skip
+        except ValueError as found:
+            error = found
+        raise_together(error, settings.mesh.world)
+        module.to(settings.device)  # buffers
+        self.module, self.place = module, Place.DEVICE
+
+    def to_host(self) -> None:
+        """Move the weights to host memory. The copy there is kept: weights do not change, so it is made once."""
+        parameters = self._parameters()
+        if self.host is None:
+            self.host = HostCopy(parameters)
+        for parameter, copy in zip(parameters, self.host.tensors, strict=True):
+            parameter.data = copy
+        self.place = Place.HOST
+
+    def to_device(self) -> None:
+        """Bring the weights back from host memory."""
+        assert self.host is not None
+        device = self.settings.device
+        for parameter, copy in zip(self._parameters(), self.host.tensors, strict=True):
+            parameter.data = torch.empty_like(copy, device=device, pin_memory=False).copy_(copy, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.place = Place.DEVICE
+
+    def drop(self) -> None:
+        """Free the weights; `load` reads them again."""
+        self.module = self.host = None
+        self.place = Place.FILE
+
+    def _parameters(self) -> list[Any]:
+        return [] if self.module is None else list(self.module.parameters())
+
+
+class TransformerPart(Part):
+    """The transformer: sharded over tp, the same on all ranks of cp."""
+
+    name = "transformer"
+
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        settings = self.settings
+        self.replicas = settings.mesh.cp
+        module = settings.family.build_transformer(settings.source.transformer_config)
+        table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh)
+        self.cache = BlockCache(module, settings.family.block_stacks, settings.mesh.world)
+        return module, table
+
+    def drop(self) -> None:
+        super().drop()
+        # It holds the module; the next build makes another.
+        del self.cache
+
+    def workspace(self, tokens: int) -> int:
+        """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""
+        settings = self.settings
+        config = settings.source.transformer_config
+        return transformer_activation_bytes(config, settings.layout, tokens, settings.dtype.itemsize)
+
+
+class TextEncoderPart(Part):
+    """The text encoder: sharded over all ranks, or over as many as its heads divide by."""
+
+    name = "text_encoder"
+
+    def __init__(self, settings: ModelSettings) -> None:
+        config = settings.source.text_config
+        self.layers = settings.family.text_layers(config)
+        self._axis = text_axis(settings.family, config, settings.mesh)
+        super().__init__(settings)
+        assert self._built is not None
+        built = self._built[0].config
+        # The hidden states of all layers are kept until the ones that are used are picked; a layer has a few more.
+        self._width = (built.num_hidden_layers + 8) * built.hidden_size
+
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        family, config = self.settings.family, self.settings.source.text_config
+        module = family.build_text_model(config)
+        return module, shard_text_model(module, family, config, self._axis)
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+        device = self.settings.device
+        return self.settings.family.encode_text(self.module, ids.to(device), mask.to(device), self.layers)
+
+    def workspace(self, tokens: int) -> int:
+        """About the bytes that encoding so many tokens takes beside the weights."""
+        return tokens * self._width * self.settings.dtype.itemsize
+
+
+class VAEPart(Part):
+    """The VAE: whole on rank 0, in fp32; the other ranks have nothing of it."""
+
+    name = "vae"
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__(settings)
+        self.nbytes = self.nbytes // settings.dtype.itemsize * torch.float32.itemsize
+
+    @property
+    def _here(self) -> bool:
+        return self.settings.mesh.world.rank == 0
+
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        if not self._here:
+            return torch.nn.Module(), {}
+        return self.settings.family.build_vae(self.settings.source.vae_config), {}
+
+    def load(self, on_bytes: Callable[[int], None]) -> None:
+        settings = self.settings
+        self._built = None
+        error: ValueError | None = None
+        if self._here:
+            assert isinstance(settings.source, PipelineFolder)
+            try:
+                self.module = settings.family.load_vae(settings.source.path / self.name).to(settings.device)
+            except (OSError, ValueError) as found:
+                error = ValueError(f"the VAE in {settings.source.path / self.name} cannot be loaded: {found}")
+        raise_together(error, settings.mesh.world)
+        on_bytes(self.nbytes)
+        self.place = Place.DEVICE
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image ``[B, 3, H, W]`` in -1..1 from a latent; on rank 0."""
+        return self.settings.family.decode_latent(self.module, latent.to(self.settings.device, torch.float32))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Latent ``[B, C, h, w]`` from an image ``[B, 3, H, W]`` in -1..1; on rank 0."""
+        return self.settings.family.encode_image(self.module, image.to(self.settings.device, torch.float32))
+
+    def workspace(self, pixels: int) -> int:
+        """About the bytes that so many pixels take beside the weights; on rank 0."""
+        return vae_activation_bytes(pixels, self.settings.family.vae_class) if self._here else 0
+
+
+PARTS: dict[str, type[Part]] = {part.name: part for part in (TransformerPart, TextEncoderPart, VAEPart)}

@@ -1,0 +1,189 @@
+"""A model in a worker group as its client uses it: encode, predict and decode, with conditioning that is sent once."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..cache.decision import Decision, Evaluation
+from ..cache.run import CacheRun
+from ..loading.checkpoint import Checkpoint
+from .group_config import ModelConfig
+from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
+from .report import make_report
+
+if TYPE_CHECKING:
+    from .client import WorkerGroup
+
+KEPT_TENSORS = 16
+"""Conditioning tensors (contexts, references) that stay with the workers; the least recently used goes first."""
+KEPT_TIMINGS = 10_000
+"""Timings of each kind that a model remembers for its report."""
+
+Check = Callable[[], None]
+"""Called every 50 ms while somebody waits; may raise to give up."""
+
+
+class RemoteModel:
+    """A model that the ranks of a group hold. `WorkerGroup.load` makes it.
+
+    Args:
+        group: holds it.
+        config: what it was loaded as.
+        source: where from.
+        name: what the ranks call it.
+    """
+
+    def __init__(self, group: WorkerGroup, config: ModelConfig, source: Checkpoint, name: str) -> None:
+        self.group, self.config, self.source, self.name = group, config, source, name
+        self.loaded = False
+        self.offloaded: set[str] = set()
+        """Components whose device memory was freed and that were not used since."""
+        self.seconds: dict[str, Any] = {"load": 0.0}
+        self.reset_timings()
+        self.last_run: CacheRun | None = None
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be sent."""
+        return self.loaded and self.group.ready
+
+    def offload(self, component: str) -> None:
+        """Free the device memory of a component; its next use brings it back. Nothing where the group is gone."""
+        with self.group.lock:
+            if self.ready:
+                self.group.call(Offload(self.group.next_id(), self.name, component), {})
+                self.offloaded.add(component)
+
+    def encode_text(self, ids: Tensor, mask: Tensor, check: Check = lambda: None) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64)."""
+        with self._timed("text"):
+            request = EncodeText(self.group.next_id(), self.name)
+            return self._use("text_encoder", request, {"ids": ids, "mask": mask}, check)[1]["context"]
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        guidance: Tensor | None = None,
+        references: Sequence[Tensor] = (),
+        check: Check = lambda: None,
+        cache: tuple[CacheRun, Evaluation] | None = None,
+    ) -> Tensor:
+        """One evaluation of the transformer.
+
+        Args:
+            x: latent ``[B, C, H, W]``.
+            timestep: sigma in 0..1, ``[B]``.
+            context: ``[B, L, C]``; sent when it is new, named afterwards.
+            guidance: ``[B]`` or None.
+            references: reference latents ``[1 or B, C, h, w]``; sent when new, named afterwards.
+            check: called every 50 ms; may raise to give the step up. The group stays usable.
+            cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
+                `end_run` when the run is over.
+
+        Returns:
+            The prediction ``[B, C, H, W]``, in the model's dtype, on the CPU.
+        """
+        with self._timed("steps"):
+            names: list[str] = []
+            for tensor in (context, *references):
+                names.append(self._name(tensor, names, check))
+            tensors = {"x": x, "timestep": timestep}
+            if guidance is not None:
+                tensors["guidance"] = guidance
+            plan = None
+            if cache is not None:
+                run, evaluation = cache
+                plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
+            request = Predict(self.group.next_id(), self.name, names[0], names[1:], plan)
+            began = time.perf_counter()
+            answers, results = self._use("transformer", request, tensors, check)
+            if cache is not None:
+                run.note(evaluation, Decision(**answers[0].data), time.perf_counter() - began)
+                self.last_run = run
+            return results["prediction"]
+
+    def end_run(self, run: CacheRun) -> None:
+        """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.
+
+        So Cancel returns at once, whatever step the workers are in, and the error that ended a run stays the one that
+        is seen.
+        """
+        with self.group.lock:
+            self.group.post(EndRun(self.group.next_id(), self.name, run.id))
+
+    def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
+        """Image ``[B, 3, H, W]`` in -1..1 (fp32) from a latent ``[B, C, h, w]``."""
+        with self._timed("decode"):
+            request = DecodeLatent(self.group.next_id(), self.name)
+            return self._use("vae", request, {"latent": latent}, check)[1]["image"]
+
+    def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
+        """Latent ``[B, C, h, w]`` (fp32) from an image ``[B, 3, H, W]`` in -1..1."""
+        with self.group.lock:
+            request = EncodeImage(self.group.next_id(), self.name)
+            return self._use("vae", request, {"image": image}, check)[1]["latent"]
+
+    def report(self) -> dict[str, Any]:
+        """The report that docs/report.md explains, field by field."""
+        with self.group.lock:
+            ranks = [done.data for done in self.group.call(Stats(self.group.next_id(), self.name), {})[0]]
+        cache = None if self.last_run is None else self.last_run.report()
+        seconds = {"start": self.group.start_seconds, **self.seconds}
+        return make_report(self.config, self.source.family.name, seconds, ranks, cache)
+
+    def reset_timings(self) -> None:
+        """Begin the report's timings of text, steps and decoding anew."""
+        self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "decode")})
+
+    def _use(
+        self, component: str, request: Any, tensors: Mapping[str, Tensor], check: Check
+    ) -> tuple[list[Done], dict[str, Tensor]]:
+        """A request that brings a component onto the devices."""
+        self.offloaded.discard(component)
+        return self.group.call(request, tensors, check)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Holds the group's lock and notes the seconds of what succeeded."""
+        with self.group.lock:
+            began = time.perf_counter()
+            yield
+            self.seconds[name].append(time.perf_counter() - began)
+
+    def _name(self, tensor: Tensor, in_use: Sequence[str], check: Check) -> str:
+        """The name that a conditioning tensor has with the workers, who get it if they do not have it.
+
+        The least recently used makes room for it, but none that is ``in_use``.
+
+        Samplers build the tensor anew for each step, so it is known by its content.
+        """
+        for name, kept in self._kept.items():
+            alike = kept.dtype == tensor.dtype and kept.device == tensor.device
+            if alike and torch.equal(kept, tensor):  # False at once where the shapes differ
+                self._kept.move_to_end(name)
+                return name
+        number = self.group.next_id()
+        name = f"t{number}"
+        spare = [kept for kept in self._kept if kept not in in_use]
+        forget = spare[:1] if len(self._kept) >= KEPT_TENSORS else []
+        for old in forget:
+            del self._kept[old]
+        # Known from when it is sent: where check() gives up the wait for the answer, the workers have it all the same.
+        self._kept[name] = tensor.clone()
+        try:
+            self.group.call(Keep(number, self.name, forget), {name: tensor}, check)
+        except (ValueError, RuntimeError):
+            self._kept.pop(name, None)
+            raise
+        return name
