@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
-from .safetensors_reader import Weight, find_weight, index_folder, whole
+from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PipelineFolder:
         return {name: whole(tensor) for name, tensor in stored.items()}
 
     def check_weights(self) -> None:
-        """Raise ValueError if a tensor is missing or has another shape than its configuration makes it.
+        """Raise ValueError if a tensor is missing, unexpected, or of another shape than its configuration makes it.
 
         The models are built without memory for their weights, and of the files only headers are read.
         """
@@ -52,9 +52,14 @@ class PipelineFolder:
         }
         for component, model in models.items():
             weights = self.weights(component)
-            for name, tensor in model.state_dict().items():
+            state = model.state_dict()
+            for name, tensor in state.items():
                 if not name.endswith("num_batches_tracked"):  # of no use in inference
                     find_weight(name, tensor.shape, weights)
+            if component == "transformer":  # of the others, parts are left out on purpose
+                unused = [weight.pieces[0][0] for name, weight in weights.items() if name not in state]
+                if unused:
+                    check_unused([tensor.key for tensor in unused], unused[0].file, type(model).__name__)
 
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""

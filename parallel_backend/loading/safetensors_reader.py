@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+READ_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Of weights, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,38 @@ def whole(tensor: StoredTensor) -> Weight:
     return Weight(((tensor, 0, tensor.shape[0] if tensor.shape else 0),))
 
 
+def check_unused(keys: Collection[str], file: Path, model: str) -> None:
+    """Raise ValueError where a model has no place for tensors, by name and file: without them it would be another.
+
+    Args:
+        keys: what was found and is not used.
+        file: where; a file or folder.
+        model: for the message.
+    """
+    if keys:
+        some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+        raise ValueError(
+            f"{some} in {file}: {model} has no place for {len(keys)} tensor(s) of it; it is another model"
+            " or a variant that is not supported"
+        )
+
+
 def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) -> Weight:
     """What the tensor that a model calls ``name``, of full ``shape``, is made of.
 
     Raises:
-        ValueError: it is not there, or has another shape, by name and file.
+        ValueError: it is not there, or has another shape or a dtype that is not read, by name and file.
     """
     weight = weights.get(name)
     if weight is None:
         files = ", ".join(sorted({tensor.file.name for known in weights.values() for tensor, _, _ in known.pieces}))
         raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
+    for tensor, _, _ in weight.pieces:
+        if tensor.dtype not in READ_DTYPES:
+            raise ValueError(
+                f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read; weights in "
+                f"{', '.join(READ_DTYPES)} are"
+            )
     tensor, _, _ = weight.pieces[0]
     found = weight.shape if tensor.shape else ()
     if list(found) != list(shape):
