@@ -124,10 +124,12 @@ class Engine:
 
     def unload(self, name: str) -> None:
         """Free a model for good; nothing where there is none of that name."""
-        self.models.pop(name, None)
+        model = self.models.pop(name, None)
         for key in [key for key in self._used if key[0] == name]:
             del self._used[key]
         self._granted = (None, 0)
+        for part in () if model is None else model.parts.values():
+            part.drop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,8 +127,11 @@ class Part(ABC):
 
     def drop(self) -> None:
         """Free the weights; `load` reads them again."""
-        self.module = self.host = None
+        self.module = self.host = self._built = None
         self.place = Place.FILE
+        gc.collect()  # modules, their hooks and caches refer to each other
+        with contextlib.suppress(AttributeError, OSError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)  # or glibc keeps what was freed for itself
 
     def _parameters(self) -> list[Any]:
         return [] if self.module is None else list(self.module.parameters())
@@ -145,9 +151,8 @@ class TransformerPart(Part):
         return module, table
 
     def drop(self) -> None:
+        self.__dict__.pop("cache", None)  # it holds the module; the next build makes another
         super().drop()
-        # It holds the module; the next build makes another.
-        del self.cache
 
     def workspace(self, tokens: int) -> int:
         """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""

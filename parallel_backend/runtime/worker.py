@@ -6,6 +6,7 @@ It connects to the client's socket, does what it is told one request after the o
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import select
 import socket
@@ -92,6 +93,7 @@ def serve(channel: Channel, engine: Engine) -> None:
         request, tensors = channel.receive()
         started = time.perf_counter()
         request_id = getattr(request, "id", -1)
+        failed: Failed | None = None
         try:
             data, answer = perform(channel, engine, request, tensors)
         except ChannelClosedError:
@@ -100,6 +102,8 @@ def serve(channel: Channel, engine: Engine) -> None:
             text = traceback.format_exc()
             print(text, flush=True)
             failed = Failed(request_id, engine.rank, _describe(error), isinstance(error, ValueError), text)
+        if failed is not None:
+            gc.collect()  # the traceback is gone, and with it the last that referred to what was half done
             channel.send(failed)
             continue
         done = Done(request_id, engine.rank, time.perf_counter() - started, data)

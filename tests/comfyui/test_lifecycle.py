@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,21 +123,27 @@ def test_cancel_while_sampling(server, group):
 def test_cancel_while_starting(server):
     unload(server)
     assert group_processes(server) == set()
-    graph, loader, _ = drawing(42)
+    graph, _, _ = drawing(42)
     watches: list[Watch] = []
 
     def cancel() -> None:
+        # The ranks take seconds from when they are there to when they are up.
+        while not worker_ranks(server):
+            time.sleep(0.02)
         watches.append(Watch(group_processes(server)))
         server.interrupt()
 
-    # A quarter of the bar: one of the two processes is up.
-    result = server.run(graph, on_message=at_progress_of(loader, cancel, value=25))
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    result = server.run(graph)
+    canceller.join()
     assert result.interrupted
     assert result.error is None
     (watch,) = watches
     with watch:
-        assert len(watch) == 3  # two ranks and torchrun
+        assert len(watch) >= 2  # torchrun, and a rank or two
         assert not watch.wait(END_SECONDS)
+    assert group_processes(server) == set()
     assert_still_draws(server, **LAYOUT)
 
 
