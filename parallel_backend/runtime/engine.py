@@ -82,7 +82,8 @@ class Engine:
             try:
                 self.weight_bytes[name] = load_weights(
                     model, source.weights(name), table,
-                    device=self.device, dtype=dtype, replicas=replicas, keep_fp8=keep_fp8, on_bytes=count,
+                    device=self.device, dtype=dtype, replicas=replicas, on_bytes=count,
+                    fp8="stored" if keep_fp8 else "cast",
                 )  # fmt: skip
             except ValueError as found:
                 error = found

@@ -17,14 +17,14 @@ from tests.single_file import flux2_tensors, to_fp8, write
 CPU = torch.device("cpu")
 
 
-def load(path, axis=None, dtype=torch.float32, keep_fp8=False):
+def load(path, axis=None, dtype=torch.float32, fp8="cast"):
     """A transformer with this rank's weights, and its table."""
     source = open_single_file(path)
     model = source.family.build_transformer(source.transformer_config)
     table = (
         apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
     )
-    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, keep_fp8=keep_fp8)
+    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, fp8=fp8)
     return model, table
 
 
@@ -99,7 +99,7 @@ def test_fp8_is_multiplied_by_its_scale(tmp_path, layout, degree):
 def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
     stored, metadata = to_fp8(flux2_tensors(), layout)
     path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
-    model, _ = load(path, keep_fp8=True)
+    model, _ = load(path, fp8="stored")
     dense, _ = load(path)
     weights, whole = dict(model.named_parameters()), dict(dense.named_parameters())
     assert weights.keys() == whole.keys()
@@ -118,7 +118,7 @@ def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
 def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
     stored, metadata = to_fp8(flux2_tensors(), "metadata")
     model, table = load(
-        write(tmp_path / "m.safetensors", stored, metadata=metadata), Axis(None, 2, rank), keep_fp8=True
+        write(tmp_path / "m.safetensors", stored, metadata=metadata), Axis(None, 2, rank), fp8="stored"
     )
     module = model.single_transformer_blocks[1].attn.to_qkv_mlp_proj
     key = "single_blocks.1.linear1"
