@@ -58,7 +58,7 @@ class FileReader:
     def __enter__(self) -> FileReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Close the files; no thread may be reading."""
         for descriptor, _ in self._files.values():
             os.close(descriptor)
@@ -121,7 +121,7 @@ class FileReader:
             raise
 
     def _read_run(self, descriptor: int, offset: int, into: Buffer) -> None:
-        done, view = 0, memoryview(into)
+        done, view = 0, into.data
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], offset + done)
             if not count:
@@ -133,20 +133,17 @@ class FileReader:
         first = part.tensor.offset + part.start
         base = first - first % mmap.ALLOCATIONGRANULARITY
         length = first + part.stop - part.start - base
-        # A mapping beyond the file's end is a ValueError already here.
-        with mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=base) as mapping:
-            mapping.madvise(mmap.MADV_SEQUENTIAL)
-            pages = np.frombuffer(mapping, np.uint8)
-            try:
-                _populate(pages)
-                rows = pages[first - base :].reshape(-1, part.row_bytes)
-                out = into.reshape(len(rows), -1)
-                place = 0
-                for start, stop in part.columns:
-                    out[:, place : place + stop - start] = rows[:, start:stop]  # numpy lets other threads go on
-                    place += stop - start
-            finally:
-                rows = pages = np.empty((0, 0), np.uint8)  # a mapping with views cannot be closed
+        # Beyond the file's end this is a ValueError. It is unmapped when its last view goes, which is here.
+        mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=base)
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        pages = np.frombuffer(mapping, np.uint8)
+        _populate(pages)
+        rows = pages[first - base :].reshape(-1, part.row_bytes)
+        out = into.reshape(len(rows), -1)
+        place = 0
+        for start, stop in part.columns:
+            out[:, place : place + stop - start] = rows[:, start:stop]  # numpy lets other threads go on
+            place += stop - start
 
 
 def _populate(pages: Buffer) -> None:
@@ -159,4 +156,4 @@ def _populate(pages: Buffer) -> None:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    return str(isinstance(error, OSError) and error.strerror or error)
+    return str((isinstance(error, OSError) and error.strerror) or error)

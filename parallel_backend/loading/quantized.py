@@ -1,7 +1,7 @@
 """How ComfyUI's single files say that layers are quantized: which formats are read, their scales, and what for.
 
-There are three ways: a table in the file's header, a tensor of JSON beside each layer's weight (``comfy_quant``), and in
-older files one marker for all of them (``scaled_fp8``). Read is fp8 with one scale a tensor.
+There are three ways: a table in the file's header, a tensor of JSON beside each layer's weight (``comfy_quant``), and
+in older files one marker for all of them (``scaled_fp8``). Read is fp8 with one scale a tensor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads ahead of what is moved: several threads fill a ring of buffers, which come out in the order of the jobs.
 
-Where a GPU takes the bytes, buffers are page-locked, so that copies from them run beside everything else, and a buffer is
-filled again once the copies from it are done. Host memory is that of the ring, whatever the model.
+Where a GPU takes the bytes, buffers are page-locked, so that copies from them run beside everything else, and a buffer
+is filled again once the copies from it are done. Host memory is that of the ring, whatever the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from .file_reader import Buffer, Slice
 
 THREADS = 8
-"""One thread copies some 6 GB/s out of the page cache; eight fill a PCIe 5 link (50 GB/s) and keep a disk's queue busy."""
+"""One copies some 6 GB/s out of the page cache; eight fill a PCIe 5 link (50 GB/s) and keep a disk's queue busy."""
 BUFFERS = THREADS + 4
 """Those that are being filled, and some that wait for their turn or are being copied from."""
 BUFFER_BYTES = 8 * 2**20

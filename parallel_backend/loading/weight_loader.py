@@ -44,9 +44,9 @@ def load_weights(
         weights: parameter name -> what it is made of.
         table: parameter name -> the slice to take; parameters that are not in it are read whole.
         device, dtype: where the weights go and as what.
-        fp8: of linears that are stored in 8 bits: ``"cast"``, they are held as ``dtype``; ``"stored"``, they stay as they
-            are and are multiplied in the input's dtype; ``"matmul"``, they stay, and those that the file is made for are
-            multiplied by the GPU's fp8 units, where it has some and the shape suits them.
+        fp8: of linears that are stored in 8 bits: ``"cast"``, they are held as ``dtype``; ``"stored"``, they stay as
+            they are and are multiplied in the input's dtype; ``"matmul"``, they stay, and those that the file is made
+            for are multiplied by the GPU's fp8 units, where it has some and shape and ``dtype`` suit them.
         replicas: ranks that hold the same slices as this one.
         on_bytes: told the bytes of each tensor after it is in place (on a GPU: after the last copy to it is queued).
 
@@ -54,9 +54,9 @@ def load_weights(
         Bytes of weights now held on the device.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the model or no finite values, or cannot be read; by name
-            and file. A tensor is read, and its values are looked at, by one of the replicas, which takes part in all
-            broadcasts before it raises.
+        ValueError: a tensor is missing, has another shape than the model or no finite values, or cannot be read; by
+            name and file. A tensor is read, and its values are looked at, by one of the replicas, which takes part in
+            all broadcasts before it raises.
     """
     assert fp8 in FP8_MODES, fp8
     targets = _targets(model, weights, table, dtype, device, keep_fp8=fp8 != "cast")

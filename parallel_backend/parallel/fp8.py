@@ -36,7 +36,8 @@ def linear(
     Args:
         x, weight, bias: as of `torch.nn.functional.linear`.
         weight_scale: scalar that an 8-bit weight is multiplied by; None for a weight that is not in 8 bits.
-        input_scale: scalar (fp32) that inputs are divided by to be multiplied in 8 bits; None to multiply in their dtype.
+        input_scale: scalar that inputs are divided by to be multiplied in 8 bits (both scales are fp32 then); None to
+            multiply in their dtype.
     """
     if weight_scale is None:
         return F.linear(x, weight, bias)
@@ -48,7 +49,7 @@ def linear(
 
 
 def quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` over a scale, cut off at the ends of an 8-bit format and rounded to it; in the steps in which ComfyUI does."""
+    """``x`` over a scale, cut off at the ends of an 8-bit format and rounded to it; in the same steps as ComfyUI."""
     limit = torch.finfo(dtype).max
     return (x * scale.reciprocal().to(x.dtype)).clamp_(-limit, limit).to(dtype)
 
