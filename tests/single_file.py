@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +64,44 @@ def flux2_tensors(**size: Any) -> dict[str, Tensor]:
     }
 
 
-def to_fp8(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The blocks' linears as e4m3fn with a scale each, in one of ComfyUI's layouts, and the file's metadata.
+def to_fp8(
+    tensors: Mapping[str, Tensor],
+    layout: str,
+    matmul: bool = False,
+    full_precision: Collection[str] = (),
+    input_scales: Mapping[str, float] | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The blocks' linears in 8 bits with a scale each, in one of ComfyUI's layouts, and the file's metadata.
 
     Args:
         tensors: without a prefix.
         layout: ``"metadata"`` (a table in the header, ``weight_scale``), ``"comfy_quant"`` (a tensor a layer) or
             ``"scaled_fp8"`` (the older one: a marker and ``scale_weight``).
+        matmul: whether the file is made for multiplying in 8 bits.
+        full_precision: layers that are not, all the same (not in the older layout).
+        input_scales: layer -> what its inputs are divided by.
+        dtype: of 8 bits.
     """
     out: dict[str, Tensor] = {}
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
+    old = layout == "scaled_fp8"
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or "blocks" not in name:
             out[name] = tensor.bfloat16()
             continue
-        layer, scale = name.removesuffix(".weight"), tensor.abs().max() / 448
-        out[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        out[f"{layer}.{'scale_weight' if layout == 'scaled_fp8' else 'weight_scale'}"] = scale.float()
-        layers[layer] = {"format": "float8_e4m3fn"}
+        layer, scale = name.removesuffix(".weight"), tensor.abs().max() / torch.finfo(dtype).max
+        out[name] = (tensor / scale).to(dtype)
+        out[f"{layer}.{'scale_weight' if old else 'weight_scale'}"] = scale.float()
+        if input_scales and layer in input_scales:
+            out[f"{layer}.{'scale_input' if old else 'input_scale'}"] = torch.tensor(input_scales[layer])
+        layers[layer] = {"format": str(dtype).removeprefix("torch.")}
+        if not matmul or layer in full_precision:
+            layers[layer]["full_precision_matrix_mult"] = True
         if layout == "comfy_quant":
             out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
-    if layout == "scaled_fp8":
-        out["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    if old:
+        out["scaled_fp8"] = torch.zeros(0 if matmul else 2, dtype=dtype)
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     return out, metadata if layout == "metadata" else {}
 

@@ -3,49 +3,84 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-READ_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Of weights, by their names in safetensors."""
+import torch
+
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""By their names in safetensors."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    **FP8_DTYPES,
+}
+"""What is read, by their names in safetensors; a file may hold others that nothing needs."""
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
+"""What weights may be stored as."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored: its file and key, full shape, size in bytes, and dtype as safetensors calls it."""
+    """Where a tensor is stored.
+
+    Args:
+        file, key: its name.
+        shape: in full.
+        nbytes: its size.
+        dtype: as safetensors calls it.
+        offset: bytes of the file before it.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     nbytes: int
     dtype: str
+    offset: int
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, from its header alone.
 
     Raises:
-        ValueError: the file is missing, is no safetensors file, or is shorter than its header says.
+        ValueError: the file is missing, cannot be read, is no safetensors file, or is not as its header says: it has
+            another size, tensors overlap or leave holes, or one's size is not that of its shape and dtype.
     """
-    length, header = _read_json_header(file)
-    size = file.stat().st_size
     try:
-        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-        tensors = {
-            key: StoredTensor(
-                file, key, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]
-            )
-            for key, entry in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        length, header = _read_json_header(file)
+        size = file.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from None
+    data = 8 + length
+    tensors, end = {}, 0
+    try:
+        entries = [(*entry["data_offsets"], key, entry) for key, entry in header.items() if key != "__metadata__"]
+        for start, stop, key, entry in sorted(entries, key=lambda item: item[:2]):
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            if start != end or any(type(number) is not int or number < 0 for number in (stop - start, *shape)):
+                raise ValueError(f"{key} has the shape {list(shape)} and the bytes {start} to {stop}, after {end}")
+            if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+                raise ValueError(f"{key} has {stop - start} bytes for {list(shape)} of {dtype}")
+            tensors[key] = StoredTensor(file, key, shape, stop - start, dtype, data + start)
+            end = stop
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise _unreadable(file, error) from None
-    if 8 + length + end != size:
+    if data + end != size:
         raise ValueError(
-            f"{file} has {size} bytes but its header describes {8 + length + end}: it was cut off or damaged; "
+            f"{file} has {size} bytes but its header describes {data + end}: it was cut off or damaged; "
             "download it again"
         )
     return tensors
@@ -114,10 +149,14 @@ class Weight:
     Args:
         pieces: stored tensors with half-open ranges of their rows (the first dim).
         scale: a stored scalar that all pieces are multiplied by; None for 1.
+        fp8_matmul: whether the file is made for multiplying this in 8 bits, inputs included.
+        input_scale: a stored scalar that inputs are divided by before they are made 8 bits; None for 1.
     """
 
     pieces: tuple[tuple[StoredTensor, int, int], ...]
     scale: StoredTensor | None = None
+    fp8_matmul: bool = False
+    input_scale: StoredTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,10 +197,10 @@ def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) 
         files = ", ".join(sorted({tensor.file.name for known in weights.values() for tensor, _, _ in known.pieces}))
         raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
     for tensor, _, _ in weight.pieces:
-        if tensor.dtype not in READ_DTYPES:
+        if tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read; weights in "
-                f"{', '.join(READ_DTYPES)} are"
+                f"{', '.join(WEIGHT_DTYPES)} are"
             )
     tensor, _, _ = weight.pieces[0]
     found = weight.shape if tensor.shape else ()

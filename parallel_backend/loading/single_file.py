@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_single_file
-from .safetensors_reader import StoredTensor, Weight, read_header, read_metadata
-from .weight_loader import FP8_DTYPES
+from .quantized import BESIDE, Quantization, read_quantization
+from .safetensors_reader import FP8_DTYPES, StoredTensor, Weight, read_header
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """In front of the transformer's keys: in files that may hold more than it, and in files of it alone."""
-FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_single_file(path: Path) -> SingleFile:
-    """Look at a single file; its header alone is read.
+    """Look at a single file; its header is read, and a few bytes that say how layers are quantized.
 
     Raises:
         ValueError: it is no safetensors file, is cut off, holds no known model, lacks a tensor or has one of a wrong
@@ -89,16 +86,16 @@ def open_single_file(path: Path) -> SingleFile:
         raise ValueError(
             f"{path} holds no model that is known here ({len(stored)} tensors, such as {', '.join(list(stored)[:3])})"
         )
-    _check_quantization(path, keys)
+    quantization = read_quantization(path, keys, prefix)
     shapes = {key: tensor.shape for key, tensor in keys.items()}
     try:
         config = family.single_file_config(shapes)
         model = family.build_transformer(config)
-        weights = {name: _weight(family, name, keys) for name, _ in model.named_parameters()}
+        weights = {name: _weight(family, name, keys, quantization) for name, _ in model.named_parameters()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     used = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
-    unused = [key for key in keys if prefix + key not in used and key.rpartition(".")[2] not in _BESIDE]
+    unused = [key for key in keys if prefix + key not in used and key.rpartition(".")[2] not in BESIDE]
     for name, parameter in model.named_parameters():
         if weights[name].shape != tuple(parameter.shape):
             tensor, _, _ = weights[name].pieces[0]
@@ -109,11 +106,7 @@ def open_single_file(path: Path) -> SingleFile:
     return SingleFile(path, family, config, weights, tuple(unused))
 
 
-_BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant", "scaled_fp8")
-"""Last parts of keys that stand beside weights and say how they are quantised."""
-
-
-def _weight(family: Family, name: str, keys: dict[str, StoredTensor]) -> Weight:
+def _weight(family: Family, name: str, keys: dict[str, StoredTensor], quantization: Quantization) -> Weight:
     """What a parameter is made of."""
     rows = family.single_file_rows(name)
     pieces = []
@@ -125,31 +118,9 @@ def _weight(family: Family, name: str, keys: dict[str, StoredTensor]) -> Weight:
             raise ValueError(f"there is no tensor {key}; the checkpoint is incomplete")
         size = tensor.shape[0] if tensor.shape else 0
         pieces.append((tensor, size * part // parts, size * (part + 1) // parts))
-    layer = rows[0][0].rpartition(".")[0]
-    scale = keys.get(f"{layer}.weight_scale", keys.get(f"{layer}.scale_weight")) if name.endswith(".weight") else None
-    if scale is not None and math.prod(scale.shape) != 1:
-        raise ValueError(
-            f"{scale.key} holds {math.prod(scale.shape)} scales; of fp8 files, those with one scale a tensor are read"
-        )
-    return Weight(tuple(pieces), scale)
-
-
-def _check_quantization(path: Path, keys: dict[str, StoredTensor]) -> None:
-    """Raise ValueError for formats other than fp8 with a scale a tensor."""
-    metadata = read_metadata(path).get("_quantization_metadata")
-    try:
-        layers = json.loads(metadata).get("layers", {}) if metadata else {}
-        formats = {layer: values.get("format") for layer, values in layers.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has unreadable _quantization_metadata ({error!r}); download it again") from None
-    for layer, name in formats.items():
-        if name not in FP8_FORMATS:
-            raise ValueError(
-                f"{path} stores {layer} in the format {name}, which is not read; take a file in bf16, or in fp8 with a "
-                "scale a tensor"
-            )
-    for key, tensor in keys.items():
-        if tensor.dtype not in ("F64", "F32", "F16", "BF16", *FP8_DTYPES) and key.endswith(".weight"):
-            raise ValueError(
-                f"{key} in {path} is stored as {tensor.dtype}, which is not read; take a file in bf16 or fp8"
-            )
+    layer, _, leaf = rows[0][0].rpartition(".")
+    if leaf != "weight":
+        return Weight(tuple(pieces))
+    return Weight(
+        tuple(pieces), quantization.scale(layer), quantization.made_for_fp8(layer), quantization.input_scale(layer)
+    )

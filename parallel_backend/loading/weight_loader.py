@@ -1,32 +1,29 @@
-"""Fills a model with this rank's slices, chunk by chunk: host memory holds a few chunks, whatever the model.
+"""Fills a model with this rank's slices, piece by piece: host memory holds a few pieces, whatever the model.
 
 Ranks that hold the same slices share the reading: each reads its part of them and broadcasts it to the others.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..mesh import SINGLE, Axis
+from ..parallel.fp8 import can_multiply, has_fp8_units
 from ..parallel.tensor import ColumnParallelLinear, ParamShard, RowParallelLinear, ScaledLinear
-from .safetensors_reader import StoredTensor, Weight, find_weight
+from .file_reader import FileReader, Slice
+from .safetensors_reader import DTYPES, FP8_DTYPES, StoredTensor, Weight, find_weight
+from .staging import BUFFER_BYTES, Job, Ring
 
-FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""By their names in safetensors."""
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
-CHUNK_BYTES = 64 * 2**20
-"""Of a tensor, read and moved at once."""
-AHEAD = 4
-"""Chunks that are read while earlier ones are moved; each by a thread of its own."""
+FP8_MODES = ("matmul", "stored", "cast")
+_FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""The lowest bits, without the sign, that are no finite number; all above are none, either."""
 
 
 def load_weights(
@@ -37,7 +34,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     replicas: Axis = SINGLE,
-    keep_fp8: bool = False,
+    fp8: str = "cast",
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Fill a model on the meta device with this rank's slices. Collective over ``replicas``.
@@ -47,94 +44,149 @@ def load_weights(
         weights: parameter name -> what it is made of.
         table: parameter name -> the slice to take; parameters that are not in it are read whole.
         device, dtype: where the weights go and as what.
-        keep_fp8: linears that are stored in fp8 stay so and are multiplied in the input's dtype; else as ``dtype``.
+        fp8: of linears that are stored in 8 bits: ``"cast"``, they are held as ``dtype``; ``"stored"``, they stay as
+            they are and are multiplied in the input's dtype; ``"matmul"``, they stay, and those that the file is made
+            for are multiplied by the GPU's fp8 units, where it has some and shape and ``dtype`` suit them.
         replicas: ranks that hold the same slices as this one.
-        on_bytes: told the bytes of each tensor after it is in place.
+        on_bytes: told the bytes of each tensor after it is in place (on a GPU: after the last copy to it is queued).
 
     Returns:
         Bytes of weights now held on the device.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the model or no finite values, by name and file. Values
-            are looked at by the rank that reads them; it takes part in all broadcasts before it raises.
+        ValueError: a tensor is missing, has another shape than the model or no finite values, or cannot be read; by
+            name and file. A tensor is read, and its values are looked at, by one of the replicas, which takes part in
+            all broadcasts before it raises.
     """
-    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    found: dict[str, Weight] = {}
-    for name, parameter in parameters.items():
-        full = list(parameter.shape)
-        if name in table:
-            full[table[name].dim] = table[name].size
-        found[name] = find_weight(name, full, weights)
-    # In the order of the files, which disks like.
-    order = sorted(found, key=lambda name: str(found[name].pieces[0][0].file))
-    owners = _share({name: parameters[name].numel() for name in order}, replicas.degree)
-    source = _Source()
-    jobs = [
-        (name, start, read)
-        for name in order
-        if owners[name] == replicas.rank
-        for start, read in source.chunks(found[name], table.get(name))
-    ]
-    error: ValueError | None = None
+    assert fp8 in FP8_MODES, fp8
+    targets = _targets(model, weights, table, dtype, device, keep_fp8=fp8 != "cast")
+    owners = _share({target.name: target.shape.numel() for target in targets}, replicas.degree)
+    mine = [target for target in targets if owners[target.name] == replicas.rank]
+    use_units = fp8 == "matmul" and has_fp8_units(device)
+    errors: list[ValueError] = []
+    finite: list[tuple[_Target, Tensor]] = []
     held = 0
-    with _ReadAhead(jobs) as chunks:
-        for name in order:
-            owner, _, leaf = name.rpartition(".")
-            linear = isinstance(modules[owner], LINEARS) and leaf == "weight"
-            stays = _fp8_dtype(found[name]) if keep_fp8 and linear else None
-            tensor = torch.empty(parameters[name].shape, dtype=stays or dtype, device=device)
-            stored_scale = found[name].scale
-            scale = None if stored_scale is None else source.scalar(stored_scale).to(device)
-            if owners[name] == replicas.rank:
-                factor = None if stays or scale is None else scale.to(dtype)
-                finite = torch.ones((), dtype=torch.bool, device=device)
-                for start, chunk in chunks.of(name):
-                    part = tensor[start : start + len(chunk)] if chunk.ndim else tensor
-                    # Moved as it is stored, and made what it shall be there: fp8 travels as fp8.
-                    moved = chunk.to(device)
-                    if factor is None:
-                        part.copy_(moved)
-                    else:
-                        torch.mul(moved.to(dtype), factor, out=part)  # in the dtype computed in, as ComfyUI does
-                    finite &= (part if stays is None else part.to(dtype)).isfinite().all()
-                if not finite and error is None:
-                    first, _, _ = found[name].pieces[0]
-                    error = ValueError(
-                        f"{first.key} in {first.file} holds values that are not finite numbers; download it again"
-                    )
+    with FileReader() as reader, Ring((job for target in mine for job in target.jobs()), reader.read, device) as ring:
+        for target in targets:
+            tensor = target.allocate()
+            scale = input_scale = None
+            try:
+                scale, input_scale = (_scalar(reader, of) for of in (target.weight.scale, target.weight.input_scale))
+                if owners[target.name] == replicas.rank and not errors:
+                    target.fill(ring, scale)
+                    finite.append((target, _is_finite(tensor)))
+            except ValueError as error:
+                errors.append(error)
             if replicas.is_split:
                 # Backends know no fp8, but bytes.
-                sent = tensor if stays is None else tensor.view(torch.uint8)
-                dist.broadcast(sent, group=replicas.group, group_src=owners[name])
-            if stays is None:
-                setattr(modules[owner], leaf, nn.Parameter(tensor, requires_grad=False))
-            else:
-                factor = torch.ones((), device=device) if scale is None else scale
-                modules[owner] = _set_fp8(model, owner, tensor, factor)
+                sent = tensor.view(torch.uint8) if target.in_fp8 else tensor
+                dist.broadcast(sent, group=replicas.group, group_src=owners[target.name])
+            units = use_units and target.weight.fp8_matmul and can_multiply(tensor, dtype)
+            _install(model, target, scale, (input_scale or 1.0) if units else None)
             held += tensor.nbytes
             on_bytes(tensor.nbytes)
-    if error is not None:
-        raise error
+        # One look at all flags: only here does the host wait for a GPU.
+        verdicts = torch.stack([flag for _, flag in finite]).tolist() if finite else []
+    for (target, _), is_finite in zip(finite, verdicts, strict=True):
+        if not is_finite:
+            first, _, _ = target.weight.pieces[0]
+            problem = f"{first.key} in {first.file} holds values that are not finite numbers; download it again"
+            errors.append(ValueError(problem))
+    if errors:
+        raise errors[0]
     return held
 
 
-def _fp8_dtype(weight: Weight) -> torch.dtype | None:
-    """The 8-bit dtype that a parameter is stored in; None for others."""
-    dtypes = {tensor.dtype for tensor, _, _ in weight.pieces}
-    return FP8_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+@dataclass
+class _Target:
+    """A parameter that is to be filled.
+
+    Args:
+        name: of the parameter.
+        weight: what it is made of.
+        shard: the slice of it that this rank holds; None for all.
+        shape: of that slice.
+        dtype, device: how and where it is held.
+        in_fp8: whether it is the weight of a linear that stays in 8 bits.
+        tensor: its memory, from `allocate` on.
+    """
+
+    name: str
+    weight: Weight
+    shard: ParamShard | None
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    in_fp8: bool
+    tensor: Tensor | None = None
+
+    def allocate(self) -> Tensor:
+        """Its memory, the same each time."""
+        if self.tensor is None:
+            self.tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.tensor
+
+    def jobs(self) -> Iterator[Job]:
+        """What is to be read for it, in order. On the CPU, bytes that stay as they are go straight to their place."""
+        first = 0
+        for part in _slices(self.weight, self.shard):
+            stored = DTYPES[part.tensor.dtype]
+            count = part.nbytes // stored.itemsize
+            into = None
+            if self.device.type == "cpu" and stored == self.dtype and (self.in_fp8 or self.weight.scale is None):
+                into = self.allocate().view(-1)[first : first + count].view(torch.uint8)
+            yield Job(self.name, part, first, into)
+            first += count
+
+    def fill(self, ring: Ring, scale: float | None) -> None:
+        """Take what the ring has read for it. Bytes travel as they are stored, and are cast and scaled there."""
+        flat = self.allocate().view(-1)
+        factor = None
+        if scale is not None and not self.in_fp8:
+            factor = torch.tensor(scale, dtype=torch.float64).to(self.dtype).item()  # rounded first, as ComfyUI does
+        for job, data in ring.of(self.name):
+            if job.into is None:
+                stored = data.view(DTYPES[job.part.tensor.dtype])
+                place = flat[job.first : job.first + len(stored)]
+                if stored.dtype == place.dtype:
+                    place.copy_(stored, non_blocking=True)
+                else:
+                    place.copy_(stored.to(self.device, non_blocking=True))
+                if factor is not None:
+                    place.mul_(factor)
 
 
-def _set_fp8(model: nn.Module, name: str, weight: Tensor, scale: Tensor) -> nn.Module:
-    """Give a linear a weight in 8 bits and its scale; the module that stands there now."""
-    module = model.get_submodule(name)
-    if isinstance(module, nn.Linear):
-        parent, _, leaf = name.rpartition(".")
-        module = ScaledLinear(weight, scale, module.bias)
-        setattr(model.get_submodule(parent), leaf, module)
-    else:
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        module.weight_scale = scale  # type: ignore[assignment]
-    return module
+def _targets(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    table: Mapping[str, ParamShard],
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_fp8: bool,
+) -> list[_Target]:
+    """A model's parameters in the order of the files, which disks like; ValueError as `find_weight`."""
+    modules = dict(model.named_modules())
+    targets = []
+    for name, parameter in model.named_parameters():
+        shard = table.get(name)
+        full = list(parameter.shape)
+        if shard is not None:
+            full[shard.dim] = shard.size
+        weight = find_weight(name, full, weights)
+        owner, _, leaf = name.rpartition(".")
+        stored = {tensor.dtype for tensor, _, _ in weight.pieces}
+        in_fp8 = (
+            keep_fp8 and leaf == "weight" and isinstance(modules[owner], LINEARS)
+            and len(stored) == 1 and stored <= FP8_DTYPES.keys()
+        )  # fmt: skip
+        held_as = FP8_DTYPES[stored.pop()] if in_fp8 else dtype
+        targets.append(_Target(name, weight, shard, parameter.shape, held_as, device, in_fp8))
+    return sorted(targets, key=lambda target: _place_in_files(target.weight))
+
+
+def _place_in_files(weight: Weight) -> tuple[str, int]:
+    tensor, _, _ = weight.pieces[0]
+    return str(tensor.file), tensor.offset
 
 
 def _share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
@@ -146,75 +198,70 @@ def _share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
     return owners
 
 
-class _Source:
-    """Open files, and the chunks of what is in them."""
+def _slices(weight: Weight, shard: ParamShard | None) -> Iterator[Slice]:
+    """What makes this rank's slice of a parameter, from its first row on, in parts of a buffer's size at most.
 
-    def __init__(self) -> None:
-        self._files: dict[Path, Any] = {}
-
-    def scalar(self, tensor: StoredTensor) -> Tensor:
-        """A tensor of one element, without dims."""
-        return self._open(tensor.file).get_tensor(tensor.key).reshape(())
-
-    def chunks(self, weight: Weight, shard: ParamShard | None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """This rank's slice of a parameter from its first row on: first row of a chunk, and how to read it."""
-        if not weight.pieces[0][0].shape:
-            yield 0, lambda: self.scalar(weight.pieces[0][0])
-            return
-        rows = weight.shape[0]
-        ranges = shard.ranges if shard is not None and shard.dim == 0 else ((0, rows),)
-        columns = shard.ranges if shard is not None and shard.dim == 1 else None
-        row_bytes = max(1, sum(tensor.nbytes for tensor, _, _ in weight.pieces) // max(1, rows))
-        step = max(1, CHUNK_BYTES // row_bytes)
-        place = 0
-        for first, last in ranges:
-            offset = 0
-            for tensor, start, stop in weight.pieces:
-                begin, end = max(first, offset), min(last, offset + stop - start)
-                for at in range(begin, end, step):
-                    until = min(at + step, end)
-                    yield place, self._reader(tensor, at - offset + start, until - offset + start, columns)
-                    place += until - at
-                offset += stop - start
-
-    def _reader(
-        self, tensor: StoredTensor, start: int, stop: int, columns: tuple[tuple[int, int], ...] | None
-    ) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            stored = self._open(tensor.file).get_slice(tensor.key)
-            if columns is None:
-                return stored[start:stop].clone()  # of the mapped file
-            return torch.cat([stored[start:stop, a:b] for a, b in columns], dim=1)
-
-        return read
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._files:
-            self._files[file] = safe_open(str(file), framework="pt")
-        return self._files[file]
+    (A row of columns is not cut further: it can be longer.)
+    """
+    if not weight.pieces[0][0].shape:
+        tensor, _, _ = weight.pieces[0]
+        yield Slice(tensor, 0, tensor.nbytes)
+        return
+    ranges = shard.ranges if shard is not None and shard.dim == 0 else ((0, weight.shape[0]),)
+    for first, last in ranges:
+        offset = 0
+        for tensor, start, stop in weight.pieces:
+            begin, end = max(first, offset) - offset + start, min(last, offset + stop - start) - offset + start
+            row = tensor.nbytes // max(1, tensor.shape[0])
+            columns: tuple[tuple[int, int], ...] = ()
+            step = BUFFER_BYTES // 16 * 16  # of a run, whose parts may end within a row, but not within a number
+            if shard is not None and shard.dim == 1:
+                column = row // shard.size
+                columns = tuple((a * column, b * column) for a, b in shard.ranges)
+                step = max(1, BUFFER_BYTES // max(1, sum(b - a for a, b in columns))) * row
+            for at in range(begin * row, end * row, max(1, step)):
+                yield Slice(tensor, at, min(at + step, end * row), row, columns)
+            offset += stop - start
 
 
-class _ReadAhead:
-    """Reads chunks in order, a few of them before they are asked for."""
+def _scalar(reader: FileReader, stored: StoredTensor | None) -> float | None:
+    """The value of a scale; ValueError where it is no finite number."""
+    if stored is None:
+        return None
+    value = reader.scalar(stored)
+    if not math.isfinite(value):
+        raise ValueError(f"{stored.key} in {stored.file} holds values that are not finite numbers; download it again")
+    return value
 
-    def __init__(self, jobs: list[tuple[str, int, Callable[[], Tensor]]]) -> None:
-        self._jobs = deque(jobs)
-        self._pool = ThreadPoolExecutor(AHEAD)
-        self._reading: deque[tuple[str, int, Future[Tensor]]] = deque()
 
-    def __enter__(self) -> _ReadAhead:
-        return self
+def _is_finite(tensor: Tensor) -> Tensor:
+    """Whether all values are finite numbers, as a flag on the tensor's device; without memory of the tensor's size."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    limit = _FIRST_NOT_FINITE.get(tensor.dtype)
+    if limit is None:
+        return torch.stack(torch.aminmax(tensor)).isfinite().all()
+    # Of an 8-bit format's positive numbers the bits are the largest when read as signed, of the others as unsigned.
+    bits = tensor.view(torch.uint8)
+    return (bits.view(torch.int8).amax() < limit) & (bits.amax() < limit + 0x80)
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
-    def of(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The chunks of the tensor that comes next, which is ``name``."""
-        while True:
-            while self._jobs and len(self._reading) < AHEAD:
-                job, start, read = self._jobs.popleft()
-                self._reading.append((job, start, self._pool.submit(read)))
-            if not self._reading or self._reading[0][0] != name:
-                return
-            _, start, future = self._reading.popleft()
-            yield start, future.result()
+def _install(model: nn.Module, target: _Target, scale: float | None, input_scale: float | None) -> None:
+    """Put a parameter in its place; with it, on a linear that stays in 8 bits, its scales (1 for None)."""
+    owner, _, leaf = target.name.rpartition(".")
+    module, tensor = model.get_submodule(owner), target.allocate()
+    if not target.in_fp8:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        return
+
+    def on_device(value: float) -> Tensor:
+        return torch.full((), value, dtype=torch.float32, device=target.device)  # without waiting for a copy
+
+    weight_scale = on_device(1.0 if scale is None else scale)
+    inputs = None if input_scale is None else on_device(input_scale)
+    if isinstance(module, nn.Linear):
+        parent, _, name = owner.rpartition(".")
+        setattr(model.get_submodule(parent), name, ScaledLinear(tensor, module.bias, weight_scale, inputs))
+    else:
+        module.weight = nn.Parameter(tensor, requires_grad=False)
+        module.weight_scale, module.input_scale = weight_scale, inputs  # type: ignore[assignment]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mesh import Axis, all_gather
+from .fp8 import linear
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class ColumnParallelLinear(nn.Module):
     """Linear whose output features are split: ``[..., in] -> [..., out_local]``, or ``[..., out]`` when gathered."""
 
     weight_scale: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis, gather_output: bool) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class ColumnParallelLinear(nn.Module):
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, scaled(self.weight, self.weight_scale, x.dtype), self.bias)
+        y = linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
         return all_gather_last_dim(y, self.axis) if self.gather_output else y
 
 
@@ -104,6 +106,7 @@ class RowParallelLinear(nn.Module):
     """Linear whose input features are split: ``[..., in_local] -> [..., out]``, summed over the axis."""
 
     weight_scale: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class RowParallelLinear(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, scaled(self.weight, self.weight_scale, x.dtype))
+        y = linear(x, self.weight, None, self.weight_scale, self.input_scale)
         dist.all_reduce(y, group=self.axis.group)
         # The bias is whole on every rank: adding it before the sum would add it once a rank.
         return y if self.bias is None else y + self.bias
@@ -121,19 +124,15 @@ class RowParallelLinear(nn.Module):
 class ScaledLinear(nn.Module):
     """Linear on one rank whose weight is stored in 8 bits with a scale: ``[..., in] -> [..., out]``."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, input_scale: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = scale
+        self.weight_scale = weight_scale
+        self.input_scale = input_scale
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, scaled(self.weight, self.weight_scale, x.dtype), self.bias)
-
-
-def scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight as it is multiplied: as it is, or from 8 bits times its scale in ``dtype``, as ComfyUI does."""
-    return weight if scale is None else weight.to(dtype).mul_(scale.to(dtype))
+        return linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
 
 
 class ColumnParallelEmbedding(nn.Module):

@@ -98,7 +98,7 @@ class Part(ABC):
             self.nbytes = load_weights(
                 module, settings.source.weights(self.name), table,
                 device=settings.device, dtype=settings.dtype, replicas=self.replicas,
-                keep_fp8=settings.fp8 != "cast", on_bytes=on_bytes,
+                fp8=settings.fp8, on_bytes=on_bytes,
             )  # fmt: skip
         except ValueError as found:
             error = found

@@ -16,7 +16,9 @@ PARITY = 1e-4
 LAYOUTS = {"Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}, "TP-2": {"ulysses": 1, "tp": 2}}
 FILES = {
     "fp32": lambda tensors: (tensors, {}),
-    "fp8, a table in the header": lambda tensors: to_fp8(tensors, "metadata"),
+    "fp8, a table in the header": lambda tensors: to_fp8(
+        tensors, "metadata", matmul=True, input_scales={"single_blocks.0.linear1": 0.5}
+    ),
     "fp8, a marker": lambda tensors: to_fp8(tensors, "scaled_fp8"),
 }
 

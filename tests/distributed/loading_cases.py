@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.loading import weight_loader
+from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.mesh import ParallelMesh, raise_together
 from parallel_backend.parallelize import parallelize_transformer
 
 
 def load(
-    mesh: ParallelMesh, layout: ParallelismConfig, path: str, keep_fp8: bool = False
+    mesh: ParallelMesh, layout: ParallelismConfig, path: str, fp8: str = "cast", cut: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict, int, str]:
-    """This rank's parameters, its table, the elements that it read, and the error that it raised."""
+    """This rank's parameters, its table, the bytes that it read, and the error that it raised.
+
+    Args:
+        cut: so many bytes are missing at the file's end for reads, though it was whole when it was opened.
+    """
     source = open_single_file(path)
     model = source.family.build_transformer(source.transformer_config)
     table = parallelize_transformer(model, source.family, layout, mesh)
-    read, reader = [], weight_loader._Source._reader
+    read: list[int] = []
 
-    def counted(self: Any, *arguments: Any) -> Any:
-        one = reader(self, *arguments)
+    class Counted(FileReader):
+        def _read_run(self, descriptor: int, offset: int, into: Any) -> None:
+            if offset + len(into) > Path(path).stat().st_size - cut:
+                raise ValueError(f"the file ends at byte {offset}")
+            super()._read_run(descriptor, offset, into)
 
-        def call() -> torch.Tensor:
-            chunk = one()
-            read.append(chunk.numel())
-            return chunk
+        def read(self, part: Any, into: Any) -> None:
+            super().read(part, into)
+            read.append(part.nbytes)
 
-        return call
-
-    weight_loader._Source._reader = counted
+    weight_loader.FileReader = Counted
     error: ValueError | None = None
     try:
         weight_loader.load_weights(
             model, source.weights("transformer"), table,
-            device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp, keep_fp8=keep_fp8,
+            device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp, fp8=fp8,
         )  # fmt: skip
     except ValueError as found:
         error = found
     finally:
-        weight_loader._Source._reader = reader
+        weight_loader.FileReader = FileReader
     raised = ""
     try:
         raise_together(error, mesh.world)

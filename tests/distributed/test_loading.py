@@ -26,9 +26,9 @@ def test_replicas_share_the_reading(world, tmp_path, name):
             assert torch.equal(parameter, table[key].take(expected[key]) if key in table else expected[key]), key
     for tp in range(layout.tp_size):
         replicas = results[tp :: layout.tp_size]
-        held = sum(parameter.numel() for parameter in replicas[0][0].values())
-        read = [elements for _, _, elements, _ in replicas]
-        assert sum(read) == held  # each element once, by one of them
+        held = sum(parameter.nbytes for parameter in replicas[0][0].values())
+        read = [count for _, _, count, _ in replicas]
+        assert sum(read) == held  # each byte once, by one of them
         assert max(read) <= 1.5 * held / len(read)
 
 
@@ -44,10 +44,19 @@ def test_one_rank_s_error_is_everyone_s(world, tmp_path, row):
     assert "not finite" in errors[0]
 
 
+def test_a_file_cut_off_for_one_rank_is_everyone_s_error(world, tmp_path):
+    """The last tensor of the file is a hole; the replica that reads it goes on to the last broadcast all the same."""
+    path = write(tmp_path / "model.safetensors", flux2_tensors(heads=4, double=1, single=1))
+    errors = [raised for *_, raised in world.run(loading_cases.load, LAYOUTS["Ring-4"], str(path), cut=1000)]
+    assert len(set(errors)) == 1
+    assert str(path) in errors[0]
+    assert "cannot be read: the file ends at byte" in errors[0]
+
+
 def test_fp8_is_shared_as_it_is(world, tmp_path):
     stored, metadata = to_fp8(flux2_tensors(heads=4, double=1, single=2), "metadata")
     path = str(write(tmp_path / "model.safetensors", stored, metadata=metadata))
-    results = world.run(loading_cases.load, LAYOUTS["Ring-4"], path, keep_fp8=True)
+    results = world.run(loading_cases.load, LAYOUTS["Ring-4"], path, fp8="stored")
     key = "single_blocks.1.linear2.weight"
     for parameters, _, _, raised in results:
         assert raised == ""

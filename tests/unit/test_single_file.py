@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -17,14 +18,14 @@ from tests.single_file import flux2_tensors, to_fp8, write
 CPU = torch.device("cpu")
 
 
-def load(path, axis=None, dtype=torch.float32, keep_fp8=False):
+def load(path, axis=None, dtype=torch.float32, fp8="cast"):
     """A transformer with this rank's weights, and its table."""
     source = open_single_file(path)
     model = source.family.build_transformer(source.transformer_config)
     table = (
         apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
     )
-    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, keep_fp8=keep_fp8)
+    load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, fp8=fp8)
     return model, table
 
 
@@ -99,7 +100,7 @@ def test_fp8_is_multiplied_by_its_scale(tmp_path, layout, degree):
 def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
     stored, metadata = to_fp8(flux2_tensors(), layout)
     path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
-    model, _ = load(path, keep_fp8=True)
+    model, _ = load(path, fp8="stored")
     dense, _ = load(path)
     weights, whole = dict(model.named_parameters()), dict(dense.named_parameters())
     assert weights.keys() == whole.keys()
@@ -114,12 +115,23 @@ def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
         torch.testing.assert_close(model(**inputs).sample, dense(**inputs).sample, rtol=1e-5, atol=1e-5)
 
 
+def test_the_header_counts_before_what_tensors_say(tmp_path):
+    stored, metadata = to_fp8(flux2_tensors(), "metadata", matmul=True)
+    full = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
+    stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(full), dtype=torch.uint8)
+    weights = {}
+    for name, told in (("both", metadata), ("tensor", None)):
+        weights[name] = open_single_file(
+            write(tmp_path / f"{name}.safetensors", stored, metadata=told)
+        ).transformer_weights["single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"]
+    assert weights["both"].fp8_matmul
+    assert not weights["tensor"].fp8_matmul
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
     stored, metadata = to_fp8(flux2_tensors(), "metadata")
-    model, table = load(
-        write(tmp_path / "m.safetensors", stored, metadata=metadata), Axis(None, 2, rank), keep_fp8=True
-    )
+    model, table = load(write(tmp_path / "m.safetensors", stored, metadata=metadata), Axis(None, 2, rank), fp8="stored")
     module = model.single_transformer_blocks[1].attn.to_qkv_mlp_proj
     key = "single_blocks.1.linear1"
     expected = table["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"].take(stored[f"{key}.weight"].float())
@@ -185,8 +197,45 @@ class TestBadFiles:
         path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata=metadata)
         self.refused(path, r"stores single_blocks\.0\.linear1 in the format nvfp4, which is not read")
 
-    def test_unreadable_metadata(self, tmp_path):
-        path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata={"_quantization_metadata": "[1]"})
+    @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", None])
+    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+    def test_another_quantization_that_a_tensor_tells_of(self, tmp_path, name, prefix):
+        """Though the weight's dtype (fp8 for mxfp8) may be one that is read."""
+        stored, _ = to_fp8(flux2_tensors(), "comfy_quant")
+        says = json.dumps({"format": name} if name else {}).encode()
+        stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)
+        path = write(tmp_path / "model.safetensors", stored, prefix)
+        self.refused(path, rf"stores single_blocks\.0\.linear1 in the format {name}, which is not read; take a file")
+
+    @pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"{"])
+    def test_a_tensor_that_should_be_json(self, tmp_path, text):
+        stored, _ = to_fp8(flux2_tensors(), "comfy_quant")
+        stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        path = write(tmp_path / "model.safetensors", stored)
+        self.refused(path, r"single_blocks\.0\.linear1\.comfy_quant in .* is unreadable")
+
+    @pytest.mark.parametrize("says", [torch.zeros(2), torch.zeros(2**16 + 1, dtype=torch.uint8)])
+    def test_a_tensor_that_cannot_be_json(self, tmp_path, says):
+        path = write(tmp_path / "model.safetensors", flux2_tensors() | {"single_blocks.0.linear1.comfy_quant": says})
+        self.refused(path, r"single_blocks\.0\.linear1\.comfy_quant in .* is unreadable \(ValueError.* bytes of")
+
+    def test_input_scales_of_parts_of_a_tensor(self, tmp_path):
+        stored, metadata = to_fp8(flux2_tensors(), "metadata", matmul=True)
+        stored["single_blocks.0.linear2.input_scale"] = torch.ones(1024)
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        self.refused(path, r"single_blocks\.0\.linear2\.input_scale holds 1024 scales")
+
+    @pytest.mark.parametrize("key", ["single_blocks.0.linear2.weight_scale", "single_blocks.0.linear2.input_scale"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_scale_that_is_no_number(self, tmp_path, key, value):
+        stored, metadata = to_fp8(flux2_tensors(), "metadata", matmul=True)
+        stored[key] = torch.tensor(value)
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        self.refused(path, rf"{re.escape(key)} in .* not finite")
+
+    @pytest.mark.parametrize("table", ["[1]", "{", "{}", '{"layers": 3}', '{"layers": {"a": 1}}'])
+    def test_unreadable_metadata(self, tmp_path, table):
+        path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata={"_quantization_metadata": table})
         self.refused(path, "has unreadable _quantization_metadata")
 
     def test_scales_of_parts_of_a_tensor(self, tmp_path):

@@ -1,0 +1,159 @@
+"""Reads slices of stored tensors: a run of rows straight from the file, columns of rows by way of a mapping."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .safetensors_reader import DTYPES, StoredTensor, read_header
+
+Buffer = npt.NDArray[np.uint8]
+POPULATE_READ = 22
+"""MADV_POPULATE_READ: bring pages in, with an error where that fails, not a SIGBUS. Linux 5.14 and newer know it."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes of a stored tensor: a run of them, or of each row in that run some columns.
+
+    Args:
+        tensor: which.
+        start, stop: the run, in bytes from the tensor's first.
+        row_bytes: of a whole row; the run is made of such where columns are given.
+        columns: ranges of bytes within a row, which are put side by side; empty for all of the run.
+    """
+
+    tensor: StoredTensor
+    start: int
+    stop: int
+    row_bytes: int = 0
+    columns: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slice."""
+        run = self.stop - self.start
+        return run // self.row_bytes * sum(b - a for a, b in self.columns) if self.columns else run
+
+
+class FileReader:
+    """Open weight files. Several threads may read at the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[Path, tuple[int, dict[str, StoredTensor]]] = {}
+        self._errors: dict[Path, str] = {}
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files; no thread may be reading."""
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, part: Slice, into: Buffer) -> None:
+        """Fill ``into`` (as many bytes as the slice has) with a slice.
+
+        Raises:
+            ValueError: the file cannot be read, is shorter than it was or another one; names file and key.
+        """
+        assert into.nbytes == part.nbytes
+        tensor = part.tensor
+        try:
+            descriptor = self._open(tensor)
+            if not into.nbytes:
+                return
+            if part.columns:
+                self._read_columns(descriptor, part, into)
+            else:
+                self._read_run(descriptor, tensor.offset + part.start, into)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{tensor.key} in {tensor.file} cannot be read: {_reason(error)}") from error
+
+    def scalar(self, tensor: StoredTensor) -> float:
+        """The value of a tensor of one element.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        buffer = np.empty(tensor.nbytes, np.uint8)
+        self.read(Slice(tensor, 0, tensor.nbytes), buffer)
+        return float(torch.from_numpy(buffer).view(DTYPES[tensor.dtype]).item())
+
+    def _open(self, tensor: StoredTensor) -> int:
+        """A descriptor of the tensor's file, which is still the one that the tensor was found in."""
+        file = tensor.file
+        with self._lock:
+            if file not in self._files and file not in self._errors:
+                try:
+                    self._files[file] = self._open_file(file)
+                except (OSError, ValueError) as error:
+                    self._errors[file] = _reason(error)
+            if file in self._errors:
+                raise ValueError(self._errors[file])
+            descriptor, header = self._files[file]
+        if header.get(tensor.key) != tensor:
+            raise ValueError("the file was replaced while the model was being loaded; load it again")
+        return descriptor
+
+    @staticmethod
+    def _open_file(file: Path) -> tuple[int, dict[str, StoredTensor]]:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Reads are large and say all that they want: what lies behind a slice is another rank's.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            return descriptor, read_header(file)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _read_run(self, descriptor: int, offset: int, into: Buffer) -> None:
+        done, view = 0, into.data
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if not count:
+                raise ValueError(f"the file ends at byte {offset + done}: it was cut off while the model was loaded")
+            done += count
+
+    def _read_columns(self, descriptor: int, part: Slice, into: Buffer) -> None:
+        """Only the pages with wanted columns are copied from; the disk reads whole rows, which the other ranks want."""
+        first = part.tensor.offset + part.start
+        base = first - first % mmap.ALLOCATIONGRANULARITY
+        length = first + part.stop - part.start - base
+        # Beyond the file's end this is a ValueError. It is unmapped when its last view goes, which is here.
+        mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=base)
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        pages = np.frombuffer(mapping, np.uint8)
+        _populate(pages)
+        rows = pages[first - base :].reshape(-1, part.row_bytes)
+        out = into.reshape(len(rows), -1)
+        place = 0
+        for start, stop in part.columns:
+            out[:, place : place + stop - start] = rows[:, start:stop]  # numpy lets other threads go on
+            place += stop - start
+
+
+def _populate(pages: Buffer) -> None:
+    """Bring a mapping's pages in; OSError where the disk fails or the file has become shorter."""
+    # Not Python's own madvise: that one keeps all other threads waiting, here for a disk.
+    if _libc.madvise(pages.ctypes.data, pages.nbytes, POPULATE_READ):
+        code = ctypes.get_errno()
+        if code != errno.EINVAL:  # an older kernel, which brings pages in as they are touched
+            raise OSError(code, f"it was cut off while the model was loaded, or the disk fails ({os.strerror(code)})")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str((isinstance(error, OSError) and error.strerror) or error)

@@ -1,0 +1,117 @@
+"""How ComfyUI's single files say that layers are quantized: which formats are read, their scales, and what for.
+
+There are three ways: a table in the file's header, a tensor of JSON beside each layer's weight (``comfy_quant``), and
+in older files one marker for all of them (``scaled_fp8``). Read is fp8 with one scale a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .safetensors_reader import WEIGHT_DTYPES, StoredTensor, read_metadata
+
+FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+MARKER = "scaled_fp8"
+BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant", MARKER)
+"""Last parts of keys that stand beside weights and say how they are quantized."""
+_REMEDY = "take a file in bf16, or in fp8 with a scale a tensor"
+_LAYER_BYTES = 2**16
+"""More than any layer's JSON has."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a file says of its layers.
+
+    Args:
+        keys: the model's tensors, by their keys without a prefix.
+        fp8_layers: layers that are made for being multiplied in 8 bits, by their names without a prefix.
+    """
+
+    keys: Mapping[str, StoredTensor]
+    fp8_layers: frozenset[str]
+
+    def made_for_fp8(self, layer: str) -> bool:
+        """Whether a layer's inputs, too, may be made 8 bits to multiply it."""
+        return layer in self.fp8_layers
+
+    def scale(self, layer: str) -> StoredTensor | None:
+        """What a layer's weight is multiplied by; ValueError where that is not one number."""
+        return self._one(layer, "weight_scale", "scale_weight")
+
+    def input_scale(self, layer: str) -> StoredTensor | None:
+        """What a layer's inputs are divided by before they are made 8 bits; ValueError where that is not one number."""
+        return self._one(layer, "input_scale", "scale_input") if self.made_for_fp8(layer) else None
+
+    def _one(self, layer: str, *names: str) -> StoredTensor | None:
+        for name in names:
+            scale = self.keys.get(f"{layer}.{name}")
+            if scale is not None:
+                if math.prod(scale.shape) != 1:
+                    raise ValueError(f"{scale.key} holds {math.prod(scale.shape)} scales, which is not read; {_REMEDY}")
+                return scale
+        return None
+
+
+def read_quantization(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> Quantization:
+    """Read what a file says of its layers: its header, and the few bytes of tensors that hold JSON.
+
+    Args:
+        path: of the file.
+        keys: the model's tensors, by their keys without the prefix.
+        prefix: in front of those keys in the file.
+
+    Raises:
+        ValueError: a layer is quantized in a way that is not read, or what says how cannot be read; names it.
+    """
+    layers = _layers(path, keys, prefix)
+    for layer, says in layers.items():
+        if says.get("format") not in FP8_FORMATS:
+            raise ValueError(f"{path} stores {layer} in the format {says.get('format')}, which is not read; {_REMEDY}")
+    for key, tensor in keys.items():
+        if tensor.dtype not in WEIGHT_DTYPES and key.endswith(".weight"):
+            raise ValueError(f"{key} in {path} is stored as {tensor.dtype}, which is not read; {_REMEDY}")
+    made_for = [layer for layer, says in layers.items() if not says.get("full_precision_matrix_mult")]
+    return Quantization(keys, frozenset(layer.removeprefix(prefix) for layer in made_for))
+
+
+def _layers(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> dict[str, dict[str, Any]]:
+    """What is said of each quantized layer. The header counts first, as in ComfyUI."""
+    layers = {
+        key.removesuffix(".comfy_quant"): _read_layer(tensor)
+        for key, tensor in keys.items()
+        if key.endswith(".comfy_quant")
+    }
+    table = read_metadata(path).get("_quantization_metadata")
+    if table is not None:
+        try:
+            stated = json.loads(table)["layers"]
+            layers |= {layer.removeprefix(prefix): dict(says) for layer, says in stated.items()}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{path} has unreadable _quantization_metadata ({error!r}); download it again") from None
+    elif MARKER in keys:
+        # The marker's length says whether inputs stay as they are: two elements, or none (or one).
+        says = {"format": FP8_FORMATS[0], "full_precision_matrix_mult": math.prod(keys[MARKER].shape) == 2}
+        scaled = (key.removesuffix(".scale_weight") for key in keys if key.endswith(".scale_weight"))
+        layers |= dict.fromkeys(scaled, says)
+    return layers
+
+
+def _read_layer(tensor: StoredTensor) -> dict[str, Any]:
+    """The JSON in a layer's ``comfy_quant``."""
+    try:
+        if tensor.dtype != "U8" or tensor.nbytes > _LAYER_BYTES:
+            raise ValueError(f"{tensor.nbytes} bytes of {tensor.dtype}")
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.offset)
+            says = json.loads(stream.read(tensor.nbytes))
+        if not isinstance(says, dict):
+            raise TypeError(f"a {type(says).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{tensor.key} in {tensor.file} is unreadable ({error!r}); download it again") from None
+    return says
