@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, GIB, LAYOUTS, flux2_dev
 from parallel_backend.mesh import build_mesh
-from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axis
+from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axes
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     transformer = family.build_transformer(config)
     parallelize_transformer(transformer, family, layout, mesh)
     text = family.build_text_model(FLUX2_DEV_TEXT_CONFIG)
-    shard_text_model(text, family, FLUX2_DEV_TEXT_CONFIG, text_axis(family, FLUX2_DEV_TEXT_CONFIG, mesh))
+    shard_text_model(text, family, FLUX2_DEV_TEXT_CONFIG, text_axes(family, FLUX2_DEV_TEXT_CONFIG, mesh)[0])
     figures = {"text_gib": fill(text) / GIB, "transformer_gib": fill(transformer) / GIB}
     vae = AutoencoderKLFlux2().to("cuda").eval()
     figures["vae_gib"] = sum(p.nbytes for p in vae.parameters()) / GIB

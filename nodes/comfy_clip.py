@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
@@ -61,10 +61,7 @@ class RemoteTextEncoder(nn.Module):
         pass
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        if options.get("layer") is not None:
-            raise ValueError(
-                f"CLIP Set Last Layer asks for layer {options['layer']}, but the layers are fixed; bypass that node"
-            )
+        refuse_clip_layer(options)
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
         """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
@@ -73,14 +70,32 @@ class RemoteTextEncoder(nn.Module):
         return context.to(comfy.model_management.intermediate_device(), torch.float32), None
 
     def generate(self, *_: Any, **__: Any) -> None:
-        raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
+        refuse_generation()
+
+
+def refuse_clip_layer(options: dict[str, Any]) -> None:
+    """Raise ValueError where a node chooses the text encoder's layer."""
+    if options.get("layer") is not None:
+        raise ValueError(
+            f"CLIP Set Last Layer asks for layer {options['layer']}, but the layers are fixed; bypass that node"
+        )
+
+
+def refuse_generation() -> NoReturn:
+    """Raise ValueError for nodes that have the text encoder write."""
+    raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
 
 
 def make_clip(handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
     """The CLIP of a pipeline whose text encoder is in the workers."""
+    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source))
+
+
+def wrap_clip(text_encoder: nn.Module, tokenizer: Any) -> comfy.sd.CLIP:
+    """ComfyUI's CLIP object around a text encoder without parameters."""
     clip = comfy.sd.CLIP(no_init=True)
-    clip.cond_stage_model = RemoteTextEncoder(handle)
-    clip.tokenizer = ChatTokenizer(source)
+    clip.cond_stage_model = text_encoder
+    clip.tokenizer = tokenizer
     clip.patcher = RemotePatcher(
         clip.cond_stage_model,
         comfy.model_management.text_encoder_device(),

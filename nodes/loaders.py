@@ -1,8 +1,7 @@
-"""The loaders: a diffusers pipeline folder as MODEL, CLIP and VAE, or a file as MODEL, computed in the workers."""
+"""The loaders: a diffusers pipeline folder as MODEL, CLIP and VAE, or files as MODEL and CLIP, all in the workers."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
+from ..parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
 from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, ModelConfig
 from .comfy_clip import make_clip
+from .comfy_clip_file import make_clip_of_file
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .group import ModelHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
-
-log = logging.getLogger(__name__)
 
 AS_STORED = "default"
 """ComfyUI's name for weights as their file has them."""
@@ -31,8 +30,8 @@ WEIGHT_DTYPES = {
     **{dtype: (dtype, "cast") for dtype in DTYPES[1:]},
 }
 """Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
-FILES = "diffusion_models"
-"""ComfyUI's name of the folders with model files; models/unet is among them."""
+MODEL_FILES, ENCODER_FILES = "diffusion_models", "text_encoders"
+"""ComfyUI's names of folders with files; models/unet is among the first, models/clip among the second."""
 
 
 class LoadPipeline(io.ComfyNode):
@@ -117,19 +116,15 @@ class LoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list(FILES),
+                    options=folder_paths.get_filename_list(MODEL_FILES),
                     tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
                     "flux2_dev.safetensors or flux2_dev_fp8mixed.safetensors.",
                 ),
                 layout_input(),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(WEIGHT_DTYPES),
-                    default=AS_STORED,
-                    optional=True,
-                    tooltip="Number format in which the workers hold the weights. 'default': fp8 stays fp8, and the "
-                    "GPU's fp8 units multiply it where the file is made for that; others are bfloat16 on GPUs and "
-                    "float32 on the CPU. 'fp8 as storage': fp8 is multiplied in bfloat16.",
+                weight_dtype_input(
+                    "'default': fp8 stays fp8, and the GPU's fp8 units multiply it where the file is made for that; "
+                    "others are bfloat16 on GPUs and float32 on the CPU. 'fp8 as storage': fp8 is multiplied in "
+                    "bfloat16."
                 ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers.")],
@@ -140,26 +135,95 @@ class LoadDiffusionModel(io.ComfyNode):
         if unet_name is None:
             return True
         try:
-            open_single_file(find_file(unet_name)).check(ParallelismConfig())
+            open_single_file(find_file(MODEL_FILES, unet_name)).check(ParallelismConfig())
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, unet_name=None, **_):
-        return file_fingerprint(find_file(unet_name)) if unet_name is not None else ""
+        return file_fingerprint(find_file(MODEL_FILES, unet_name)) if unet_name is not None else ""
 
     @classmethod
     def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:
-        handle, source = load(lambda: find_file(unet_name), layout, *WEIGHT_DTYPES[weight_dtype])
+        handle, source = load(lambda: find_file(MODEL_FILES, unet_name), layout, *WEIGHT_DTYPES[weight_dtype])
         assert isinstance(source, SingleFile)
-        if source.unused:
-            some = ", ".join(source.unused[:3])
-            log.warning(
-                "%s: %d tensors have no place in %s and are not used, such as %s",
-                unet_name, len(source.unused), source.family.title, some,
-            )  # fmt: skip
         return io.NodeOutput(make_model(handle, source))
+
+
+class LoadCLIP(io.ComfyNode):
+    """Stands where Load CLIP stands: the file's text encoder in the workers, as CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HybridDiT_LoadCLIP",
+            display_name="Load CLIP (Parallel)",
+            category=CATEGORY,
+            description=(
+                "Loads a text encoder file from models/text_encoders into worker processes, split over all of them. "
+                "Takes the place of Load CLIP; with the same layout it shares the workers of Load Diffusion Model "
+                "(Parallel)."
+            ),
+            search_aliases=["clip loader", "text encoder loader", "multi gpu clip", "mistral parallel"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=folder_paths.get_filename_list(ENCODER_FILES),
+                    tooltip="A .safetensors file under models/text_encoders (or models/clip), such as "
+                    "mistral_3_small_flux2_bf16.safetensors or mistral_3_small_flux2_fp8.safetensors.",
+                ),
+                io.Combo.Input("type", options=["flux2"], tooltip="The model family that the text encoder is for."),
+                layout_input(),
+                weight_dtype_input(
+                    "'default': fp8 stays fp8 and is multiplied in bfloat16, others are bfloat16 on GPUs and float32 "
+                    "on the CPU."
+                ),
+                encoder_memory_input(),
+            ],
+            outputs=[io.Clip.Output("CLIP", tooltip="For CLIPTextEncode. The text encoder is split over all workers.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_name=None):
+        if clip_name is None:
+            return True
+        try:
+            open_text_encoder_file(find_file(ENCODER_FILES, clip_name))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_name=None, **_):
+        return file_fingerprint(find_file(ENCODER_FILES, clip_name)) if clip_name is not None else ""
+
+    @classmethod
+    def execute(
+        cls,
+        clip_name: str,
+        type: str,
+        layout: Layout | None = None,
+        weight_dtype: str = AS_STORED,
+        encoder_memory: str = "auto",
+    ) -> io.NodeOutput:
+        dtype, fp8 = WEIGHT_DTYPES[weight_dtype]
+        # ComfyUI, too, multiplies text encoders in the number format beside fp8.
+        fp8 = "stored" if fp8 == "matmul" else fp8
+        handle, source = load(lambda: find_file(ENCODER_FILES, clip_name), layout, dtype, fp8, encoder_memory)
+        assert isinstance(source, TextEncoderFile)
+        return io.NodeOutput(make_clip_of_file(handle, source))
+
+
+def weight_dtype_input(default: str) -> io.Input:
+    """The number format of a file's weights; what its default does is said by the loader."""
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default=AS_STORED,
+        optional=True,
+        tooltip=f"Number format in which the workers hold the weights. {default}",
+    )
 
 
 def layout_input() -> io.Input:
@@ -196,16 +260,16 @@ def load(
     return handle, source
 
 
-def find_file(name: str) -> Path:
-    """The file of a listed name.
+def find_file(kind: str, name: str) -> Path:
+    """The file of a listed name, of one of ComfyUI's kinds of folders.
 
     Raises:
-        ValueError: there is no such file under models/diffusion_models.
+        ValueError: there is no such file in them.
     """
-    if name not in folder_paths.get_filename_list(FILES):
-        roots = ", ".join(map(str, folder_paths.get_folder_paths(FILES)))
-        raise ValueError(f"there is no diffusion model file {name!r} under {roots}")
-    return Path(folder_paths.get_full_path_or_raise(FILES, name))
+    if name not in folder_paths.get_filename_list(kind):
+        roots = ", ".join(map(str, folder_paths.get_folder_paths(kind)))
+        raise ValueError(f"there is no file {name!r} under {roots}")
+    return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def list_pipelines() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,34 +168,40 @@ def parallelize_text_encoder(text_encoder: Model, family: Family, mesh: Parallel
     if hasattr(text_encoder, _STATE):
         raise ValueError(f"{name} ({type(text_encoder).__name__}) is parallel already")
     config = text_encoder.config.to_dict()
-    axis = text_axis(family, config, mesh)
+    axis, _ = text_axes(family, config, mesh)
     shard_text_model(family.text_model(text_encoder), family, config, axis)
     setattr(text_encoder, _STATE, axis)
 
 
-def shard_text_model(text_model: Model, family: Family, config: dict[str, Any], axis: Axis) -> dict[str, ParamShard]:
-    """Shard the text model proper over an axis made by `text_axis`; weights may be real or on the meta device."""
+def shard_text_model(text_model: Model, family: Family, config: Mapping[str, Any], axis: Axis) -> dict[str, ParamShard]:
+    """Shard the text model proper over an axis made by `text_axes`; weights may be real or on the meta device."""
     table = apply_tensor_parallel(text_model, family.text_plan(config), axis)
     if axis.is_split:
         family.localize_text(text_model, axis.degree)
     return table
 
 
-def text_axis(family: Family, config: dict[str, Any], mesh: ParallelMesh) -> Axis:
-    """The axis that the text encoder is sharded over: all ranks, or the most that its heads divide by.
+def text_axes(family: Family, config: Mapping[str, Any], mesh: ParallelMesh) -> tuple[Axis, Axis]:
+    """The axis that the text encoder is sharded over, and the one of the ranks that hold the same slices of it.
 
-    Where that is fewer than all, equal groups of adjacent ranks hold one copy each. Collective.
+    It is sharded over all ranks, or over the most that its heads divide by. Where that is fewer than all, equal groups
+    of adjacent ranks hold one copy each. Collective.
     """
     ranks = mesh.world.degree
     degree = family.text_degree(config, ranks)
     if degree == ranks:
-        return mesh.world
+        return mesh.world, SINGLE
     if degree == 1:
-        return SINGLE
+        return SINGLE, mesh.world
     assert mesh.world.group is not None
     members = dist.get_process_group_ranks(mesh.world.group)
-    groups = [dist.new_group(members[first : first + degree]) for first in range(0, ranks, degree)]
-    return Axis(groups[mesh.world.rank // degree], degree, mesh.world.rank % degree)
+    rank, copies = mesh.world.rank, ranks // degree
+    shards = [dist.new_group(members[first : first + degree]) for first in range(0, ranks, degree)]
+    replicas = [dist.new_group(members[first::degree]) for first in range(degree)]
+    return (
+        Axis(shards[rank // degree], degree, rank % degree),
+        Axis(replicas[rank % degree], copies, rank // degree),
+    )
 
 
 def _scheduled_steps(pipe_or_model: Any) -> int | None:

@@ -71,6 +71,7 @@ def to_fp8(
     full_precision: Collection[str] = (),
     input_scales: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
+    part: str = "blocks",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The blocks' linears in 8 bits with a scale each, in one of ComfyUI's layouts, and the file's metadata.
 
@@ -82,13 +83,14 @@ def to_fp8(
         full_precision: layers that are not, all the same (not in the older layout).
         input_scales: layer -> what its inputs are divided by.
         dtype: of 8 bits.
+        part: of the names of what is stored in 8 bits.
     """
     out: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     old = layout == "scaled_fp8"
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or "blocks" not in name:
-            out[name] = tensor.bfloat16()
+        if tensor.ndim < 2 or part not in name:
+            out[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
             continue
         layer, scale = name.removesuffix(".weight"), tensor.abs().max() / torch.finfo(dtype).max
         out[name] = (tensor / scale).to(dtype)

@@ -39,6 +39,11 @@ def family_of_single_file(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.is_single_file(keys)), None)
 
 
+def family_of_text_file(keys: Collection[str]) -> Family | None:
+    """The family whose text encoder has these keys in a single file; None if no family knows them."""
+    return next((family for family in FAMILIES if family.is_text_file(keys)), None)
+
+
 def _supported() -> str:
     return "; ".join(
         f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
@@ -52,5 +57,6 @@ __all__ = [
     "ModelAdapter",
     "family_of_pipeline",
     "family_of_single_file",
+    "family_of_text_file",
     "family_of_transformer",
 ]

@@ -143,6 +143,21 @@ class Family(ABC):
     def encode_text(self, text_model: Model, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
 
+    # The text encoder in a file of its own, as ComfyUI has it.
+
+    text_file_title: str
+    """What the file is called, for messages."""
+    text_file_tokenizer: str
+    """Key of the tokenizer in it."""
+
+    @abstractmethod
+    def is_text_file(self, keys: Collection[str]) -> bool:
+        """Whether keys of a file are those of this family's text encoder."""
+
+    @abstractmethod
+    def text_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The text encoder's configuration, read off the shapes in its file; ValueError if one is missing."""
+
     # The VAE.
 
     @abstractmethod

@@ -18,7 +18,7 @@ from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
-from . import flux2_single_file
+from . import flux2_single_file, flux2_text_file
 from .base import Family, Model
 
 REFERENCE_SPACING = 10
@@ -213,6 +213,15 @@ class Flux2(Family):
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         ).hidden_states
         return torch.cat([states[layer] for layer in layers], dim=-1)
+
+    text_file_title = "Mistral 3 small (mistral_3_small_flux2_bf16.safetensors, or fp8)"
+    text_file_tokenizer = flux2_text_file.TOKENIZER
+
+    def is_text_file(self, keys: Collection[str]) -> bool:
+        return flux2_text_file.is_text_file(keys)
+
+    def text_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return flux2_text_file.text_config_of(shapes)
 
     # The VAE.
 

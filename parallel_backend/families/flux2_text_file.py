@@ -63,7 +63,9 @@ def text_config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "vocab_size": vocab,
             "hidden_size": hidden,
             "intermediate_size": shape(f"{first}.mlp.gate_proj")[0],
-            "num_hidden_layers": len(layers),
+            # A file without a final norm was cut from a model with more layers, of which at least one is told of here:
+            # the last hidden state that is used comes from its middle, and is not normed.
+            "num_hidden_layers": len(layers) if "model.norm.weight" in shapes else max(LAYERS) + 1,
             "num_attention_heads": heads // HEAD,
             "num_key_value_heads": kv_heads // HEAD,
             "head_dim": HEAD,

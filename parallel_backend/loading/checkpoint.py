@@ -1,13 +1,16 @@
-"""A checkpoint: a diffusers pipeline folder, or a transformer in one file. Both answer the same questions."""
+"""A checkpoint: a diffusers pipeline folder, or a model in one file. All of them answer the same questions."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ..families import family_of_text_file
 from .pipeline_folder import PipelineFolder, open_pipeline_folder
-from .single_file import SingleFile, open_single_file
+from .safetensors_reader import read_header
+from .single_file import SingleFile, check_suffix, open_single_file
+from .text_encoder_file import TextEncoderFile, open_text_encoder_file
 
-Checkpoint = PipelineFolder | SingleFile
+Checkpoint = PipelineFolder | SingleFile | TextEncoderFile
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -16,4 +19,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: it is not there, not whole, or not supported; says what and where.
     """
-    return open_single_file(path) if Path(path).is_file() else open_pipeline_folder(path)
+    path = Path(path)
+    if not path.is_file():
+        return open_pipeline_folder(path)
+    check_suffix(path)
+    return open_text_encoder_file(path) if family_of_text_file(read_header(path)) else open_single_file(path)

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import ParallelismConfig
 from ..families import Family, family_of_single_file
 from .quantized import BESIDE, Quantization, read_quantization
-from .safetensors_reader import FP8_DTYPES, StoredTensor, Weight, read_header
+from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """In front of the transformer's keys: in files that may hold more than it, and in files of it alone."""
@@ -24,21 +24,13 @@ class SingleFile:
         family: of the model in it.
         transformer_config: of the diffusers class.
         transformer_weights: parameter of the diffusers class -> what it is made of.
-        unused: keys that no parameter takes.
     """
 
     path: Path
     family: Family
     transformer_config: dict[str, Any]
     transformer_weights: dict[str, Weight]
-    unused: tuple[str, ...]
     components: tuple[str, ...] = ("transformer",)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether weights are stored in 8 bits."""
-        weights = self.transformer_weights.values()
-        return any(tensor.dtype in FP8_DTYPES for weight in weights for tensor, _, _ in weight.pieces)
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model."""
@@ -63,6 +55,15 @@ def file_fingerprint(path: Path) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+def check_suffix(path: Path) -> None:
+    """Raise ValueError for files that are not called ``.safetensors``."""
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path.name} is not a .safetensors file; other formats (such as pickled .ckpt and .pt, or .gguf) are not "
+            "read: convert it, or download the .safetensors file"
+        )
+
+
 def open_single_file(path: Path) -> SingleFile:
     """Look at a single file; its header is read, and a few bytes that say how layers are quantized.
 
@@ -71,11 +72,7 @@ def open_single_file(path: Path) -> SingleFile:
             shape, or is quantised in a way that is not read.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path.name} is not a .safetensors file; other formats (such as pickled .ckpt and .pt, or .gguf) are not "
-            "read: convert it, or download the .safetensors file"
-        )
+    check_suffix(path)
     stored = read_header(path)
     for prefix in PREFIXES:
         keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
@@ -103,7 +100,8 @@ def open_single_file(path: Path) -> SingleFile:
                 f"{tensor.key} in {path} gives {name} the shape {list(weights[name].shape)}, but the rest of the file "
                 f"makes it {list(parameter.shape)}; the file is damaged or of another model"
             )
-    return SingleFile(path, family, config, weights, tuple(unused))
+    check_unused(unused, path, family.title)
+    return SingleFile(path, family, config, weights)
 
 
 def _weight(family: Family, name: str, keys: dict[str, StoredTensor], quantization: Quantization) -> Weight:

@@ -19,11 +19,12 @@ from ..config import ParallelismConfig
 from ..families import Family, Model
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
+from ..loading.text_encoder_file import TextEncoderFile
 from ..loading.weight_loader import load_weights
 from ..memory import transformer_activation_bytes, vae_activation_bytes
 from ..mesh import SINGLE, Axis, ParallelMesh, raise_together
 from ..parallel.tensor import ParamShard
-from ..parallelize import parallelize_transformer, shard_text_model, text_axis
+from ..parallelize import parallelize_transformer, shard_text_model, text_axes
 from .host_copy import HostCopy
 
 
@@ -144,8 +145,9 @@ class TransformerPart(Part):
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         settings = self.settings
-        self.replicas = settings.mesh.cp
-        module = settings.family.build_transformer(settings.source.transformer_config)
+        assert not isinstance(settings.source, TextEncoderFile)
+        self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
+        module = settings.family.build_transformer(self.config)
         table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh)
         self.cache = BlockCache(module, settings.family.block_stacks, settings.mesh.world)
         return module, table
@@ -157,8 +159,7 @@ class TransformerPart(Part):
     def workspace(self, tokens: int) -> int:
         """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""
         settings = self.settings
-        config = settings.source.transformer_config
-        return transformer_activation_bytes(config, settings.layout, tokens, settings.dtype.itemsize)
+        return transformer_activation_bytes(self.config, settings.layout, tokens, settings.dtype.itemsize)
 
 
 class TextEncoderPart(Part):
@@ -167,9 +168,10 @@ class TextEncoderPart(Part):
     name = "text_encoder"
 
     def __init__(self, settings: ModelSettings) -> None:
-        config = settings.source.text_config
-        self.layers = settings.family.text_layers(config)
-        self._axis = text_axis(settings.family, config, settings.mesh)
+        assert isinstance(settings.source, PipelineFolder | TextEncoderFile)
+        self.config = settings.source.text_config
+        self.layers = settings.family.text_layers(self.config)
+        self._axis, self.replicas = text_axes(settings.family, self.config, settings.mesh)
         super().__init__(settings)
         assert self._built is not None
         built = self._built[0].config
@@ -177,9 +179,9 @@ class TextEncoderPart(Part):
         self._width = (built.num_hidden_layers + 8) * built.hidden_size
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
-        family, config = self.settings.family, self.settings.source.text_config
-        module = family.build_text_model(config)
-        return module, shard_text_model(module, family, config, self._axis)
+        family = self.settings.family
+        module = family.build_text_model(self.config)
+        return module, shard_text_model(module, family, self.config, self._axis)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
@@ -207,6 +209,7 @@ class VAEPart(Part):
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         if not self._here:
             return torch.nn.Module(), {}
+        assert isinstance(self.settings.source, PipelineFolder)
         return self.settings.family.build_vae(self.settings.source.vae_config), {}
 
     def load(self, on_bytes: Callable[[int], None]) -> None:

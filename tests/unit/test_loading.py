@@ -65,7 +65,7 @@ def change_tensors(file: Path, change) -> None:
 def load(folder: Path) -> Engine:
     """Load the whole pipeline as one rank does."""
     engine = Engine(CPU)
-    engine.load(str(folder), ParallelismConfig(), torch.float32, lambda done, total: None)
+    engine.load("model", str(folder), ParallelismConfig(), torch.float32, lambda done, total: None)
     return engine
 
 
@@ -88,17 +88,17 @@ class TestWhole:
     def test_every_tensor_is_what_diffusers_loads(self, tiny_pipeline):
         engine = load(tiny_pipeline)
         transformer = Flux2Transformer2DModel.from_pretrained(tiny_pipeline / "transformer")
-        actual = dict(engine.transformer.named_parameters())
+        actual = dict(engine.models["model"].parts["transformer"].module.named_parameters())
         for name, parameter in transformer.named_parameters():
             assert torch.equal(actual.pop(name), parameter), name
         assert not actual
-        assert engine.weight_bytes["transformer"] == sum(p.nbytes for p in transformer.parameters())
+        assert engine.models["model"].parts["transformer"].nbytes == sum(p.nbytes for p in transformer.parameters())
 
     def test_the_text_encoder_has_just_the_layers_that_are_used(self, tiny_pipeline):
         engine = load(tiny_pipeline)
         encoder = Mistral3ForConditionalGeneration.from_pretrained(tiny_pipeline / "text_encoder").model.language_model
         full = dict(encoder.named_parameters())
-        actual = dict(engine.text.named_parameters())
+        actual = dict(engine.models["model"].parts["text_encoder"].module.named_parameters())
         assert set(actual) == {
             name for name in full if not name.startswith("layers.4.") and name != "norm.weight"
         }  # layers 1, 2 and 4 of 5 are read: the fifth layer and the last norm are not

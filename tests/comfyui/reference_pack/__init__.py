@@ -6,7 +6,9 @@ there. All compute in float32. ``build_model``, ``build_clip`` and ``ReferenceVA
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.hooks
@@ -18,6 +20,9 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
+from comfy.text_encoders.flux import Flux2Tokenizer, flux2_te
+from comfy.text_encoders.hunyuan_video import llama_detect
+from safetensors.torch import save_file
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
 
@@ -245,5 +250,72 @@ class ReferencePipelineLoader:
         return load_pipeline(find_pipeline(pipeline))
 
 
-NODE_CLASS_MAPPINGS = {"ReferencePipelineLoader": ReferencePipelineLoader}
-NODE_DISPLAY_NAME_MAPPINGS = {"ReferencePipelineLoader": "Reference pipeline (test oracle)"}
+class ReferenceTextEncoder:
+    """ComfyUI's own text encoder of FLUX.2 from a small file; its loader knows files of the real size only."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip_name": ("STRING", {}), "config": ("STRING", {})}}
+
+    def load(self, clip_name: str, config: str) -> tuple[Any]:
+        path = folder_paths.get_full_path_or_raise("text_encoders", clip_name)
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        weights, metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
+        target = SimpleNamespace(
+            clip=flux2_te(**llama_detect(weights), pruned="model.layers.39.mlp.up_proj.weight" not in weights),
+            tokenizer=Flux2Tokenizer,
+            params={},
+        )
+        clip = comfy.sd.CLIP(
+            target,
+            tokenizer_data={"tekken_model": weights["tekken_model"]},
+            state_dict=[weights],
+            model_options={"mistral3_24b_model_config": json.loads(config)},
+        )
+        return (clip,)
+
+
+class ReferenceTokenizerOption:
+    """A CLIP that pads short prompts, as nodes with tokenizer options ask for."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "set_option"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",), "name": ("STRING", {}), "value": ("INT", {})}}
+
+    def set_option(self, clip: Any, name: str, value: int) -> tuple[Any]:
+        clip = clip.clone()
+        clip.set_tokenizer_option(name, value)
+        return (clip,)
+
+
+class ReferenceSaveConditioning:
+    """Writes a conditioning to the output folder as it is, for the tests to compare."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING", {})}}
+
+    def save(self, conditioning: Any, name: str) -> dict[str, Any]:
+        (tensor, extras), *more = conditioning
+        assert not more
+        kept = {"cond": tensor, **{key: value for key, value in extras.items() if isinstance(value, torch.Tensor)}}
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({key: value.float().contiguous() for key, value in kept.items()}, path)
+        return {"ui": {"text": [path.name]}}
+
+
+_NODES = (ReferencePipelineLoader, ReferenceTextEncoder, ReferenceTokenizerOption, ReferenceSaveConditioning)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}

@@ -1,0 +1,178 @@
+"""Load CLIP (Parallel) in the place of ComfyUI's own loader: the same file, the same conditioning."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.single_file import flux2_tensors, write
+from tests.text_encoder_file import KINDS, comfy_config, text_tensors, write_text
+
+from .graphs import Graph, add_latent, add_layout, relative_error, run_well, save_latent, saved_latent
+from .processes import worker_ranks
+from .test_errors import rejection
+
+PARITY = 1e-4
+LAYOUT = {"ulysses": 2, "tp": 2}
+PROMPTS = {
+    "a sentence": "a red circle on a blue square",
+    "nothing": "",
+    "weights are not parsed": "(a red circle:1.5) [in] the ((rain))",
+    "other scripts": "ein Käse, 猫と犬 🦊",
+    "more than 512 tokens": "a dragon flying over the sea, " * 40,
+}
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    folder = server.models / "text_encoders"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    return write_text(folder / "tiny_mistral.safetensors")
+
+
+def add_clip(graph, name, layout=None, **inputs):
+    layout = add_layout(graph, **(layout or LAYOUT))
+    return graph.add("HybridDiT_LoadCLIP", clip_name=name, type="flux2", layout=layout, **inputs)
+
+
+def add_reference(graph, name, **size):
+    return graph.add("ReferenceTextEncoder", clip_name=name, config=json.dumps(comfy_config(**size)))
+
+
+def save_conditioning(graph, conditioning):
+    return graph.add("ReferenceSaveConditioning", conditioning=conditioning, name=f"conditioning{next(_names)}")
+
+
+def saved_conditioning(server, result, node):
+    return load_file(server.output / result.outputs[str(node)]["text"][0])
+
+
+def assert_equal(server, name, prompts, layout=None, option=None, size=None, **inputs):
+    """Both CLIPs give the same conditioning, masks and all, for each prompt."""
+    graph = Graph()
+    nodes = []
+    for clip in (add_clip(graph, name, layout, **inputs), add_reference(graph, name, **(size or {}))):
+        if option is not None:
+            clip = graph.add("ReferenceTokenizerOption", clip=clip, name=option[0], value=option[1])
+        nodes.append([save_conditioning(graph, graph.add("CLIPTextEncode", text=text, clip=clip)) for text in prompts])
+    result = run_well(server, graph)
+    for ours, theirs in zip(*nodes, strict=True):
+        actual, expected = (saved_conditioning(server, result, node) for node in (ours, theirs))
+        assert set(actual) == set(expected) >= {"cond", "attention_mask"}
+        for key, tensor in expected.items():
+            assert relative_error(actual[key], tensor) <= PARITY, key
+        yield expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_conditioning_of_each_kind_of_file(server, folder, kind):
+    name = write_text(folder / f"{kind}.safetensors", kind).name
+    for expected in assert_equal(server, name, ["a red circle on a blue square", ""]):
+        assert expected["cond"].shape[-1] == 192
+        assert expected["cond"].std() > 0.1
+
+
+def test_each_kind_of_prompt(server, file):
+    lengths = [expected["cond"].shape[1] for expected in assert_equal(server, file.name, PROMPTS.values())]
+    assert lengths[-1] > 512
+    assert len(set(lengths)) == len(PROMPTS)
+
+
+def test_padding(server, file):
+    (expected,) = assert_equal(server, file.name, ["a cat"], option=("mistral3_24b_min_length", 300))
+    assert expected["cond"].shape[1] == 300
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "layout"),
+    [(40, 2, {"ulysses": 1, "tp": 2}), (30, 1, {"ulysses": 2, "tp": 2}), (40, 4, {"ulysses": 1, "tp": 1})],
+    ids=["40 layers, TP-2", "one kv head, 4 ranks", "one process"],
+)
+def test_other_sizes_and_layouts(server, folder, layers, kv_heads, layout):
+    name = write_text(folder / f"layers{layers}_kv{kv_heads}.safetensors", layers=layers, kv_heads=kv_heads).name
+    list(assert_equal(server, name, ["a red circle"], layout, size={"kv_heads": kv_heads}))
+
+
+def test_an_encoder_in_host_memory(server, file):
+    list(assert_equal(server, file.name, ["a dog", "a cat", "a dog"], encoder_memory="host"))
+
+
+def test_a_picture_of_it_with_a_file_s_transformer(server, file):
+    """Both loaders with one layout share their workers; a stock model and CLIP give the same latent."""
+    models = server.models / "diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    name = write(models / "with_clip.safetensors", flux2_tensors(heads=4)).name
+    graph = Graph()
+    layout = add_layout(graph, **LAYOUT)
+    ours = (
+        graph.add("HybridDiT_LoadDiffusionModel", unet_name=name, layout=layout),
+        graph.add("HybridDiT_LoadCLIP", clip_name=file.name, type="flux2", layout=layout),
+    )
+    stock = graph.add("UNETLoader", unet_name=name, weight_dtype="default"), add_reference(graph, file.name)
+    latents = []
+    for model, clip in (ours, stock):
+        positive = graph.add("CLIPTextEncode", text="a red circle", clip=clip)
+        sampler = graph.add(
+            "KSampler", model=model, positive=positive, negative=positive, latent_image=add_latent(graph), seed=3,
+            steps=3, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        )  # fmt: skip
+        latents.append(save_latent(graph, sampler))
+    before = set(worker_ranks(server))
+    result = run_well(server, graph)
+    actual, expected = (saved_latent(server, result, latent) for latent in latents)
+    assert relative_error(actual, expected) <= PARITY
+    assert len(set(worker_ranks(server)) - before) in (0, 4)
+
+
+class TestRefusals:
+    def test_a_file_without_a_tokenizer(self, server, folder):
+        tensors = text_tensors()
+        del tensors["tekken_model"]
+        self.refused(server, write(folder / "no_tokenizer.safetensors", tensors).name, "has no tokenizer")
+
+    def test_another_text_encoder(self, server, folder):
+        tensors = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
+        self.refused(server, write(folder / "t5.safetensors", tensors).name, "t5.safetensors looks like T5")
+
+    def test_a_type_that_is_not_supported(self, server, file):
+        graph = Graph()
+        clip = graph.add("HybridDiT_LoadCLIP", clip_name=file.name, type="wan", layout=add_layout(graph))
+        save_conditioning(graph, graph.add("CLIPTextEncode", text="", clip=clip))
+        assert "type" in rejection(server, graph, clip)
+
+    def test_a_file_outside_the_folders(self, server, file):
+        self.refused(server, "../../outside.safetensors", "clip_name")
+
+    def test_a_tokenizer_that_is_damaged(self, server, folder):
+        tensors = text_tensors()
+        tensors["tekken_model"] = tensors["tekken_model"][:-50].clone()
+        name = write(folder / "cut_tokenizer.safetensors", tensors).name
+        graph = Graph()
+        save_conditioning(graph, graph.add("CLIPTextEncode", text="", clip=add_clip(graph, name)))
+        error = server.run(graph).error
+        assert "the tokenizer in" in error["exception_message"]
+        assert "cut_tokenizer.safetensors cannot be read" in error["exception_message"]
+
+    def test_clip_set_last_layer(self, server, file):
+        graph = Graph()
+        clip = graph.add("CLIPSetLastLayer", clip=add_clip(graph, file.name), stop_at_clip_layer=-2)
+        save_conditioning(graph, graph.add("CLIPTextEncode", text="a cat", clip=clip))
+        error = server.run(graph).error
+        assert "CLIP Set Last Layer asks for layer -2" in error["exception_message"]
+
+    @staticmethod
+    def refused(server, name, words):
+        graph = Graph()
+        clip = add_clip(graph, name)
+        save_conditioning(graph, graph.add("CLIPTextEncode", text="", clip=clip))
+        assert words in rejection(server, graph, clip)
