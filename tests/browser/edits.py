@@ -1,0 +1,105 @@
+"""What a user does by hand in an open workflow: set widgets, bypass nodes, and put one node in the place of another.
+
+All of it is LiteGraph's own API, called in the page, and reaches into subgraphs as a user does by opening them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .frontend import Frontend
+
+BYPASS = 4
+"""LiteGraph's mode of a node that hands its input on; "Bypass" in the menu, Ctrl+B."""
+
+_NODES = "app.graph.nodes.flatMap(node => node.subgraph ? [node, ...node.subgraph.nodes] : [node])"
+
+_SET = f"""([type, name, values]) => {_NODES}
+  .filter(node => type === null ? node.subgraph : node.type === type)
+  .flatMap(node => node.widgets ?? []).filter(widget => widget.name === name)
+  .map(widget => widget.value = values[String(widget.value)] ?? values["*"] ?? widget.value)"""
+
+_SET_MODE = f"""([type, mode]) => {_NODES}.filter(node => node.type === type).map(node => node.mode = mode)"""
+
+# The key of a node in the API form: that of its subgraph's node comes first.
+_KEY = """const host = app.graph.nodes.find(node => node.subgraph);
+  const graph = host.subgraph, key = node => `${host.id}:${node.id}`;"""
+
+# In the order in which it loses nothing: the new node is wired before the old one goes. An input of the old one that
+# comes from the subgraph's own input is drawn from there; both nodes have it for a moment.
+_REPLACE = f"""([oldType, newType, values]) => {{
+  {_KEY}
+  const [old, ...others] = graph.nodes.filter(node => node.type === oldType);
+  if (!old || others.length) throw new Error(`${{1 + others.length}} nodes of type ${{oldType}}`);
+  const node = LiteGraph.createNode(newType);
+  graph.add(node);
+  node.pos = [...old.pos];
+  for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
+  const lost = [];
+  for (const input of old.inputs) {{
+    if (input.link == null) continue;
+    const link = graph.getLink(input.link), slot = node.inputs.findIndex(other => other.name === input.name);
+    if (slot < 0) lost.push(input.name);
+    else if (link.origin_id === graph.inputNode.id)
+      graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
+    else graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot);
+  }}
+  const output = node.outputs.findIndex(output => output.type === old.outputs[0].type);
+  for (const link of [...old.outputs[0].links].map(id => graph.getLink(id)))
+    node.connect(output, graph.getNodeById(link.target_id), link.target_slot);
+  graph.remove(old);
+  return {{ old: key(old), new: key(node), output, lost }};
+}}"""
+
+_WIRE = f"""([type, name, values]) => {{
+  {_KEY}
+  let node = graph.nodes.find(node => node.type === type);
+  if (!node) graph.add(node = LiteGraph.createNode(type));
+  for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+  for (const target of graph.nodes) {{
+    const slot = target.inputs?.findIndex(input => input.name === name && input.link == null) ?? -1;
+    if (slot >= 0) node.connect(0, target, slot);
+  }}
+  return key(node);
+}}"""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One node in the place of another.
+
+    Args:
+        old, new: their keys in the API form.
+        output: number of the new node's output that took over the links of the old one's only output.
+        lost: linked inputs of the old node that the new one has not.
+    """
+
+    old: str
+    new: str
+    output: int
+    lost: list[str]
+
+
+def set_widgets(frontend: Frontend, node_type: str | None, name: str, values: dict[str, Any]) -> int:
+    """Set a widget of all nodes of a type (None: of the subgraph's own node); how many there were.
+
+    Args:
+        values: what becomes of which value; ``"*"`` stands for all others.
+    """
+    return len(frontend.call(_SET, [node_type, name, values]))
+
+
+def bypass(frontend: Frontend, node_type: str) -> int:
+    """Bypass all nodes of a type; how many there were."""
+    return len(frontend.call(_SET_MODE, [node_type, BYPASS]))
+
+
+def replace(frontend: Frontend, old_type: str, new_type: str, **values: Any) -> Replaced:
+    """Put a new node in the place of the only one of a type in the subgraph, with the links whose inputs it has."""
+    return Replaced(**frontend.call(_REPLACE, [old_type, new_type, values]))
+
+
+def wire(frontend: Frontend, node_type: str, name: str, **values: Any) -> str:
+    """Link the subgraph's node of a type, made if it is not there, to all free inputs of a name; its key."""
+    return frontend.call(_WIRE, [node_type, name, values])
