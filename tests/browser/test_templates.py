@@ -10,7 +10,6 @@ import copy
 import urllib.error
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,34 +20,14 @@ from ..comfyui.conftest import new_server
 from ..comfyui.graphs import run_well
 from ..comfyui.server import HOW_TO_GET, ComfyServer, find_comfyui
 from ..single_file import flux2_tensors, to_fp8, write
-from ..tiny_pipeline import make_tiny_pipeline
+from ..text_encoder_file import write_text
 from ..vae_file import write_vae
 from .edits import Replaced, bypass, replace, set_widgets, wire
 from .frontend import Frontend, what_is_missing
 
-LOADER, LAYOUT, LORA = "HybridDiT_LoadDiffusionModel", "HybridDiT_ParallelLayout", "LoraLoaderModelOnly"
+LOADER, TEXT_LOADER, LAYOUT = "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "HybridDiT_ParallelLayout"
+LORA = "LoraLoaderModelOnly"
 
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """What CLIPLoader is replaced by.
-
-    Args:
-        node: its type.
-        values: of its widgets.
-        lost: CLIPLoader's linked inputs that it has not.
-    """
-
-    node: str
-    values: dict[str, Any]
-    lost: list[str]
-
-    def write(self, path: Path) -> None:
-        """Write the file that the template names."""
-        # The stand-in reads the tiny pipeline.
-
-
-TEXT_ENCODER = TextEncoder("ReferencePipelineLoader", {"pipeline": "tiny"}, lost=["clip_name"])
 
 SIZES = {
     "image_flux2_text_to_image": (128, 96),
@@ -99,7 +78,6 @@ class Edited:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
-    make_tiny_pipeline(home / "models" / "tiny")
     comfyui = find_comfyui()
     assert comfyui is not None
     with new_server(comfyui, home) as server:
@@ -131,7 +109,7 @@ def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Fronte
     assert set_widgets(frontend, "PrimitiveInt", "value", STEPS) == 2
     stock = both_ways(frontend)
     assert bypass(frontend, LORA) == 1
-    text_encoder = replace(frontend, "CLIPLoader", TEXT_ENCODER.node, **TEXT_ENCODER.values)
+    text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER)
     wire(frontend, LAYOUT, "layout", devices="cpu")
     reference = both_ways(frontend)
     model = replace(frontend, "UNETLoader", LOADER)
@@ -169,7 +147,7 @@ def write_models(server: ComfyServer, workflow: dict[str, Any]) -> None:
             tensors, metadata = to_fp8(flux2_tensors(), "metadata")
             write(path, tensors, metadata=metadata)
         elif path.parent.name == "text_encoders":
-            TEXT_ENCODER.write(path)
+            write_text(path, "comfy_quant" if "fp8" in path.name else "bf16")
         elif path.parent.name == "vae":
             others = list(path.parent.glob("*.safetensors"))
             path.symlink_to(others[0]) if others else write_vae(path)
@@ -231,18 +209,24 @@ def types(prompt: Prompt) -> set[str]:
 def test_nothing_else_changes(edited: Edited, on: bool):
     before, after = edited.stock[on], edited.ours[on]
     assert types(before) - types(after) == {"UNETLoader", "CLIPLoader", LORA}
-    assert types(after) - types(before) == {LOADER, TEXT_ENCODER.node, LAYOUT}
+    assert types(after) - types(before) == {LOADER, TEXT_LOADER, LAYOUT}
     clip, model = edited.text_encoder, edited.model
     (lora,) = (key for key, node in before.items() if node["class_type"] == LORA)
     moved = {clip.old: [clip.new, clip.output], model.old: [model.new, model.output], lora: [model.new, model.output]}
     new = (clip.new, model.new, edited.layout)
     assert linked(before, moved) == {key: node for key, node in linked(after, {}).items() if key not in new}
-    assert (clip.lost, model.lost) == (TEXT_ENCODER.lost, [])
-    # The name still comes from the subgraph's own widget, as in the template.
+    assert (clip.lost, model.lost) == ([], [])
+    # The names still come from the subgraph's own widgets, as in the template.
     unet_name = before[model.old]["inputs"]["unet_name"]
     layout = [edited.layout, 0]
     assert after[model.new]["inputs"] == {"unet_name": unet_name, "weight_dtype": "default", "layout": layout}
-    assert after[clip.new]["inputs"]["layout"] == layout
+    assert after[clip.new]["inputs"] == {
+        "clip_name": before[clip.old]["inputs"]["clip_name"],
+        "type": before[clip.old]["inputs"]["type"],
+        "layout": layout,
+        "weight_dtype": "default",
+        "encoder_memory": "auto",
+    }
 
 
 def test_saved_and_opened_again(edited: Edited):
