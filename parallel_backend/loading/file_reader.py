@@ -87,8 +87,10 @@ class FileReader:
         """The value of a tensor of one element.
 
         Raises:
-            ValueError: as `read`.
+            ValueError: as `read`, or it has a dtype that is not read.
         """
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read")
         buffer = np.empty(tensor.nbytes, np.uint8)
         self.read(Slice(tensor, 0, tensor.nbytes), buffer)
         return float(torch.from_numpy(buffer).view(DTYPES[tensor.dtype]).item())
@@ -129,7 +131,10 @@ class FileReader:
             done += count
 
     def _read_columns(self, descriptor: int, part: Slice, into: Buffer) -> None:
-        """Only the pages with wanted columns are copied from; the disk reads whole rows, which the other ranks want."""
+        """Copy from a mapping: a call for each row would cost more than its bytes do, and whole rows are more to copy.
+
+        A disk gives whole rows (small reads of the columns alone take longer), which neighbouring ranks want anyway.
+        """
         first = part.tensor.offset + part.start
         base = first - first % mmap.ALLOCATIONGRANULARITY
         length = first + part.stop - part.start - base

@@ -214,6 +214,12 @@ class TestBadFiles:
         path = write(tmp_path / "model.safetensors", flux2_tensors() | {"single_blocks.0.linear1.comfy_quant": says})
         self.refused(path, r"single_blocks\.0\.linear1\.comfy_quant in .* is unreadable \(ValueError.* bytes of")
 
+    def test_a_scale_of_a_dtype_that_is_not_read(self, tmp_path):
+        stored, metadata = to_fp8(flux2_tensors(), "metadata")
+        stored["single_blocks.0.linear2.weight_scale"] = torch.ones(1, dtype=torch.uint16)
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        self.refused(path, r"single_blocks\.0\.linear2\.weight_scale in .* is stored as U16, which is not read")
+
     def test_input_scales_of_parts_of_a_tensor(self, tmp_path):
         stored, metadata = to_fp8(flux2_tensors(), "metadata", matmul=True)
         stored["single_blocks.0.linear2.input_scale"] = torch.ones(1024)

@@ -61,11 +61,11 @@ def stored(model, folder, change=lambda name, tensor: tensor, files=2):
     return weights
 
 
-def load(weights, degree=1, rank=0, dtype=torch.float32, **options):
+def load(weights, degree=1, rank=0, dtype=torch.float32, device=CPU, **options):
     with torch.device("meta"):
         model = Model()
     table = apply_tensor_parallel(model, PLAN, Axis(None, degree, rank))
-    held = load_weights(model, weights, table, device=CPU, dtype=dtype, **options)
+    held = load_weights(model, weights, table, device=device, dtype=dtype, **options)
     assert held == sum(parameter.nbytes for parameter in model.parameters())
     return model, table
 
