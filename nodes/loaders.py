@@ -110,7 +110,7 @@ class LoadDiffusionModel(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
-                "says. Takes the place of Load Diffusion Model; text encoder and VAE stay with their stock loaders."
+                "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
             search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel"],
             inputs=[

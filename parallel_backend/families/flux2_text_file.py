@@ -28,7 +28,7 @@ def is_text_file(keys: Collection[str]) -> bool:
 def text_config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The configuration of `Mistral3ForConditionalGeneration`, as far as its text model goes.
 
-    Files may end after the last layer that is used ("pruned"), and then have no final norm.
+    Files may end after the last layer that is used ("pruned").
 
     Args:
         shapes: key -> shape.
@@ -63,9 +63,9 @@ def text_config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "vocab_size": vocab,
             "hidden_size": hidden,
             "intermediate_size": shape(f"{first}.mlp.gate_proj")[0],
-            # A file without a final norm was cut from a model with more layers, of which at least one is told of here:
-            # the last hidden state that is used comes from its middle, and is not normed.
-            "num_hidden_layers": len(layers) if "model.norm.weight" in shapes else max(LAYERS) + 1,
+            # A file that ends with the last layer that is used was cut from a model with more, of which at least one is
+            # told of here: that layer's output is not normed, whether or not the file has kept the final norm.
+            "num_hidden_layers": max(len(layers), max(LAYERS) + 1),
             "num_attention_heads": heads // HEAD,
             "num_key_value_heads": kv_heads // HEAD,
             "head_dim": HEAD,

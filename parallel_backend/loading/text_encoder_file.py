@@ -92,6 +92,14 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
             scale = quantization.scale(layer) if key.endswith(".weight") else None
             weights[name] = Weight(whole(keys[key]).pieces, scale)
         for name, parameter in model.named_parameters():
+            if name not in weights:
+                raise ValueError(f"there is no tensor model.{name}; the file is incomplete")
+            found, made = weights[name].shape, tuple(parameter.shape)
+            if found != made:
+                raise ValueError(
+                    f"{names[name]} has shape {list(found)}, but the rest of the file makes it {list(made)}; the file "
+                    "is damaged or of another model"
+                )
             find_weight(name, parameter.shape, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

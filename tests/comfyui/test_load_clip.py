@@ -7,22 +7,26 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.single_file import flux2_tensors, write
 from tests.text_encoder_file import KINDS, comfy_config, text_tensors, write_text
 
+from .conftest import EXAMPLE_IMAGE
 from .graphs import Graph, add_latent, add_layout, relative_error, run_well, save_latent, saved_latent
 from .processes import worker_ranks
-from .test_errors import rejection
+from .test_errors import failure, rejection
 
 PARITY = 1e-4
+"""Both sides compute in fp32 from the same numbers, but add in another order. A wrong layer, position, mask or token
+gives 1e-2 and more, weights that are rounded to bf16 give 1e-3 and more."""
 LAYOUT = {"ulysses": 2, "tp": 2}
 PROMPTS = {
     "a sentence": "a red circle on a blue square",
     "nothing": "",
     "weights are not parsed": "(a red circle:1.5) [in] the ((rain))",
     "other scripts": "ein Käse, 猫と犬 🦊",
+    "an embedding that is not there": "a photo of embedding:nowhere in the sky",
     "more than 512 tokens": "a dragon flying over the sea, " * 40,
 }
 _names = itertools.count()
@@ -91,6 +95,40 @@ def test_each_kind_of_prompt(server, file):
 def test_padding(server, file):
     (expected,) = assert_equal(server, file.name, ["a cat"], option=("mistral3_24b_min_length", 300))
     assert expected["cond"].shape[1] == 300
+
+
+def test_tokens_that_are_masked(server, file):
+    # For ComfyUI token 0 ends a text: it and what follows it are hidden from the others.
+    (expected,) = assert_equal(server, file.name, ["a red circle<unk> on a blue square"])
+    assert 0 < expected["attention_mask"].sum() < expected["attention_mask"].numel()
+
+
+def test_two_texts_in_one_batch(server, file):
+    """With weights ComfyUI adds a third text, of masked padding."""
+    graph, nodes = Graph(), []
+    for clip in (add_clip(graph, file.name), add_reference(graph, file.name)):
+        clip = graph.add("ReferenceTokenizerOption", clip=clip, name="mistral3_24b_min_length", value=400)
+        for weight in (1.0, 1.4):
+            both = graph.add("ReferenceEncodeTogether", clip=clip, first="a cat", second="two dogs", weight=weight)
+            nodes.append(save_conditioning(graph, both))
+    result = run_well(server, graph)
+    light, heavy, *expected = (saved_conditioning(server, result, node) for node in nodes)
+    for ours, theirs in zip((light, heavy), expected, strict=True):
+        assert theirs["cond"].shape[1] == 2 * 400
+        for key, tensor in theirs.items():
+            assert relative_error(ours[key], tensor) <= PARITY, key
+    assert relative_error(heavy["cond"], light["cond"]) > 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "bounds"), [("float32", (0, PARITY)), ("bfloat16", (1e-3, 0.1))])
+def test_a_number_format_that_is_chosen(server, file, dtype, bounds):
+    """bf16 has 8 bits: rounding to them in 30 layers costs a few percent, and not nothing."""
+    graph = Graph()
+    clips = add_clip(graph, file.name, weight_dtype=dtype), add_reference(graph, file.name)
+    nodes = [save_conditioning(graph, graph.add("CLIPTextEncode", text="a red circle", clip=clip)) for clip in clips]
+    result = run_well(server, graph)
+    ours, theirs = (saved_conditioning(server, result, node)["cond"] for node in nodes)
+    assert bounds[0] <= relative_error(ours, theirs) <= bounds[1]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +207,52 @@ class TestRefusals:
         save_conditioning(graph, graph.add("CLIPTextEncode", text="a cat", clip=clip))
         error = server.run(graph).error
         assert "CLIP Set Last Layer asks for layer -2" in error["exception_message"]
+
+    def test_generating_text(self, server, file):
+        graph = Graph()
+        clip = add_clip(graph, file.name)
+        node = graph.add("TextGenerate", clip=clip, prompt="a", max_length=4, sampling_mode="off")
+        graph.add("PreviewAny", source=node)
+        assert "cannot generate text" in failure(server, graph, node)
+
+    def test_an_embedding(self, server, file):
+        embeddings = server.models / "embeddings"
+        embeddings.mkdir(exist_ok=True)
+        save_file({"emb": torch.ones(2, 5120)}, embeddings / "somebody.safetensors")
+        graph = Graph()
+        clip = add_clip(graph, file.name)
+        encode = graph.add("CLIPTextEncode", text="a photo of embedding:somebody here", clip=clip)
+        save_conditioning(graph, encode)
+        assert "remove 'embedding:...' from the prompt" in failure(server, graph, encode)
+
+    def test_an_image(self, server, file):
+        graph = Graph()
+        image = graph.add("LoadImage", image=EXAMPLE_IMAGE)
+        clip = add_clip(graph, file.name)
+        encode = graph.add("ReferenceEncodeWithImage", clip=clip, image=image, text="a cat")
+        save_conditioning(graph, encode)
+        assert "it was given images too" in failure(server, graph, encode)
+
+    def test_a_lora(self, server, file):
+        loras = server.models / "loras"
+        loras.mkdir(exist_ok=True)
+        layer = "text_encoders.mistral3_24b.transformer.model.layers.0.self_attn.q_proj"
+        weights = {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(512, 4)}
+        save_file(weights, loras / "for-text.safetensors")
+        graph = Graph()
+        inputs = {"lora_name": "for-text.safetensors", "strength_model": 0.0, "strength_clip": 1.0}
+        # The LoRA has nothing for a model, so that any will do.
+        model = graph.add("ReferencePipelineLoader", pipeline="tiny")
+        loader = graph.add("LoraLoader", model=model, clip=add_clip(graph, file.name), **inputs)
+        encode = graph.add("CLIPTextEncode", text="a cat", clip=(loader, 1))
+        save_conditioning(graph, encode)
+        assert "LoRA loader" in failure(server, graph, encode)
+
+    def test_saving(self, server, file):
+        graph = Graph()
+        node = graph.add("CLIPSave", clip=add_clip(graph, file.name), filename_prefix="saved-clip")
+        assert "neither merged nor saved" in failure(server, graph, node)
+        assert not list(server.output.glob("saved-clip*"))
 
     @staticmethod
     def refused(server, name, words):

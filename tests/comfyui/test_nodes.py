@@ -18,6 +18,7 @@ NODES = {
     "HybridDiT_ParallelLayout": "Parallel Layout",
     "HybridDiT_LoadPipeline": "Load Pipeline (Parallel)",
     "HybridDiT_LoadDiffusionModel": "Load Diffusion Model (Parallel)",
+    "HybridDiT_LoadCLIP": "Load CLIP (Parallel)",
     "HybridDiT_BlockCache": "Block Cache",
     "HybridDiT_WorkersReport": "Workers Report",
     "HybridDiT_UnloadWorkers": "Unload Workers",

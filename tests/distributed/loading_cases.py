@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,14 @@ from parallel_backend.mesh import ParallelMesh, raise_together
 from parallel_backend.parallelize import parallelize_transformer
 
 
-def load(
-    mesh: ParallelMesh, layout: ParallelismConfig, path: str, fp8: str = "cast", cut: int = 0
-) -> tuple[dict[str, torch.Tensor], dict, int, str]:
-    """This rank's parameters, its table, the bytes that it read, and the error that it raised.
+@contextmanager
+def counting_reads(path: str, cut: int = 0) -> Iterator[list[int]]:
+    """A list that fills with the bytes of each read of weights.
 
     Args:
+        path: of the file.
         cut: so many bytes are missing at the file's end for reads, though it was whole when it was opened.
     """
-    source = open_single_file(path)
-    model = source.family.build_transformer(source.transformer_config)
-    table = parallelize_transformer(model, source.family, layout, mesh)
     read: list[int] = []
 
     class Counted(FileReader):
@@ -39,16 +38,28 @@ def load(
             read.append(part.nbytes)
 
     weight_loader.FileReader = Counted
-    error: ValueError | None = None
     try:
-        weight_loader.load_weights(
-            model, source.weights("transformer"), table,
-            device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp, fp8=fp8,
-        )  # fmt: skip
-    except ValueError as found:
-        error = found
+        yield read
     finally:
         weight_loader.FileReader = FileReader
+
+
+def load(
+    mesh: ParallelMesh, layout: ParallelismConfig, path: str, fp8: str = "cast", cut: int = 0
+) -> tuple[dict[str, torch.Tensor], dict, int, str]:
+    """This rank's parameters, its table, the bytes that it read, and the error that it raised; see `counting_reads`."""
+    source = open_single_file(path)
+    model = source.family.build_transformer(source.transformer_config)
+    table = parallelize_transformer(model, source.family, layout, mesh)
+    error: ValueError | None = None
+    with counting_reads(path, cut) as read:
+        try:
+            weight_loader.load_weights(
+                model, source.weights("transformer"), table,
+                device=torch.device("cpu"), dtype=torch.float32, replicas=mesh.cp, fp8=fp8,
+            )  # fmt: skip
+        except ValueError as found:
+            error = found
     raised = ""
     try:
         raise_together(error, mesh.world)

@@ -272,6 +272,7 @@ class ReferenceTextEncoder:
         )
         clip = comfy.sd.CLIP(
             target,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
             tokenizer_data={"tekken_model": weights["tekken_model"]},
             state_dict=[weights],
             model_options={"mistral3_24b_model_config": json.loads(config)},
@@ -296,6 +297,40 @@ class ReferenceTokenizerOption:
         return (clip,)
 
 
+class ReferenceEncodeTogether:
+    """Two texts of one length as one batch, each token with a weight."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "encode"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        text = ("STRING", {})
+        return {"required": {"clip": ("CLIP",), "first": text, "second": text, "weight": ("FLOAT", {})}}
+
+    def encode(self, clip: Any, first: str, second: str, weight: float) -> tuple[list]:
+        tokens = [clip.tokenize(text) for text in (first, second)]
+        (key,) = tokens[0]
+        sections = [[(token, weight) for token, _ in each[key][0]] for each in tokens]
+        return (clip.encode_from_tokens_scheduled({key: sections}),)
+
+
+class ReferenceEncodeWithImage:
+    """Hands a CLIP an image beside the text, as nodes of models that look at pictures do."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "encode"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",), "image": ("IMAGE",), "text": ("STRING", {})}}
+
+    def encode(self, clip: Any, image: torch.Tensor, text: str) -> tuple[list]:
+        return (clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[image])),)
+
+
 class ReferenceSaveConditioning:
     """Writes a conditioning to the output folder as it is, for the tests to compare."""
 
@@ -317,5 +352,12 @@ class ReferenceSaveConditioning:
         return {"ui": {"text": [path.name]}}
 
 
-_NODES = (ReferencePipelineLoader, ReferenceTextEncoder, ReferenceTokenizerOption, ReferenceSaveConditioning)
+_NODES = (
+    ReferencePipelineLoader,
+    ReferenceTextEncoder,
+    ReferenceTokenizerOption,
+    ReferenceEncodeTogether,
+    ReferenceEncodeWithImage,
+    ReferenceSaveConditioning,
+)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
