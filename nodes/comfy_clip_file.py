@@ -74,6 +74,9 @@ class RemoteTextModel(nn.Module):
 class _Ids:
     """An embedding table that gives ids back; fp32 holds each exactly."""
 
+    weight = torch.empty(0)
+    """Where ComfyUI looks for the device, where it was not told one."""
+
     def __call__(self, ids: Tensor, out_dtype: torch.dtype) -> Tensor:
         return ids.unsqueeze(-1).to(out_dtype)
 
