@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.runtime.devices import resolve_devices
 
-CATEGORY = "loaders/parallel"
+CATEGORY = "model/loaders/parallel"
 MAX_DEGREE = 64
 
 

@@ -222,6 +222,7 @@ def weight_dtype_input(default: str) -> io.Input:
         options=list(WEIGHT_DTYPES),
         default=AS_STORED,
         optional=True,
+        advanced=True,
         tooltip=f"Number format in which the workers hold the weights. {default}",
     )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, family_of_text_file
 from .quantized import BESIDE, read_quantization
@@ -61,9 +63,8 @@ class TextEncoderFile:
 
     def read_tokenizer(self) -> bytes:
         """The tokenizer, as the family's tokenizer class takes it."""
-        with self.path.open("rb") as stream:
-            stream.seek(self.tokenizer.offset)
-            return stream.read(self.tokenizer.nbytes)
+        with safe_open(str(self.path), framework="pt") as file:
+            return file.get_tensor(self.tokenizer.key).numpy().tobytes()
 
 
 def open_text_encoder_file(path: Path) -> TextEncoderFile:

@@ -46,7 +46,7 @@ def inputs_of(node: dict[str, Any]) -> dict[str, list]:
 
 def test_the_nodes(definitions):
     assert {key: node["display_name"] for key, node in definitions.items()} == NODES
-    assert {node["category"] for node in definitions.values()} == {"loaders/parallel"}
+    assert {node["category"] for node in definitions.values()} == {"model/loaders/parallel"}
     assert {node["python_module"] for node in definitions.values()} == {f"custom_nodes.{PACK_NAME}"}
 
 

@@ -14,14 +14,19 @@ from parallel_backend.runtime.messages import Done, EncodeText, Failed, Hello, K
 
 EVERY_MESSAGE = [
     Hello(rank=3, pid=4711),
-    Load(id=1, path="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
-    EncodeText(id=2),
-    Keep(id=3, forget=["t1", "t2"]),
-    Predict(id=4, context="t5", references=["t6", "t7"], cache={"settings": {}, "evaluation": {"position": 0.5}}),
-    messages.EndRun(id=5, run="ab12"),
-    messages.DecodeLatent(id=5),
-    messages.EncodeImage(id=6),
-    messages.Stats(id=7),
+    Load(id=1, model="m1", path="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
+    EncodeText(id=2, model="m1"),
+    Keep(id=3, model="m1", forget=["t1", "t2"]),
+    Predict(
+        id=4, model="m1", context="t5", references=["t6", "t7"], cache={"settings": {}, "evaluation": {"position": 0.5}}
+    ),
+    messages.EndRun(id=5, model="m1", run="ab12"),
+    messages.DecodeLatent(id=5, model="m1"),
+    messages.EncodeImage(id=6, model="m1"),
+    messages.Stats(id=7, model="m1"),
+    messages.Offload(id=8, model="m1", component="transformer"),
+    messages.Unload(id=9, model="m1"),
+    messages.Notice("what users should know"),
     Progress(rank=1, done=2**40, total=2**41),
     Done(id=8, rank=0, seconds=0.25, data={"weight_bytes": {"vae": 12}, "device": "cpu"}),
     Failed(id=9, rank=2, error="no", bad_input=True, traceback="Traceback ...\n"),
@@ -72,7 +77,7 @@ def test_what_is_no_message_is_refused_and_shown(ends, data):
 
 def test_messages_keep_their_order(ends):
     for number in range(20):
-        ends[0].send(EncodeText(number))
+        ends[0].send(EncodeText(number, "m1"))
     assert [ends[1].receive()[0].id for _ in range(20)] == list(range(20))
 
 
@@ -88,8 +93,8 @@ def test_a_traceback_of_any_length_fits_and_keeps_its_end(ends, character):
 def test_a_message_over_the_limit_is_refused_before_it_is_sent(ends):
     with pytest.raises(ValueError, match=rf"a Done of \d+ bytes is over the limit of {MAX_PACKET}"):
         ends[0].send(Done(1, 0, 0.0, {"much": ["x" * 1000] * 200}))
-    ends[0].send(EncodeText(2))
-    assert ends[1].receive()[0] == EncodeText(2)
+    ends[0].send(EncodeText(2, "m1"))
+    assert ends[1].receive()[0] == EncodeText(2, "m1")
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
@@ -99,7 +104,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 def test_a_tensor_arrives_bit_for_bit(ends, dtype):
     sent = torch.randint(0, 256, (3, 5, 7), generator=torch.Generator().manual_seed(0)).to(dtype) / 3
     sent = sent.to(dtype)
-    ends[0].send_tensors(EncodeText(1), {"x": sent})
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": sent})
     _, received = ends[1].receive()
     assert received["x"].dtype == dtype
     assert torch.equal(received["x"], sent)
@@ -107,7 +112,7 @@ def test_a_tensor_arrives_bit_for_bit(ends, dtype):
 
 def test_values_that_are_no_numbers_survive(ends):
     sent = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=torch.bfloat16)
-    ends[0].send_tensors(EncodeText(1), {"x": sent})
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": sent})
     received = ends[1].receive()[1]["x"]
     assert torch.equal(received.view(torch.int16), sent.view(torch.int16))
 
@@ -120,7 +125,7 @@ def test_several_tensors_of_odd_sizes_in_one_parcel(ends):
         "double": torch.randn(5, dtype=torch.float64),
         "long": torch.arange(130),
     }
-    ends[0].send_tensors(EncodeText(1), sent)
+    ends[0].send_tensors(EncodeText(1, "m1"), sent)
     _, received = ends[1].receive()
     assert list(received) == list(sent)
     for name, tensor in sent.items():
@@ -130,7 +135,7 @@ def test_several_tensors_of_odd_sizes_in_one_parcel(ends):
 
 
 def test_nothing_but_empty_tensors(ends):
-    ends[0].send_tensors(EncodeText(1), {"x": torch.empty(0, 3), "y": torch.empty(4, 0, dtype=torch.int64)})
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": torch.empty(0, 3), "y": torch.empty(4, 0, dtype=torch.int64)})
     _, received = ends[1].receive()
     assert received["x"].shape == (0, 3)
     assert received["y"].shape == (4, 0)
@@ -150,7 +155,7 @@ def test_nothing_but_empty_tensors(ends):
 )
 def test_tensors_that_are_not_plain_memory(ends, change):
     sent = change(torch.randn(6, 8))
-    ends[0].send_tensors(EncodeText(1), {"x": sent})
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": sent})
     assert torch.equal(ends[1].receive()[1]["x"], sent)
 
 
@@ -166,13 +171,13 @@ def test_a_receiver_has_a_tensor_of_its_own(ends):
     sent = torch.randn(2000)
     parcel = pack({"x": sent})
     for channel in (ends[0], other[0]):
-        channel.send(EncodeText(1), parcel)
+        channel.send(EncodeText(1, "m1"), parcel)
     first = ends[1].receive()[1]["x"]
     first.zero_()
     second = other[1].receive()[1]["x"]  # mapped after the write
     assert torch.equal(second, sent)
     second.fill_(7)
-    ends[0].send(EncodeText(2), parcel)
+    ends[0].send(EncodeText(2, "m1"), parcel)
     third = ends[1].receive()[1]["x"]
     parcel.close()
     assert torch.equal(third, sent)
@@ -184,7 +189,7 @@ def test_a_receiver_has_a_tensor_of_its_own(ends):
 def test_a_tensor_outlives_its_parcel_and_its_channel():
     ours, theirs = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     sent = torch.randn(3000)
-    ours.send_tensors(EncodeText(1), {"x": sent})
+    ours.send_tensors(EncodeText(1, "m1"), {"x": sent})
     received = theirs.receive()[1]["x"]
     ours.close()
     theirs.close()
@@ -195,7 +200,7 @@ def test_a_tensor_outlives_its_parcel_and_its_channel():
 def test_no_descriptor_is_left_after_200_round_trips(ends):
     before = open_descriptors()
     for number in range(200):
-        ends[0].send_tensors(EncodeText(number), {"x": torch.ones(1000)})
+        ends[0].send_tensors(EncodeText(number, "m1"), {"x": torch.ones(1000)})
         message, tensors = ends[1].receive()
         ends[1].send_tensors(Done(message.id, 0, 0.0), {"y": tensors["x"] + 1})
         ends[0].receive()
@@ -228,16 +233,16 @@ def test_shared_memory_has_no_name():
 def test_a_closed_peer_is_told(ends):
     ends[1].close()
     with pytest.raises(ChannelClosedError):
-        ends[0].send(EncodeText(1))
+        ends[0].send(EncodeText(1, "m1"))
     with pytest.raises(ChannelClosedError):
         ends[0].receive()
 
 
 def test_what_was_sent_before_the_peer_closed_still_arrives(ends):
-    ends[0].send_tensors(EncodeText(1), {"x": torch.ones(5)})
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": torch.ones(5)})
     ends[0].close()
     message, tensors = ends[1].receive()
-    assert message == EncodeText(1)
+    assert message == EncodeText(1, "m1")
     assert torch.equal(tensors["x"], torch.ones(5))
     with pytest.raises(ChannelClosedError):
         ends[1].receive()
