@@ -11,6 +11,7 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..parallel_backend.runtime.client import WorkersFailedError
 from ..parallel_backend.runtime.group_config import ModelConfig
 from ..parallel_backend.runtime.groups import acquire_model, add_user, find_model, remove_user
 from ..parallel_backend.runtime.remote_model import RemoteModel
@@ -43,7 +44,11 @@ class ModelHandle:
         """Free the device memory of a component until it is used next; nothing where the model is not loaded."""
         model = find_model(self.config)
         if model is not None:
-            model.offload(component)
+            try:
+                model.offload(component)
+            except WorkersFailedError as error:
+                # Nothing of it is on a device any more. ComfyUI's own thread asks for this, and must not end by it.
+                log.warning("%s", error)
 
 
 def check_interrupted() -> None:

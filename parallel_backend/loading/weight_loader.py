@@ -97,6 +97,22 @@ def load_weights(
     return held
 
 
+def shard_bytes(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    table: Mapping[str, ParamShard],
+    dtype: torch.dtype,
+    fp8: str = "cast",
+) -> int:
+    """What `load_weights` would return for the same arguments; nothing is read.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the model, by name and file.
+    """
+    targets = _targets(model, weights, table, dtype, torch.device("meta"), keep_fp8=fp8 != "cast")
+    return sum(target.shape.numel() * target.dtype.itemsize for target in targets)
+
+
 @dataclass
 class _Target:
     """A parameter that is to be filled.

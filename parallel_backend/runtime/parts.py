@@ -20,7 +20,7 @@ from ..families import Family, Model
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
 from ..loading.text_encoder_file import TextEncoderFile
-from ..loading.weight_loader import load_weights
+from ..loading.weight_loader import load_weights, shard_bytes
 from ..memory import transformer_activation_bytes, vae_activation_bytes
 from ..mesh import SINGLE, Axis, ParallelMesh, raise_together
 from ..parallel.tensor import ParamShard
@@ -69,8 +69,13 @@ class Part(ABC):
         self.module: Model = None
         self.host: HostCopy | None = None
         self._built: tuple[Model, Mapping[str, ParamShard]] | None = self.build()
-        self.nbytes = sum(p.numel() for p in self._built[0].parameters()) * settings.dtype.itemsize
-        """Bytes of this rank's weights; before loading, as if all of them had the model's dtype."""
+        self.nbytes = self._count(*self._built)
+        """Bytes of this rank's weights, wherever they are."""
+
+    def _count(self, module: Model, table: Mapping[str, ParamShard]) -> int:
+        """Bytes that the weights of a built module will take."""
+        settings = self.settings
+        return shard_bytes(module, settings.source.weights(self.name), table, settings.dtype, settings.fp8)
 
     @abstractmethod
     def workspace(self, size: int) -> int:
@@ -198,10 +203,6 @@ class VAEPart(Part):
 
     name = "vae"
 
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__(settings)
-        self.nbytes = self.nbytes // settings.dtype.itemsize * torch.float32.itemsize
-
     @property
     def _here(self) -> bool:
         return self.settings.mesh.world.rank == 0
@@ -212,16 +213,23 @@ class VAEPart(Part):
         assert isinstance(self.settings.source, PipelineFolder)
         return self.settings.family.build_vae(self.settings.source.vae_config), {}
 
+    def _count(self, module: Model, table: Mapping[str, ParamShard]) -> int:
+        return sum(p.numel() for p in module.parameters()) * torch.float32.itemsize
+
     def load(self, on_bytes: Callable[[int], None]) -> None:
         settings = self.settings
         self._built = None
         error: ValueError | None = None
         if self._here:
-            assert isinstance(settings.source, PipelineFolder)
+            folder = settings.source.path / self.name
             try:
-                self.module = settings.family.load_vae(settings.source.path / self.name).to(settings.device)
+                self.module = settings.family.load_vae(folder).to(settings.device)
+                for name, tensor in self.module.state_dict().items():
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{name} holds values that are not finite numbers; download it again")
             except (OSError, ValueError) as found:
-                error = ValueError(f"the VAE in {settings.source.path / self.name} cannot be loaded: {found}")
+                self.module = None
+                error = ValueError(f"the VAE in {folder} cannot be loaded: {found}")
         raise_together(error, settings.mesh.world)
         on_bytes(self.nbytes)
         self.place = Place.DEVICE

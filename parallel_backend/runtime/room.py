@@ -60,10 +60,11 @@ class Room:
             ValueError: there is no room for the weights even with all parts gone, by how much, and what to do.
         """
         for part, orphan in parts:
+            if part.place is not Place.DEVICE:
+                continue
             if self._most(weights + workspace - self.available()) <= 0:
                 return
-            if part.place is Place.DEVICE:
-                self.leave(part, f"to make room for {what}", for_good=orphan)
+            self.leave(part, f"to make room for {what}", for_good=orphan)
         missing = self._most(weights - self.available())
         if missing > 0:
             needed = self._most(weights)

@@ -40,10 +40,10 @@ _REPLACE = f"""([oldType, newType, values]) => {{
   for (const input of old.inputs) {{
     if (input.link == null) continue;
     const link = graph.getLink(input.link), slot = node.inputs.findIndex(other => other.name === input.name);
-    if (slot < 0) lost.push(input.name);
-    else if (link.origin_id === graph.inputNode.id)
-      graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
-    else graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot);
+    const made = slot < 0 ? null : link.origin_id === graph.inputNode.id
+      ? graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node)
+      : graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot);
+    if (!made) lost.push(input.name);
   }}
   const output = node.outputs.findIndex(output => output.type === old.outputs[0].type);
   for (const link of [...old.outputs[0].links].map(id => graph.getLink(id)))
@@ -72,7 +72,7 @@ class Replaced:
     Args:
         old, new: their keys in the API form.
         output: number of the new node's output that took over the links of the old one's only output.
-        lost: linked inputs of the old node that the new one has not.
+        lost: linked inputs of the old node that the new one has not, or of another type.
     """
 
     old: str

@@ -7,9 +7,11 @@ template asks for and are small and random; the LoRA is not there, and its loade
 from __future__ import annotations
 
 import copy
+import json
 import urllib.error
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,37 @@ from ..comfyui.conftest import new_server
 from ..comfyui.graphs import run_well
 from ..comfyui.server import HOW_TO_GET, ComfyServer, find_comfyui
 from ..single_file import flux2_tensors, to_fp8, write
-from ..text_encoder_file import write_text
+from ..text_encoder_file import comfy_config, write_text
 from ..vae_file import write_vae
 from .edits import Replaced, bypass, replace, set_widgets, wire
 from .frontend import Frontend, what_is_missing
 
-LOADER, TEXT_LOADER, LAYOUT = "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "HybridDiT_ParallelLayout"
-LORA = "LoraLoaderModelOnly"
+LOADER, LAYOUT, LORA = "HybridDiT_LoadDiffusionModel", "HybridDiT_ParallelLayout", "LoraLoaderModelOnly"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """What CLIPLoader is replaced by.
+
+    Args:
+        node: its type.
+        values: of its widgets.
+        lost: CLIPLoader's linked inputs that it has not.
+    """
+
+    node: str
+    values: dict[str, Any]
+    lost: list[str]
+
+
+TEXT_ENCODER = TextEncoder("HybridDiT_LoadCLIP", {"type": "flux2"}, lost=[])
+# ComfyUI's loader knows files of the real size only; this node hands a small one to ComfyUI's own text encoder.
+REFERENCE = TextEncoder("ReferenceTextEncoder", {"config": json.dumps(comfy_config())}, lost=[])
+
+
+def write_text_encoder(path: Path) -> None:
+    """Write the file that a template names."""
+    write_text(path, "metadata" if "fp8" in path.name else "bf16")
 
 
 SIZES = {
@@ -55,10 +81,10 @@ Prompt = dict[str, Any]
 
 @dataclass
 class Edited:
-    """A template in API form: as it comes, with the text encoder alone replaced, and with both; by the switch.
+    """A template in API form: as it comes, with ComfyUI's own nodes on small files, and with ours; by the switch.
 
     Args:
-        reopened: the last one, off, saved and opened again.
+        reopened: ours, off, saved and opened again.
         layout: the layout's key.
         errors: what went wrong in the page.
     """
@@ -109,9 +135,16 @@ def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Fronte
     assert set_widgets(frontend, "PrimitiveInt", "value", STEPS) == 2
     stock = both_ways(frontend)
     assert bypass(frontend, LORA) == 1
-    text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER)
-    wire(frontend, LAYOUT, "layout", devices="cpu")
+    opened = frontend.graph()
+    clip_name = next(node for node in stock[False].values() if node["class_type"] == "CLIPLoader")["inputs"][
+        "clip_name"
+    ]
+    given = {"clip_name": clip_name, **REFERENCE.values}
+    assert replace(frontend, "CLIPLoader", REFERENCE.node, **given).lost == REFERENCE.lost
     reference = both_ways(frontend)
+
+    show(frontend, opened, name)
+    text_encoder = replace(frontend, "CLIPLoader", TEXT_ENCODER.node, **TEXT_ENCODER.values)
     model = replace(frontend, "UNETLoader", LOADER)
     layout = wire(frontend, LAYOUT, "layout", devices="cpu")
     ours = both_ways(frontend)
@@ -147,7 +180,7 @@ def write_models(server: ComfyServer, workflow: dict[str, Any]) -> None:
             tensors, metadata = to_fp8(flux2_tensors(), "metadata")
             write(path, tensors, metadata=metadata)
         elif path.parent.name == "text_encoders":
-            write_text(path, "comfy_quant" if "fp8" in path.name else "bf16")
+            write_text_encoder(path)
         elif path.parent.name == "vae":
             others = list(path.parent.glob("*.safetensors"))
             path.symlink_to(others[0]) if others else write_vae(path)
@@ -209,24 +242,18 @@ def types(prompt: Prompt) -> set[str]:
 def test_nothing_else_changes(edited: Edited, on: bool):
     before, after = edited.stock[on], edited.ours[on]
     assert types(before) - types(after) == {"UNETLoader", "CLIPLoader", LORA}
-    assert types(after) - types(before) == {LOADER, TEXT_LOADER, LAYOUT}
+    assert types(after) - types(before) == {LOADER, TEXT_ENCODER.node, LAYOUT}
     clip, model = edited.text_encoder, edited.model
     (lora,) = (key for key, node in before.items() if node["class_type"] == LORA)
     moved = {clip.old: [clip.new, clip.output], model.old: [model.new, model.output], lora: [model.new, model.output]}
     new = (clip.new, model.new, edited.layout)
     assert linked(before, moved) == {key: node for key, node in linked(after, {}).items() if key not in new}
-    assert (clip.lost, model.lost) == ([], [])
-    # The names still come from the subgraph's own widgets, as in the template.
+    assert (clip.lost, model.lost) == (TEXT_ENCODER.lost, [])
+    # The name still comes from the subgraph's own widget, as in the template.
     unet_name = before[model.old]["inputs"]["unet_name"]
     layout = [edited.layout, 0]
     assert after[model.new]["inputs"] == {"unet_name": unet_name, "weight_dtype": "default", "layout": layout}
-    assert after[clip.new]["inputs"] == {
-        "clip_name": before[clip.old]["inputs"]["clip_name"],
-        "type": before[clip.old]["inputs"]["type"],
-        "layout": layout,
-        "weight_dtype": "default",
-        "encoder_memory": "auto",
-    }
+    assert after[clip.new]["inputs"]["layout"] == layout
 
 
 def test_saved_and_opened_again(edited: Edited):
@@ -234,7 +261,7 @@ def test_saved_and_opened_again(edited: Edited):
     assert edited.errors == []
 
 
-def test_the_same_picture_as_with_comfyuis_own_loader(edited: Edited, server: ComfyServer):
+def test_the_same_picture_as_with_comfyuis_own_loaders(edited: Edited, server: ComfyServer):
     drawn = {}
     for on in (False, True):
         drawn[on] = draw(server, edited.ours[on])

@@ -290,6 +290,14 @@ def not_finite_text(folder: Path) -> str:
     return r"layers\.2\.mlp\.up_proj\.weight in .*\.safetensors holds values that are not finite"
 
 
+def not_finite_vae(folder: Path) -> str:
+    def change(tensors):
+        tensors["decoder.conv_in.weight"][0, 0] = float("nan")
+
+    changed(folder, change, "vae")
+    return r"VAE in .*damaged/vae cannot be loaded: decoder\.conv_in\.weight holds values that are not finite"
+
+
 def pickled(folder: Path) -> str:
     (weights,) = (folder / "transformer").glob("*.safetensors")
     tensors = load_file(weights)
@@ -306,8 +314,8 @@ def pickled_under_another_name(folder: Path) -> str:
     return r"diffusion_pytorch_model\.safetensors"
 
 
-DAMAGES = [cut_off, missing, unexpected, other_shape, whole_numbers, not_finite, not_finite_text, pickled,
-           pickled_under_another_name]  # fmt: skip
+DAMAGES = [cut_off, missing, unexpected, other_shape, whole_numbers, not_finite, not_finite_text, not_finite_vae,
+           pickled, pickled_under_another_name]  # fmt: skip
 
 
 class TestBadFiles:

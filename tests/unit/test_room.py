@@ -10,7 +10,7 @@ from parallel_backend.mesh import SINGLE
 from parallel_backend.runtime.engine import Engine
 from parallel_backend.runtime.parts import Part, Place
 from parallel_backend.runtime.room import Room
-from tests.single_file import flux2_tensors, write
+from tests.single_file import flux2_tensors, to_fp8, write
 
 MIB = 2**20
 
@@ -169,3 +169,18 @@ def test_a_damaged_file_leaves_nothing(engine, tmp_path, files):
         load(engine, str(write(tmp_path / "d.safetensors", tensors)))
     assert list(engine.models) == ["a"]
     assert {key[0] for key in engine._used} == {"a"}
+
+
+@pytest.mark.parametrize("fp8", ["stored", "cast"])
+def test_what_stays_in_8_bits_is_counted_so(engine, device, tmp_path, fp8):
+    """Or a model would be refused that fits."""
+    tensors, metadata = to_fp8(flux2_tensors(heads=2, double=1, single=2), "metadata")
+    path = str(write(tmp_path / "e.safetensors", tensors, metadata=metadata))
+    planned = engine._build(path, ParallelismConfig(), torch.bfloat16, fp8, "auto").parts["transformer"].nbytes
+    device.parts.clear()
+    device.size = planned
+    engine.load("e", path, ParallelismConfig(), torch.bfloat16, lambda *_: None, fp8=fp8)
+    assert engine.models["e"].parts["transformer"].nbytes == planned
+    weights = [tensor for tensor in tensors.values() if tensor.ndim]  # the scales have no dims
+    sizes = {"stored": sum(tensor.nbytes for tensor in weights), "cast": 2 * sum(tensor.numel() for tensor in weights)}
+    assert planned == sizes[fp8]
