@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ..comfyui.conftest import new_server
-from ..comfyui.graphs import run_well
-from ..comfyui.server import HOW_TO_GET, ComfyServer, find_comfyui
+from ..browser.edits import Replaced, bypass, replace, set_widgets, wire
+from ..browser.frontend import Frontend, what_is_missing
 from ..single_file import flux2_tensors, to_fp8, write
 from ..text_encoder_file import comfy_config, write_text
 from ..vae_file import write_vae
-from .edits import Replaced, bypass, replace, set_widgets, wire
-from .frontend import Frontend, what_is_missing
+from .graphs import run_well
+from .server import ComfyServer
 
 LOADER, LAYOUT, LORA = "HybridDiT_LoadDiffusionModel", "HybridDiT_ParallelLayout", "LoraLoaderModelOnly"
 
@@ -59,7 +58,6 @@ SIZES = {
     "image_flux2_text_to_image": (128, 96),
     # 240 x 160 scaled to MEGAPIXELS is 177 x 118, of which whole tokens of 16 x 16 pixels are drawn.
     "image_flux2": (176, 112),
-    "image_flux2_fp8": (176, 112),
 }
 """Templates, and width and height of their pictures here."""
 INPUT_SIZE, MEGAPIXELS = (240, 160), 0.02
@@ -71,7 +69,6 @@ SWITCH, STEPS = "value", {"20": 2, "8": 3}
 MOST, MEAN = 2, 0.5
 
 pytestmark = [
-    pytest.mark.skipif(find_comfyui() is None, reason=HOW_TO_GET),
     pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
     pytest.mark.timeout(240),
 ]
@@ -100,15 +97,9 @@ class Edited:
     errors: list[str]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    home = tmp_path_factory.mktemp("home")
-    (home / "models").mkdir()
-    comfyui = find_comfyui()
-    assert comfyui is not None
-    with new_server(comfyui, home) as server:
-        server.add_input_image(OTHER_IMAGE, picture(9))
-        yield server
+@pytest.fixture(scope="module", autouse=True)
+def other_image(server: ComfyServer) -> None:
+    server.add_input_image(OTHER_IMAGE, picture(9))
 
 
 @pytest.fixture(scope="module")
