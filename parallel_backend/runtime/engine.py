@@ -91,6 +91,9 @@ class Engine:
         """
         for other, model in self.models.items():
             model.orphan = other in orphans and other != name
+            for part in model.parts.values():
+                if model.orphan and part.place is Place.HOST:
+                    part.drop()  # on a device it may wait until that room is needed, but host memory is scarce
         if name in self.models:
             return
         model = self._build(path, layout, dtype, fp8, encoder_memory)

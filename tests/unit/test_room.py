@@ -111,6 +111,15 @@ def test_what_nobody_uses_leaves_first_and_for_good(engine, device, files, notic
     assert places(engine)["a"] == "device"
 
 
+def test_what_nobody_uses_takes_no_host_memory(engine, files):
+    names = [load(engine, path) for path in files[:2]]
+    for name in names:
+        engine.models[name].parts["transformer"].to_host()
+    load(engine, files[2], orphans=names[:1])
+    assert places(engine) == {"a": "file", "b": "host", "c": "device"}
+    assert engine.models["a"].parts["transformer"].host is None
+
+
 def test_room_for_work_is_made_too_where_it_can_be(engine, device, files, notices):
     for path in files[:2]:
         load(engine, path)
