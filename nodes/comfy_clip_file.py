@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile
 from .comfy_clip import refuse_clip_layer, refuse_generation, wrap_clip
-from .comfy_patcher import RemotePart
+from .comfy_patcher import RemotePart, meta_state_dict
 from .group import ModelHandle, check_interrupted
 
 OPTION = "parallel_text_encoder"
@@ -55,12 +55,7 @@ class RemoteTextModel(nn.Module):
         return _Ids()
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        # A LoRA loader drops what it finds no key for; what it finds one for, RemotePatcher refuses. PyTorch collects
-        # the state of a whole model in `destination` and drops what is returned.
-        found = {} if destination is None else destination
-        for name, shape in self._shapes.items():
-            found[prefix + name] = torch.empty(shape, device="meta")
-        return found
+        return meta_state_dict(self._shapes, destination, prefix)
 
     def forward(
         self, _: None, attention_mask: Tensor, embeds: Tensor, intermediate_output: list[int], **__: Any

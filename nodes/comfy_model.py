@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from .cache_run import RUN_KEY
-from .comfy_patcher import RemotePart, RemotePatcher
+from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
 from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 64 * 2**20
@@ -38,12 +38,7 @@ class RemoteDiffusionModel(nn.Module):
         self._shapes = shapes
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        # Stock loaders look here for the names and shapes that a patch may have. PyTorch collects the state of a whole
-        # model in `destination` and drops what is returned.
-        found = {} if destination is None else destination
-        for name, shape in self._shapes.items():
-            found[prefix + name] = torch.empty(shape, dtype=self.dtype, device="meta")
-        return found
+        return meta_state_dict(self._shapes, destination, prefix, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Who looks for a block here wants to change it. ComfyUI's bypass LoRA goes on with a line in the log where the

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_patcher
+import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .group import ModelHandle
@@ -17,6 +19,24 @@ class RemotePart:
 
     handle: ModelHandle
     component: str
+
+
+def meta_state_dict(
+    shapes: Mapping[str, tuple[int, ...]],
+    destination: dict[str, torch.Tensor] | None,
+    prefix: str,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """What ``state_dict`` of a module answers whose weights are in the workers: tensors without memory.
+
+    Stock loaders look there for the names and shapes that a patch may have, and drop a patch that they find no name
+    for; what they find one for, `RemotePatcher` refuses. PyTorch collects the state of a whole model in
+    ``destination`` and drops what is returned.
+    """
+    found = {} if destination is None else destination
+    for name, shape in shapes.items():
+        found[prefix + name] = torch.empty(shape, dtype=dtype, device="meta")
+    return found
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):

@@ -76,14 +76,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, pipeline=None):
-        if pipeline is None:
-            return True
-        try:
-            folder = find_pipeline(pipeline)
-            open_pipeline_folder(folder).check(ParallelismConfig())
-        except ValueError as error:
-            return str(error)
-        return True
+        return checked(pipeline, lambda name: open_pipeline_folder(find_pipeline(name)).check(ParallelismConfig()))
 
     @classmethod
     def fingerprint_inputs(cls, pipeline=None, **_):
@@ -132,13 +125,9 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name=None):
-        if unet_name is None:
-            return True
-        try:
-            open_single_file(find_file(MODEL_FILES, unet_name)).check(ParallelismConfig())
-        except ValueError as error:
-            return str(error)
-        return True
+        return checked(
+            unet_name, lambda name: open_single_file(find_file(MODEL_FILES, name)).check(ParallelismConfig())
+        )
 
     @classmethod
     def fingerprint_inputs(cls, unet_name=None, **_):
@@ -186,13 +175,7 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name=None):
-        if clip_name is None:
-            return True
-        try:
-            open_text_encoder_file(find_file(ENCODER_FILES, clip_name))
-        except ValueError as error:
-            return str(error)
-        return True
+        return checked(clip_name, lambda name: open_text_encoder_file(find_file(ENCODER_FILES, name)))
 
     @classmethod
     def fingerprint_inputs(cls, clip_name=None, **_):
@@ -213,6 +196,21 @@ class LoadCLIP(io.ComfyNode):
         handle, source = load(lambda: find_file(ENCODER_FILES, clip_name), layout, dtype, fp8, encoder_memory)
         assert isinstance(source, TextEncoderFile)
         return io.NodeOutput(make_clip_of_file(handle, source))
+
+
+def checked(name: str | None, look: Callable[[str], object]) -> bool | str:
+    """What ``validate_inputs`` answers for the name of a checkpoint: what is wrong with it, or True.
+
+    Args:
+        name: None where it is linked, and so not known yet.
+        look: opens the checkpoint of a name; ValueError says what is wrong.
+    """
+    try:
+        if name is not None:
+            look(name)
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 def weight_dtype_input(default: str) -> io.Input:

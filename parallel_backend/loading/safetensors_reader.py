@@ -186,6 +186,16 @@ def check_unused(keys: Collection[str], file: Path, model: str) -> None:
         )
 
 
+def check_dtypes(weight: Weight) -> None:
+    """Raise ValueError where a weight is stored in a dtype that is not read, by name and file."""
+    for tensor, _, _ in weight.pieces:
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read; weights in "
+                f"{', '.join(WEIGHT_DTYPES)} are"
+            )
+
+
 def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) -> Weight:
     """What the tensor that a model calls ``name``, of full ``shape``, is made of.
 
@@ -196,12 +206,7 @@ def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) 
     if weight is None:
         files = ", ".join(sorted({tensor.file.name for known in weights.values() for tensor, _, _ in known.pieces}))
         raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
-    for tensor, _, _ in weight.pieces:
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read; weights in "
-                f"{', '.join(WEIGHT_DTYPES)} are"
-            )
+    check_dtypes(weight)
     tensor, _, _ = weight.pieces[0]
     found = weight.shape if tensor.shape else ()
     if list(found) != list(shape):

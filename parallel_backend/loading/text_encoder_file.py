@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, family_of_text_file
 from .quantized import BESIDE, read_quantization
-from .safetensors_reader import StoredTensor, Weight, check_unused, find_weight, read_header, whole
+from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint
 
 KNOWN = (
@@ -101,7 +101,7 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
                     f"{names[name]} has shape {list(found)}, but the rest of the file makes it {list(made)}; the file "
                     "is damaged or of another model"
                 )
-            find_weight(name, parameter.shape, weights)
+            check_dtypes(weights[name])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     tokenizer = keys.get(family.text_file_tokenizer)

@@ -22,6 +22,7 @@ from .staging import BUFFER_BYTES, Job, Ring
 
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 FP8_MODES = ("matmul", "stored", "cast")
+"""What becomes of weights that are stored in fp8; see `load_weights`."""
 _FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """The lowest bits, without the sign, that are no finite number; all above are none, either."""
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ..config import ParallelismConfig
 from ..loading.checkpoint import open_checkpoint
+from ..loading.weight_loader import FP8_MODES
 from .devices import Devices, resolve_devices
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-FP8 = ("matmul", "stored", "cast")
-"""What becomes of weights that are stored in fp8; see `load_weights`."""
 ENCODER_MEMORY = ("auto", "device", "host")
 """Where a text encoder stays between prompts; see `ModelConfig`."""
 
@@ -63,7 +62,7 @@ class ModelConfig:
             layout: degrees.
             devices: see `resolve_devices`.
             dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
-            fp8: what becomes of weights that are stored in fp8, one of `FP8`; ``dtype`` is that of the others.
+            fp8: what becomes of weights that are stored in fp8, one of `FP8_MODES`; ``dtype`` is that of the others.
             encoder_memory: one of `ENCODER_MEMORY`.
 
         Raises:
@@ -73,7 +72,7 @@ class ModelConfig:
             raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
         for what, value, known in (
             ("dtype", dtype, DTYPES),
-            ("the use of fp8", fp8, FP8),
+            ("the use of fp8", fp8, FP8_MODES),
             ("the text encoder's memory", encoder_memory, ENCODER_MEMORY),
         ):
             if value not in known:

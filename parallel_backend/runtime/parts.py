@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..config import ParallelismConfig
 from ..families import Family, Model
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
+from ..loading.safetensors_reader import Weight
 from ..loading.text_encoder_file import TextEncoderFile
 from ..loading.weight_loader import load_weights, shard_bytes
 from ..memory import transformer_activation_bytes, vae_activation_bytes
@@ -72,10 +74,14 @@ class Part(ABC):
         self.nbytes = self._count(*self._built)
         """Bytes of this rank's weights, wherever they are."""
 
+    @cached_property
+    def _weights(self) -> dict[str, Weight]:
+        """What each parameter is made of; a folder reads its files' headers for it."""
+        return self.settings.source.weights(self.name)
+
     def _count(self, module: Model, table: Mapping[str, ParamShard]) -> int:
         """Bytes that the weights of a built module will take."""
-        settings = self.settings
-        return shard_bytes(module, settings.source.weights(self.name), table, settings.dtype, settings.fp8)
+        return shard_bytes(module, self._weights, table, self.settings.dtype, self.settings.fp8)
 
     @abstractmethod
     def workspace(self, size: int) -> int:
@@ -102,7 +108,7 @@ class Part(ABC):
         error: ValueError | None = None
         try:
             self.nbytes = load_weights(
-                module, settings.source.weights(self.name), table,
+                module, self._weights, table,
                 device=settings.device, dtype=settings.dtype, replicas=self.replicas,
                 fp8=settings.fp8, on_bytes=on_bytes,
             )  # fmt: skip

@@ -26,27 +26,12 @@ from ..vae_file import write_vae
 from .graphs import run_well
 from .server import ComfyServer
 
-LOADER, LAYOUT, LORA = "HybridDiT_LoadDiffusionModel", "HybridDiT_ParallelLayout", "LoraLoaderModelOnly"
+LOADER, TEXT_LOADER, LAYOUT = "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "HybridDiT_ParallelLayout"
+LORA = "LoraLoaderModelOnly"
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """What CLIPLoader is replaced by.
-
-    Args:
-        node: its type.
-        values: of its widgets.
-        lost: CLIPLoader's linked inputs that it has not.
-    """
-
-    node: str
-    values: dict[str, Any]
-    lost: list[str]
-
-
-TEXT_ENCODER = TextEncoder("HybridDiT_LoadCLIP", {"type": "flux2"}, lost=[])
 # ComfyUI's loader knows files of the real size only; this node hands a small one to ComfyUI's own text encoder.
-REFERENCE = TextEncoder("ReferenceTextEncoder", {"config": json.dumps(comfy_config())}, lost=[])
+REFERENCE, REFERENCE_CONFIG = "ReferenceTextEncoder", json.dumps(comfy_config())
 
 
 def write_text_encoder(path: Path) -> None:
@@ -130,12 +115,11 @@ def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Fronte
     clip_name = next(node for node in stock[False].values() if node["class_type"] == "CLIPLoader")["inputs"][
         "clip_name"
     ]
-    given = {"clip_name": clip_name, **REFERENCE.values}
-    assert replace(frontend, "CLIPLoader", REFERENCE.node, **given).lost == REFERENCE.lost
+    assert replace(frontend, "CLIPLoader", REFERENCE, clip_name=clip_name, config=REFERENCE_CONFIG).lost == []
     reference = both_ways(frontend)
 
     show(frontend, opened, name)
-    text_encoder = replace(frontend, "CLIPLoader", TEXT_ENCODER.node, **TEXT_ENCODER.values)
+    text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER, type="flux2")
     model = replace(frontend, "UNETLoader", LOADER)
     layout = wire(frontend, LAYOUT, "layout", devices="cpu")
     ours = both_ways(frontend)
@@ -233,13 +217,13 @@ def types(prompt: Prompt) -> set[str]:
 def test_nothing_else_changes(edited: Edited, on: bool):
     before, after = edited.stock[on], edited.ours[on]
     assert types(before) - types(after) == {"UNETLoader", "CLIPLoader", LORA}
-    assert types(after) - types(before) == {LOADER, TEXT_ENCODER.node, LAYOUT}
+    assert types(after) - types(before) == {LOADER, TEXT_LOADER, LAYOUT}
     clip, model = edited.text_encoder, edited.model
     (lora,) = (key for key, node in before.items() if node["class_type"] == LORA)
     moved = {clip.old: [clip.new, clip.output], model.old: [model.new, model.output], lora: [model.new, model.output]}
     new = (clip.new, model.new, edited.layout)
     assert linked(before, moved) == {key: node for key, node in linked(after, {}).items() if key not in new}
-    assert (clip.lost, model.lost) == (TEXT_ENCODER.lost, [])
+    assert (clip.lost, model.lost) == ([], [])
     # The name still comes from the subgraph's own widget, as in the template.
     unet_name = before[model.old]["inputs"]["unet_name"]
     layout = [edited.layout, 0]
