@@ -25,6 +25,7 @@ from parallel_backend.cache import block_cache
 from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
+from parallel_backend.families import Conditioning
 from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, flux2_dev
 from parallel_backend.mesh import SINGLE
 
@@ -46,9 +47,10 @@ class Timer:
         self.inputs = family.transformer_inputs(
             torch.randn(1, channels, rows, columns, device="cuda", dtype=torch.bfloat16),
             torch.full((1,), 0.5, device="cuda"),
-            torch.randn(1, 512, text, device="cuda", dtype=torch.bfloat16),
-            torch.full((1,), 4.0, device="cuda"),
-            [],
+            Conditioning(
+                torch.randn(1, 512, text, device="cuda", dtype=torch.bfloat16),
+                tensors={"guidance": torch.full((1,), 4.0, device="cuda")},
+            ),
         )
         self.images = [self.inputs["hidden_states"], self.inputs["hidden_states"] * 1.5]
         self.cache = BlockCache(self.transformer, family.block_stacks, SINGLE)

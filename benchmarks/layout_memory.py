@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import Conditioning
 from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, GIB, LAYOUTS, flux2_dev
 from parallel_backend.mesh import build_mesh
 from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axes
@@ -63,7 +64,9 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     torch.cuda.reset_peak_memory_stats()
     x = torch.randn(1, 128, height // 16, width // 16, device="cuda", dtype=torch.bfloat16)
     inputs = family.transformer_inputs(
-        x, torch.tensor([0.5], device="cuda"), context.bfloat16(), torch.tensor([4.0], device="cuda"), []
+        x,
+        torch.tensor([0.5], device="cuda"),
+        Conditioning(context.bfloat16(), tensors={"guidance": torch.tensor([4.0], device="cuda")}),
     )
     times = []
     for _ in range(steps + 2):

@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..parallel_backend.families import Conditioning
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from .cache_run import RUN_KEY
 from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
@@ -68,9 +69,7 @@ class RemoteDiffusionModel(nn.Module):
         prediction = self.handle.get().predict(
             x,
             timestep,
-            context,
-            guidance,
-            references=list(ref_latents or ()),
+            Conditioning(context, list(ref_latents or ()), {} if guidance is None else {"guidance": guidance}),
             check=check_interrupted,
             cache=None if run is None else run.plan(self.handle, options),
         )

@@ -126,36 +126,30 @@ def weight_bytes(
 
 
 def transformer_activation_bytes(
-    config: Mapping[str, Any], layout: ParallelismConfig, tokens: int, dtype_bytes: int = 2
+    family: Family, config: Mapping[str, Any], layout: ParallelismConfig, tokens: int, dtype_bytes: int = 2
 ) -> int:
     """Estimate the peak of one transformer forward on a rank, beside its weights. An estimate, not a count.
 
-    Counted in widths D = heads x head_dim of a local token. The peak of a single-stream block is where queries and keys
-    are rotated in fp32: residual, normed input and conditioning (3 D) are whole on every tp rank; the fused projection
-    (q, k, v, gate, up: 3 D + 2 MLP) and the copies of q and k (9 D) are sharded over tp. At high tp a double-stream
-    block takes over, which holds 8 D that are not sharded. This is within 10 % of the allocations traced on the meta
-    device; on an H200 FLUX.2-dev took 1.2 GiB on one GPU and 0.6 GiB under Ulysses-2, against 1.1 and 0.55 here.
-    Ring adds accumulators in fp32, which `RUNTIME_BYTES` covers.
+    The family says how many features of a token are held at the peak. Ring adds accumulators in fp32, which
+    `RUNTIME_BYTES` covers.
 
     Args:
+        family: which model.
         config: the transformer's configuration, with every value.
         layout: degrees.
         tokens: image and text tokens of the full sequence, times the batch.
         dtype_bytes: bytes of one activation.
     """
-    inner = config["num_attention_heads"] * config["attention_head_dim"]
-    fused = 3 * inner + 2 * int(inner * config["mlp_ratio"])
-    width = max(8 * inner, 3 * inner + (fused + 9 * inner) // layout.tp_size)
-    return -(-tokens // layout.cp_size) * width * dtype_bytes
+    return -(-tokens // layout.cp_size) * family.activation_width(config, layout.tp_size) * dtype_bytes
 
 
-def vae_activation_bytes(pixels: int, vae_class: str = "AutoencoderKLFlux2") -> int:
+def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int) -> int:
     """Estimate the peak of decoding an image of ``pixels`` in fp32: five tensors of the widest full-size layer.
 
     They are a residual block's input, its norm, the activation of that and what cuDNN's convolutions need beside them;
-    on an H200, 1024 x 1024 took 4.4 to 4.9 GiB.
+    on an H200, FLUX.2's VAE took 4.4 to 4.9 GiB for 1024 x 1024.
     """
-    return 5 * _build_vae(vae_class).config.block_out_channels[1] * pixels * _VAE_DTYPE_BYTES
+    return 5 * family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
 
 
 def flux2_dev_memory(layout: ParallelismConfig) -> MemoryEstimate:
@@ -167,7 +161,10 @@ def flux2_dev_memory(layout: ParallelismConfig) -> MemoryEstimate:
     family, config = flux2_dev()
     tokens = IMAGE_PIXELS // family.latent_downscale**2 + TEXT_TOKENS
     # Transformer and VAE take turns, so the larger of the two counts.
-    activations = max(transformer_activation_bytes(config, layout, tokens), vae_activation_bytes(IMAGE_PIXELS))
+    activations = max(
+        transformer_activation_bytes(family, config, layout, tokens),
+        vae_activation_bytes(family, dict(_build_vae(family.vae_class).config), IMAGE_PIXELS),
+    )
     return MemoryEstimate(weight_bytes(family, config, FLUX2_DEV_TEXT_CONFIG, layout), activations)
 
 

@@ -157,8 +157,9 @@ def parallelize_transformer(
     state = ParallelState(layout, mesh, processors=dict(transformer.attn_processors))
     shards = SequenceShards(mesh)
     state.table = apply_tensor_parallel(transformer, family.transformer_plan(config), mesh.tp)
-    family.install_attention(transformer, ShardedAttention(shards))
-    state.hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream)
+    entrance = family.install(transformer, ShardedAttention(shards))
+    hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream, entrance)
+    state.hooks = hooks if entrance is None else [entrance, *hooks]
     setattr(transformer, _STATE, state)
     return state.table
 

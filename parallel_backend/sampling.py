@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
+from .families import Conditioning
 from .runtime.remote_model import RemoteModel
 
 MAX_TEXT_TOKENS = 512
@@ -107,12 +108,12 @@ def draw(
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
     scheduler = load_scheduler(folder)
     family.set_timesteps(scheduler, request.steps, shape[2] * shape[3])
-    guidance = torch.tensor([request.guidance])
+    conditioning = Conditioning(context, tensors={"guidance": torch.tensor([request.guidance])})
     run = None if cache is None else CacheRun(cache, steps=request.steps)
     on_step(0, request.steps)
     for index, timestep in enumerate(scheduler.timesteps):
         plan = None if run is None else (run, run.evaluation("", index))
-        prediction = model.predict(latent, timestep.expand(1) / 1000, context, guidance, cache=plan)
+        prediction = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan)
         latent = scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
         on_step(index + 1, request.steps)
     if run is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .base import Family, Model, ModelAdapter
+from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
 from .flux2 import Flux2
 
 FAMILIES: tuple[Family, ...] = (Flux2(),)
@@ -52,9 +52,12 @@ def _supported() -> str:
 
 __all__ = [
     "FAMILIES",
+    "Conditioning",
     "Family",
     "Model",
     "ModelAdapter",
+    "ReferenceModel",
+    "VisionImage",
     "family_of_pipeline",
     "family_of_single_file",
     "family_of_text_file",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
+from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
 
 Model = Any
@@ -30,6 +31,49 @@ class ModelAdapter:
 
     transformer: Model
     text_encoder: Model | None = None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What an evaluation is conditioned on, as ComfyUI has it.
+
+    Args:
+        context: ``[B, L, C]`` from the text encoder.
+        references: reference latents, ``[1 or B, C, ...]`` each.
+        tensors: what else there is, by the names that the family gives in `Family.conditioning_tensors`, such as
+            ``guidance [B]`` or the context's ``mask [B, L]`` (False where there is no token).
+        options: choices, by the names that the family gives in `Family.conditioning_options`.
+    """
+
+    context: Tensor
+    references: Sequence[Tensor] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VisionImage:
+    """An image as a vision tower takes it: flattened patches ``[N, features]``, and how many in time, rows, columns."""
+
+    patches: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """The model of a family that people run, for what can be said before a checkpoint is there.
+
+    Args:
+        name: as people know it.
+        transformer_config: of the transformer; what it leaves out has diffusers' defaults.
+        text_config: of the text encoder, as its ``config.json`` has it.
+        text_tokens: of a prompt.
+    """
+
+    name: str
+    transformer_config: Mapping[str, Any]
+    text_config: Mapping[str, Any]
+    text_tokens: int = 512
 
 
 class Family(ABC):
@@ -57,6 +101,13 @@ class Family(ABC):
     """Channels of the latent as ComfyUI and the transformer see it."""
     latent_downscale: int
     """Pixels to one latent position, along each side."""
+    pixel_multiple: int
+    """Width and height of a picture are multiples of this."""
+    conditioning_tensors: tuple[str, ...] = ()
+    """Names of the tensors beside the context that the transformer takes; see `Conditioning`."""
+    conditioning_options: Mapping[str, tuple[str, ...]] = {}
+    """Names of the choices that an evaluation takes, and their values."""
+    reference_model: ReferenceModel
 
     # The transformer.
 
@@ -88,18 +139,24 @@ class Family(ABC):
         """How each weight of the transformer is sharded over tp; what is not named is replicated."""
 
     @abstractmethod
-    def install_attention(self, transformer: Model, attention: ShardedAttention) -> None:
-        """Give the transformer's attention modules processors that compute over the sharded sequence."""
+    def install(self, transformer: Model, attention: ShardedAttention) -> Entrance | None:
+        """Give the transformer's attention modules processors that compute over the sharded sequence.
+
+        Returns:
+            What the model does with its inputs around the cut; None if nothing.
+        """
 
     @abstractmethod
-    def transformer_inputs(
-        self, x: Tensor, timestep: Tensor, context: Tensor, guidance: Tensor | None, references: Sequence[Tensor]
-    ) -> dict[str, Any]:
+    def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
 
     @abstractmethod
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
+
+    @abstractmethod
+    def activation_width(self, config: Mapping[str, Any], tp: int) -> int:
+        """About the features of a local token that a forward holds at its peak, on a rank of a tp degree."""
 
     @abstractmethod
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
@@ -131,6 +188,21 @@ class Family(ABC):
     def localize_text(self, text_model: Model, degree: int) -> None:
         """Tell a sharded text model's attention how many heads a rank holds."""
 
+    has_vision_tower: bool = False
+    """Whether the text encoder can look at images. Then `build_vision`, `vision_keys` and `encode_images` are there."""
+
+    def build_vision(self, config: Mapping[str, Any]) -> Model:
+        """The vision tower of a text encoder's configuration, with weights on the meta device."""
+        raise NotImplementedError
+
+    def vision_keys(self, names: Sequence[str]) -> dict[str, str]:
+        """From parameter names of the vision tower to the names in a checkpoint that has ``names``."""
+        raise NotImplementedError
+
+    def encode_images(self, vision: Model, images: Sequence[VisionImage]) -> Tensor:
+        """What stands in the prompt for all images' placeholder tokens, one after the other: ``[N, hidden]``."""
+        raise NotImplementedError
+
     @abstractmethod
     def text_keys(self, names: Sequence[str]) -> dict[str, str]:
         """From parameter names of the text model to the names in a checkpoint that has ``names``."""
@@ -140,8 +212,20 @@ class Family(ABC):
         """The conversation that the tokenizer's chat template turns into the text encoder's input."""
 
     @abstractmethod
-    def encode_text(self, text_model: Model, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
-        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+    def encode_text(
+        self,
+        text_model: Model,
+        ids: Tensor,
+        mask: Tensor,
+        layers: Sequence[int],
+        images: Tensor | None = None,
+        grids: Sequence[tuple[int, int, int]] = (),
+    ) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``.
+
+        ``images [N, hidden]`` stand in the places of the placeholder tokens in ``ids``; the grids are their
+        `VisionImage.grid`.
+        """
 
     # The text encoder in a file of its own, as ComfyUI has it.
 
@@ -169,9 +253,16 @@ class Family(ABC):
         """The VAE of a component folder, whole, on the CPU, in fp32."""
 
     @abstractmethod
+    def vae_width(self, config: Mapping[str, Any]) -> int:
+        """Channels of the VAE's widest layer at the picture's full size."""
+
+    @abstractmethod
     def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:
-        """Image ``[B, 3, H, W]`` in -1..1 from a latent as the transformer sees it."""
+        """Image ``[B, 3, H, W]`` (``[B, 3, F, H, W]`` where latents have frames) in -1..1 from a latent.
+
+        Latents are as the transformer sees them.
+        """
 
     @abstractmethod
     def encode_image(self, vae: Model, image: Tensor) -> Tensor:
-        """Latent as the transformer sees it from an image ``[B, 3, H, W]`` in -1..1."""
+        """The way back."""

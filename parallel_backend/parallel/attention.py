@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .kernels import attention
@@ -19,18 +20,30 @@ class ShardedAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[B, S_local, H_local, D]`` each -> ``[B, S_local, H_local, D]``. Tokens carry their position already.
 
-        Attention without a mask does not depend on the order of keys, so the ranks' shards may be joined in any order.
+        Attention does not depend on the order of keys, so the ranks' shards may be joined in any order. Keys that
+        `SequenceShards.hide_keys` named are dropped, not masked.
         """
-        mesh = self.shards.mesh
+        mesh, kept = self.shards.mesh, self.shards.kept_keys
         if not mesh.cp.is_split:
-            return attention(query, key, value)
+            return _attention(query, key, value, kept)
         tokens = self.shards.ulysses_tokens()
         if mesh.ulysses.is_split:
             query, key, value = scatter_heads(query, key, value, mesh.ulysses, tokens)
         if mesh.ring.is_split:
-            out = ring_attention(query, key, value, mesh.ring, self.shards.ring_tokens())
+            out = ring_attention(query, key, value, mesh.ring, self.shards.ring_tokens(), kept)
         else:
-            out = attention(query, key, value)
+            out = _attention(query, key, value, kept)
         if mesh.ulysses.is_split:
             out = gather_heads(out, mesh.ulysses, tokens)
         return out
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, kept: list[list[Tensor]] | None) -> Tensor:
+    """Attention over all keys that are there, or over those that each sample keeps."""
+    if kept is None:
+        return attention(query, key, value)
+    parts = [
+        attention(query[i : i + 1], key[i : i + 1, tokens], value[i : i + 1, tokens])
+        for i, tokens in enumerate(kept[0])
+    ]
+    return torch.cat(parts)

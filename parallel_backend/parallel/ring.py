@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..mesh import Axis
 from .kernels import attention_with_lse
 
 
-def ring_attention(query: Tensor, key: Tensor, value: Tensor, axis: Axis, tokens: list[int]) -> Tensor:
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: Axis,
+    tokens: list[int],
+    kept: list[list[Tensor]] | None = None,
+) -> Tensor:
     """Attention of this rank's queries over the keys and values of every rank of the ring.
 
     Args:
         query, key, value: ``[B, S_chunk, H, D]``, the chunk that this ring position holds.
         axis: the ring axis.
         tokens: S_chunk of each ring position.
+        kept: for each ring position and sample, the tokens of its chunk that are keys; None if all are.
 
     Returns:
         ``[B, S_chunk, H, D]`` in the query's dtype.
@@ -49,7 +56,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, axis: Axis, tokens
                 requests = dist.batch_isend_irecv(ops)
         if chunk.shape[1] and query.shape[1]:
             keys, values = (part.transpose(0, 1) for part in chunk.unbind(0))
-            part, part_lse = attention_with_lse(query, keys, values)
+            part, part_lse = _partial(query, keys, values, None if kept is None else kept[holder])
             out, lse = (part.float(), part_lse) if out is None else _merge(out, lse, part.float(), part_lse)
         for request in requests:
             request.wait()
@@ -57,8 +64,25 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, axis: Axis, tokens
     return query.new_empty(query.shape) if out is None else out.to(query.dtype)
 
 
+def _partial(query: Tensor, keys: Tensor, values: Tensor, kept: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Attention over one chunk, or over what each sample keeps of it, with its lse ``[B, S, H, 1]``."""
+    if kept is None:
+        return attention_with_lse(query, keys, values)
+    parts = []
+    for i, tokens in enumerate(kept):
+        one = query[i : i + 1]
+        if len(tokens):
+            parts.append(attention_with_lse(one, keys[i : i + 1, tokens], values[i : i + 1, tokens]))
+        else:
+            # As small as fp32 goes, rather than minus infinity, which would make NaN where two such are merged.
+            nothing = torch.finfo(torch.float32).min
+            parts.append((torch.zeros_like(one), one.new_full((*one.shape[:3], 1), nothing, dtype=torch.float32)))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
 def _merge(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two partial softmax results, out ``[B, S, H, D]`` and lse ``[B, S, H, 1]``, both fp32."""
     assert lse is not None
     out = out - torch.sigmoid(part_lse - lse) * (out - part)
-    return out, lse - F.logsigmoid(lse - part_lse)
+    return out, torch.logaddexp(lse, part_lse)

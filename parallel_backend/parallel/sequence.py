@@ -23,6 +23,19 @@ def split_sizes(length: int, parts: int, *, extras_last: bool = False) -> list[i
     return sizes[::-1] if extras_last else sizes
 
 
+class Entrance:
+    """What one model does with its inputs around the cut, besides being cut."""
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        """Change the arguments of a forward, by name, before the sequence is cut; all tensors are full."""
+
+    def localize(self, arguments: dict[str, Any]) -> None:
+        """Change them after the sequence was cut; tensors of the sequence are rank-local."""
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+
+
 class SequenceShards:
     """How the token streams of the forward in progress are spread over the cp ranks.
 
@@ -33,6 +46,8 @@ class SequenceShards:
     def __init__(self, mesh: ParallelMesh) -> None:
         self.mesh = mesh
         self.streams: list[list[int]] = []
+        self.kept_keys: list[list[Tensor]] | None = None
+        """For each ring position and sample, which tokens of the chunk that is held there are keys; None if all are."""
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Start a forward whose streams have these full lengths (tokens)."""
@@ -41,6 +56,34 @@ class SequenceShards:
             split_sizes(length, self.mesh.cp.degree, extras_last=bool(index % 2))
             for index, length in enumerate(lengths)
         ]
+        self.kept_keys = None
+
+    def length(self, stream: int) -> int:
+        """Full length of a stream (tokens)."""
+        return sum(self.streams[stream])
+
+    def hide_keys(self, stream: int, mask: Tensor, device: torch.device) -> None:
+        """Have nobody attend to some tokens of a stream in the forward that has begun.
+
+        They are dropped before the kernel, for each sample by itself, wherever a layout has put them.
+
+        Args:
+            stream: the others keep all their tokens.
+            mask: ``[B, S]`` of the full stream, False where a token is hidden; on the CPU, the same on all ranks.
+            device: of the tensors to come.
+        """
+        masks = [mask if index == stream else None for index in range(len(self.streams))]
+        self.kept_keys = []
+        for position in range(self.mesh.ring.degree):
+            first = position * self.mesh.ulysses.degree
+            parts = []
+            for cp_rank in range(first, first + self.mesh.ulysses.degree):
+                for other, sizes in zip(masks, self.streams, strict=True):
+                    start, size = sum(sizes[:cp_rank]), sizes[cp_rank]
+                    ones = mask.new_ones(mask.shape[0], size)
+                    parts.append(ones if other is None else other[:, start : start + size])
+            chunk = torch.cat(parts, dim=1)
+            self.kept_keys.append([row.nonzero().flatten().to(device) for row in chunk])
 
     def tokens(self, cp_rank: int) -> int:
         """Tokens of all streams that a cp rank holds."""
@@ -76,6 +119,7 @@ def shard_sequence(
     shards: SequenceShards,
     inputs: Sequence[Sequence[str]],
     output_stream: int,
+    entrance: Entrance | None = None,
 ) -> list[Any]:
     """Cut the model's inputs to this rank's tokens and gather its output, with forward hooks on this instance.
 
@@ -85,20 +129,27 @@ def shard_sequence(
         inputs: for each stream the names of its arguments, the token dim of each being the second to last; the first
             name of a stream gives its length.
         output_stream: the stream that the output (``.sample`` or the first of a tuple, ``[B, S_local, C]``) belongs to.
+        entrance: sees the arguments before and after they are cut.
 
     Returns:
-        Handles whose ``remove()`` undoes it; empty if the sequence is not sharded.
+        Handles whose ``remove()`` undoes it; empty if there is nothing to do.
     """
-    if not shards.mesh.cp.is_split:
+    if entrance is None and not shards.mesh.cp.is_split:
         return []
     signature = inspect.signature(type(model).forward)
 
     def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bound = signature.bind(module, *args, **kwargs)
-        shards.begin([bound.arguments[names[0]].shape[-2] for names in inputs])
-        for stream, names in enumerate(inputs):
-            for name in names:
-                bound.arguments[name] = shards.shard(bound.arguments[name], stream, -2)
+        arguments = bound.arguments
+        if entrance is not None:
+            entrance.prepare(arguments)
+        shards.begin([arguments[names[0]].shape[-2] for names in inputs])
+        if shards.mesh.cp.is_split:
+            for stream, names in enumerate(inputs):
+                for name in names:
+                    arguments[name] = shards.shard(arguments[name], stream, -2)
+        if entrance is not None:
+            entrance.localize(arguments)
         return bound.args[1:], bound.kwargs
 
     def gather(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -107,7 +158,7 @@ def shard_sequence(
         output.sample = shards.gather(output.sample, output_stream)
         return output
 
-    return [
-        model.register_forward_pre_hook(cut, with_kwargs=True),
-        model.register_forward_hook(gather),
-    ]
+    handles = [model.register_forward_pre_hook(cut, with_kwargs=True)]
+    if shards.mesh.cp.is_split:
+        handles.append(model.register_forward_hook(gather))
+    return handles

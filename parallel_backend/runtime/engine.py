@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from ..cache.config import CacheSettings
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
+from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..memory import GIB
 from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
-from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart
+from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
 from .room import Room
 
 OnProgress = Callable[[int, int], None]
@@ -97,10 +99,12 @@ class Engine:
         if name in self.models:
             return
         model = self._build(path, layout, dtype, fp8, encoder_memory)
-        count = _Counter(sum(part.nbytes for part in model.parts.values()), on_progress)
+        count = _Counter(sum(p.nbytes for p in model.parts.values() if not p.on_demand), on_progress)
         self.models[name] = model
         try:
             for component, part in model.parts.items():
+                if part.on_demand:
+                    continue
                 self._make_room(part, part.nbytes, LOADING_BYTES if self.device.type == "cuda" else 0)
                 part.load(count.add)
                 self._used[name, component] = part
@@ -152,11 +156,12 @@ class Engine:
             model.kept[new] = tensor.to(self.device, model.settings.dtype)
 
     @torch.no_grad()
-    def encode_text(self, name: str, ids: Tensor, mask: Tensor) -> Tensor:
-        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+    def encode_text(self, name: str, ids: Tensor, mask: Tensor, images: Sequence[VisionImage] = ()) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``, and the images that ids refer to."""
         part = cast(TextEncoderPart, self._part(name, "text_encoder"))
+        features = self._encode_images(name, images) if images else None
         self._bring(name, part, ids.numel())
-        context = part.encode(ids, mask)
+        context = part.encode(ids, mask, features, [image.grid for image in images])
         memory = self._model(name).encoder_memory
         if memory == "auto" and self.device.type == "cuda" and self.room.least_available() < ENCODER_RESERVE:
             self.room.leave(part, f"since less than {ENCODER_RESERVE / GIB:.0f} GiB would stay free beside it")
@@ -164,19 +169,33 @@ class Engine:
             part.to_host()
         return context
 
+    def _encode_images(self, name: str, images: Sequence[VisionImage]) -> Tensor:
+        """What the text encoder reads in the images' places. The tower is on the first device while it works."""
+        family = self._model(name).settings.family
+        if not family.has_vision_tower:
+            raise ValueError(f"the text encoder of {family.title} does not look at images; give it a prompt alone")
+        vision = cast(VisionPart, self._part(name, "vision_tower"))
+        self._bring(name, vision, sum(len(image.patches) for image in images))
+        features = vision.encode(images)
+        self.room.leave(vision, "as the images are encoded")
+        self._granted = (None, 0)
+        return features
+
     @torch.no_grad()
     def predict(
         self,
         name: str,
         x: Tensor,
         timestep: Tensor,
-        guidance: Tensor | None,
         context: str,
-        references: list[str],
+        references: Sequence[str] = (),
+        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+        options: Mapping[str, str] = MappingProxyType({}),
         cache: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Decision | None]:
-        """Prediction ``[B, C, H, W]`` for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same.
+        """Prediction for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same.
 
+        ``context`` and ``references`` are names of kept tensors, ``tensors`` and ``options`` those of `Conditioning`.
         With ``cache`` (``settings`` and ``evaluation``) also what the cache decided.
         """
         model = self._model(name)
@@ -189,9 +208,12 @@ class Engine:
         inputs = family.transformer_inputs(
             x,
             timestep.to(self.device),
-            model.kept[context],
-            None if guidance is None else guidance.to(self.device),
-            [model.kept[reference] for reference in references],
+            Conditioning(
+                model.kept[context],
+                [model.kept[reference] for reference in references],
+                {key: tensor.to(self.device) for key, tensor in tensors.items()},
+                options,
+            ),
         )
         tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in family.sequence_inputs)
         self._bring(name, part, tokens)
@@ -209,16 +231,15 @@ class Engine:
 
     @torch.no_grad()
     def decode(self, name: str, latent: Tensor) -> Tensor | None:
-        """Image ``[B, 3, H, W]`` in -1..1; on rank 0."""
+        """Image in -1..1, as `Family.decode_latent` gives it; on rank 0."""
         part = cast(VAEPart, self._part(name, "vae"))
-        batch, _, height, width = latent.shape
-        pixels = batch * height * width * self._model(name).settings.family.latent_downscale ** 2
+        pixels = latent[:, 0].numel() * self._model(name).settings.family.latent_downscale ** 2
         self._bring(name, part, pixels)
         return part.decode(latent) if self.rank == 0 else None
 
     @torch.no_grad()
     def encode(self, name: str, image: Tensor) -> Tensor | None:
-        """Latent ``[B, C, h, w]`` from an image ``[B, 3, H, W]`` in -1..1; on rank 0."""
+        """Latent from an image in -1..1; on rank 0."""
         part = cast(VAEPart, self._part(name, "vae"))
         self._bring(name, part, image[:, 0].numel())
         return part.encode(image) if self.rank == 0 else None

@@ -58,10 +58,14 @@ class Unload:
 
 @dataclass(frozen=True)
 class EncodeText:
-    """Encode token ids and mask ``[B, L]`` (tensors ``ids``, ``mask``); rank 0 answers with ``context``."""
+    """Encode token ids and mask ``[B, L]`` (tensors ``ids``, ``mask``); rank 0 answers with ``context``.
+
+    ``grids`` has time, rows and columns of each image's patches, which come along as ``image0``, ``image1`` ...
+    """
 
     id: int
     model: str
+    grids: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,18 @@ class Keep:
 
 @dataclass(frozen=True)
 class Predict:
-    """One evaluation of the transformer on tensors ``x``, ``timestep`` (and ``guidance``); rank 0: ``prediction``.
+    """One evaluation of the transformer on tensors ``x``, ``timestep``; rank 0 answers with ``prediction``.
 
-    ``context`` and ``references`` are names of kept tensors. ``cache`` has the cache's ``settings`` and the
-    ``evaluation``; each rank's answer then says what was decided.
+    ``context`` and ``references`` are names of kept tensors, ``options`` and all other tensors are those of
+    `Conditioning`. ``cache`` has the cache's ``settings`` and the ``evaluation``; each rank's answer then says what was
+    decided.
     """
 
     id: int
     model: str
     context: str
     references: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
 
 

@@ -6,18 +6,19 @@ import contextlib
 import ctypes
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..cache.block_cache import BlockCache
 from ..config import ParallelismConfig
-from ..families import Family, Model
+from ..families import Family, Model, VisionImage
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
 from ..loading.safetensors_reader import Weight
@@ -64,6 +65,8 @@ class Part(ABC):
     name: str
     replicas: Axis = SINGLE
     """Ranks that hold the same slices, which share the reading."""
+    on_demand = False
+    """Whether it is loaded when it is first used, not with the model."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.settings = settings
@@ -170,7 +173,9 @@ class TransformerPart(Part):
     def workspace(self, tokens: int) -> int:
         """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""
         settings = self.settings
-        return transformer_activation_bytes(self.config, settings.layout, tokens, settings.dtype.itemsize)
+        return transformer_activation_bytes(
+            settings.family, self.config, settings.layout, tokens, settings.dtype.itemsize
+        )
 
 
 class TextEncoderPart(Part):
@@ -194,14 +199,59 @@ class TextEncoderPart(Part):
         module = family.build_text_model(self.config)
         return module, shard_text_model(module, family, self.config, self._axis)
 
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Context ``[B, L, C]`` from token ids and mask ``[B, L]``."""
+    def encode(self, ids: Tensor, mask: Tensor, images: Tensor | None, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Context ``[B, L, C]``, as `Family.encode_text` makes it."""
         device = self.settings.device
-        return self.settings.family.encode_text(self.module, ids.to(device), mask.to(device), self.layers)
+        return self.settings.family.encode_text(
+            self.module, ids.to(device), mask.to(device), self.layers, images, grids
+        )
 
     def workspace(self, tokens: int) -> int:
         """About the bytes that encoding so many tokens takes beside the weights."""
         return tokens * self._width * self.settings.dtype.itemsize
+
+
+class VisionPart(Part):
+    """A text encoder's vision tower: whole on rank 0, which tells the other ranks what it saw."""
+
+    name = "vision_tower"
+    on_demand = True
+
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        source, family = self.settings.source, self.settings.family
+        assert isinstance(source, PipelineFolder | TextEncoderFile)
+        if self.settings.mesh.world.rank:
+            return torch.nn.Module(), {}
+        return family.build_vision(source.text_config), {}
+
+    def encode(self, images: Sequence[VisionImage]) -> Tensor:
+        """What stands in the prompt for the images' placeholder tokens, ``[N, hidden]``; on every rank the same."""
+        settings, world = self.settings, self.settings.mesh.world
+        features = torch.empty(0)
+        shape = torch.zeros(2, dtype=torch.int64, device=settings.device)
+        error: ValueError | None = None
+        if world.rank == 0:
+            moved = [VisionImage(image.patches.to(settings.device), image.grid) for image in images]
+            try:
+                features = settings.family.encode_images(self.module, moved)
+                shape = torch.tensor(features.shape, device=settings.device)
+            except ValueError as found:
+                error = found
+        raise_together(error, world)
+        if world.is_split:
+            first = dist.get_global_rank(world.group, 0) if world.group is not None else 0
+            dist.broadcast(shape, first, group=world.group)
+            if world.rank:
+                features = torch.empty(tuple(shape.tolist()), dtype=settings.dtype, device=settings.device)
+            dist.broadcast(features.contiguous(), first, group=world.group)
+        return features
+
+    def workspace(self, patches: int) -> int:
+        """About the bytes that so many patches take beside the weights; on rank 0."""
+        if self.settings.mesh.world.rank:
+            return 0
+        vision = self.settings.source.text_config["vision_config"]  # type: ignore[union-attr]
+        return patches * 12 * vision["hidden_size"] * self.settings.dtype.itemsize
 
 
 class VAEPart(Part):
@@ -217,7 +267,9 @@ class VAEPart(Part):
         if not self._here:
             return torch.nn.Module(), {}
         assert isinstance(self.settings.source, PipelineFolder)
-        return self.settings.family.build_vae(self.settings.source.vae_config), {}
+        module = self.settings.family.build_vae(self.settings.source.vae_config)
+        self._config = dict(module.config)
+        return module, {}
 
     def _count(self, module: Model, table: Mapping[str, ParamShard]) -> int:
         return sum(p.numel() for p in module.parameters()) * torch.float32.itemsize
@@ -250,7 +302,9 @@ class VAEPart(Part):
 
     def workspace(self, pixels: int) -> int:
         """About the bytes that so many pixels take beside the weights; on rank 0."""
-        return vae_activation_bytes(pixels, self.settings.family.vae_class) if self._here else 0
+        if not self._here:
+            return 0
+        return vae_activation_bytes(self.settings.family, self._config, pixels)
 
 
-PARTS: dict[str, type[Part]] = {part.name: part for part in (TransformerPart, TextEncoderPart, VAEPart)}
+PARTS: dict[str, type[Part]] = {part.name: part for part in (TransformerPart, TextEncoderPart, VisionPart, VAEPart)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cache.decision import Decision, Evaluation
 from ..cache.run import CacheRun
+from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint
 from .group_config import ModelConfig
 from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
@@ -63,49 +64,60 @@ class RemoteModel:
                 self.group.call(Offload(self.group.next_id(), self.name, component), {})
                 self.offloaded.add(component)
 
-    def encode_text(self, ids: Tensor, mask: Tensor, check: Check = lambda: None) -> Tensor:
-        """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64)."""
+    def encode_text(
+        self, ids: Tensor, mask: Tensor, images: Sequence[VisionImage] = (), check: Check = lambda: None
+    ) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64), and the images that ids refer to.
+
+        Raises:
+            ValueError: images for a text encoder that cannot look at them, or that do not fit the ids.
+        """
         with self._timed("text"):
-            request = EncodeText(self.group.next_id(), self.name)
-            return self._use("text_encoder", request, {"ids": ids, "mask": mask}, check)[1]["context"]
+            request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
+            tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
+            return self._use("text_encoder", request, {"ids": ids, "mask": mask, **tensors}, check)[1]["context"]
 
     def predict(
         self,
         x: Tensor,
         timestep: Tensor,
-        context: Tensor,
-        guidance: Tensor | None = None,
-        references: Sequence[Tensor] = (),
+        conditioning: Conditioning,
         check: Check = lambda: None,
         cache: tuple[CacheRun, Evaluation] | None = None,
     ) -> Tensor:
         """One evaluation of the transformer.
 
         Args:
-            x: latent ``[B, C, H, W]``.
+            x: latent ``[B, C, H, W]`` (``[B, C, F, H, W]`` where latents have frames).
             timestep: sigma in 0..1, ``[B]``.
-            context: ``[B, L, C]``; sent when it is new, named afterwards.
-            guidance: ``[B]`` or None.
-            references: reference latents ``[1 or B, C, h, w]``; sent when new, named afterwards.
+            conditioning: its context and references are sent when they are new, and named afterwards.
             check: called every 50 ms; may raise to give the step up. The group stays usable.
             cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
                 `end_run` when the run is over.
 
         Returns:
-            The prediction ``[B, C, H, W]``, in the model's dtype, on the CPU.
+            The prediction, of the latent's shape, in the model's dtype, on the CPU.
+
+        Raises:
+            ValueError: tensors or options that the family does not know.
         """
+        family = self.source.family
+        unknown = [
+            *(name for name in conditioning.tensors if name not in family.conditioning_tensors),
+            *(f"{k}={v}" for k, v in conditioning.options.items() if v not in family.conditioning_options.get(k, ())),
+        ]
+        if unknown:
+            raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
         with self._timed("steps"):
             names: list[str] = []
-            for tensor in (context, *references):
+            for tensor in (conditioning.context, *conditioning.references):
                 names.append(self._name(tensor, names, check))
-            tensors = {"x": x, "timestep": timestep}
-            if guidance is not None:
-                tensors["guidance"] = guidance
+            tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
             plan = None
             if cache is not None:
                 run, evaluation = cache
                 plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
-            request = Predict(self.group.next_id(), self.name, names[0], names[1:], plan)
+            request = Predict(self.group.next_id(), self.name, names[0], names[1:], dict(conditioning.options), plan)
             began = time.perf_counter()
             answers, results = self._use("transformer", request, tensors, check)
             if cache is not None:
@@ -123,13 +135,13 @@ class RemoteModel:
             self.group.post(EndRun(self.group.next_id(), self.name, run.id))
 
     def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
-        """Image ``[B, 3, H, W]`` in -1..1 (fp32) from a latent ``[B, C, h, w]``."""
+        """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`."""
         with self._timed("decode"):
             request = DecodeLatent(self.group.next_id(), self.name)
             return self._use("vae", request, {"latent": latent}, check)[1]["image"]
 
     def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
-        """Latent ``[B, C, h, w]`` (fp32) from an image ``[B, 3, H, W]`` in -1..1."""
+        """Latent (fp32) from an image in -1..1."""
         with self.group.lock:
             request = EncodeImage(self.group.next_id(), self.name)
             return self._use("vae", request, {"image": image}, check)[1]["latent"]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ParallelismConfig
+from ..families import VisionImage
 from .channel import Channel, ChannelClosedError
 from .engine import Engine
 from .messages import (
@@ -137,7 +138,11 @@ def perform(
             engine.unload(request.model)
             return {}, {}
         case EncodeText():
-            return {}, {"context": engine.encode_text(request.model, tensors["ids"], tensors["mask"])}
+            images = [
+                VisionImage(tensors[f"image{index}"], (grid[0], grid[1], grid[2]))
+                for index, grid in enumerate(request.grids)
+            ]
+            return {}, {"context": engine.encode_text(request.model, tensors["ids"], tensors["mask"], images)}
         case Keep():
             engine.keep(request.model, tensors, request.forget)
             return {}, {}
@@ -146,9 +151,10 @@ def perform(
                 request.model,
                 tensors["x"],
                 tensors["timestep"],
-                tensors.get("guidance"),
                 request.context,
                 request.references,
+                {name: tensor for name, tensor in tensors.items() if name not in ("x", "timestep")},
+                request.options,
                 request.cache,
             )
             return {} if decision is None else asdict(decision), {"prediction": prediction}

@@ -9,7 +9,7 @@ from diffusers import Flux2Transformer2DModel
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import family_of_transformer
+from parallel_backend.families import Conditioning, family_of_transformer
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
 
@@ -42,7 +42,8 @@ def flux2_inputs(text: int, sizes: list[tuple[int, int]], batch: int, seed: int 
     x, *references = (torch.randn(batch, 128, h, w, generator=generator) for h, w in sizes)
     context = torch.randn(batch, text, 48, generator=generator)
     timestep = torch.full((batch,), 0.7)
-    return FLUX2.transformer_inputs(x, timestep, context, torch.full((batch,), 3.5), references)
+    conditioning = Conditioning(context, references, {"guidance": torch.full((batch,), 3.5)})
+    return FLUX2.transformer_inputs(x, timestep, conditioning)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

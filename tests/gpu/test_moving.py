@@ -39,7 +39,7 @@ def predict(engine: Engine, name: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     engine.keep(name, {"context": torch.randn(1, 64, 192, generator=generator)}, [])
     x = torch.randn(1, 128, 32, 32, generator=generator)
-    return engine.predict(name, x, torch.tensor([0.5]), torch.tensor([4.0]), "context", [])[0]
+    return engine.predict(name, x, torch.tensor([0.5]), "context", [], {"guidance": torch.tensor([4.0])})[0]
 
 
 def encode(engine: Engine, name: str) -> torch.Tensor:

@@ -121,6 +121,12 @@ def inputs(batch: int = 1, height: int = 4, width: int = 6, text: int = 7, seed:
     }
 
 
+def evaluate(model: RemoteModel, x, timestep, context, guidance, references=(), **others) -> torch.Tensor:
+    """A prediction of the workers."""
+    tensors = {} if guidance is None else {"guidance": guidance}
+    return model.predict(x, timestep, Conditioning(context, references, tensors), **others)
+
+
 @torch.no_grad()
 def expected_prediction(pipe: Flux2Pipeline, x, timestep, context, guidance, references=()) -> torch.Tensor:
     """The untouched transformer, with tokens and position ids made by diffusers' pipeline."""
@@ -143,7 +149,7 @@ def expected_prediction(pipe: Flux2Pipeline, x, timestep, context, guidance, ref
 
 def assert_works(model: RemoteModel, untouched: Flux2Pipeline, seed: int = 50) -> None:
     given = inputs(seed=seed)
-    assert relative_error(model.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+    assert relative_error(evaluate(model, **given), expected_prediction(untouched, **given)) <= TOLERANCE
 
 
 def processes_of(group: WorkerGroup) -> list[int]:
@@ -254,21 +260,21 @@ class TestPredict:
     def test_references_and_batch_2(self, either, untouched, sizes):
         given = inputs(batch=2, height=3, width=5)
         references = [noise(10 + n, 1 if n else 2, 128, *size) for n, size in enumerate(sizes)]
-        actual = either.predict(**given, references=references)
+        actual = evaluate(either, **given, references=references)
         assert relative_error(actual, expected_prediction(untouched, **given, references=references)) <= TOLERANCE
 
     def test_fewer_tokens_than_ranks(self, group, untouched):
         given = inputs(height=1, width=1, text=1)
-        assert relative_error(group.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+        assert relative_error(evaluate(group, **given), expected_prediction(untouched, **given)) <= TOLERANCE
 
     def test_no_guidance(self, group, untouched):
         given = inputs() | {"guidance": None}
-        assert relative_error(group.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+        assert relative_error(evaluate(group, **given), expected_prediction(untouched, **given)) <= TOLERANCE
 
     def test_inputs_are_not_changed(self, group):
         given = inputs()
         before = {name: tensor.clone() for name, tensor in given.items()}
-        group.predict(**given)
+        evaluate(group, **given)
         for name, tensor in given.items():
             assert torch.equal(tensor, before[name]), name
 
@@ -303,7 +309,7 @@ class TestConditioning:
         for step in range(4):
             # A sampler makes its tensors anew for every step.
             again = {name: tensor.clone() for name, tensor in given.items()} | {"x": noise(step, 1, 128, 4, 6)}
-            actual = group.predict(**again, references=[reference.clone()])
+            actual = evaluate(group, **again, references=[reference.clone()])
             expected = expected_prediction(untouched, **again, references=[reference])
             assert relative_error(actual, expected) <= TOLERANCE
         assert [type(message) for message in sent] == [Keep, Keep, Predict, Predict, Predict, Predict]
@@ -311,20 +317,20 @@ class TestConditioning:
     @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "a new tensor"])
     def test_changed_conditioning_of_the_same_shape_is_sent(self, group, untouched, in_place):
         given = inputs(seed=110)
-        before = group.predict(**given)
+        before = evaluate(group, **given)
         if in_place:
             given["context"][0, -1, -1] += 100
         else:
             given["context"] = given["context"].clone()
             given["context"][0, -1, -1] += 100
-        after = group.predict(**given)
+        after = evaluate(group, **given)
         assert relative_error(after, before) > 1e-3
         assert relative_error(after, expected_prediction(untouched, **given)) <= TOLERANCE
 
     def test_another_dtype_is_not_the_same(self, single, sent):
         given = inputs(seed=120)
-        single.predict(**given)
-        single.predict(**given | {"context": given["context"].double()})
+        evaluate(single, **given)
+        evaluate(single, **given | {"context": given["context"].double()})
         assert sum(isinstance(message, Keep) for message in sent) == 2
 
     def test_the_least_recently_used_goes_first(self, single, sent, untouched, monkeypatch):
@@ -336,7 +342,7 @@ class TestConditioning:
 
         def predict(name: str) -> list[Keep]:
             sent.clear()
-            actual = single.predict(**given | {"context": contexts[name]})
+            actual = evaluate(single, **given | {"context": contexts[name]})
             expected = expected_prediction(untouched, **given | {"context": contexts[name]})
             assert relative_error(actual, expected) <= TOLERANCE
             return [message for message in sent if isinstance(message, Keep)]
@@ -355,7 +361,7 @@ class TestConditioning:
     def test_what_a_call_uses_is_not_forgotten_for_the_rest_of_it(self, single, untouched, monkeypatch):
         monkeypatch.setattr(remote_model, "KEPT_TENSORS", 2)
         given = inputs(seed=150) | {"references": [noise(151 + n, 1, 128, 2, 2) for n in range(4)]}
-        assert relative_error(single.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+        assert relative_error(evaluate(single, **given), expected_prediction(untouched, **given)) <= TOLERANCE
 
 
 class TestCancel:
@@ -363,7 +369,7 @@ class TestCancel:
 
     def test_in_the_middle_of_a_step(self, group, untouched):
         given = inputs(seed=200)
-        group.predict(**given)
+        evaluate(group, **given)
         cancelled_at: list[float] = []
         stopped = group.group._pids[1]
         os.kill(stopped, signal.SIGSTOP)  # the step cannot end now
@@ -376,13 +382,13 @@ class TestCancel:
                     raise Cancelled
 
             with pytest.raises(Cancelled):
-                group.predict(**given | {"x": noise(7, 1, 128, 4, 6)}, check=check)
+                evaluate(group, **given | {"x": noise(7, 1, 128, 4, 6)}, check=check)
             # The wait is looked at every 50 ms.
             assert time.perf_counter() - cancelled_at[0] < 0.2
         finally:
             os.kill(stopped, signal.SIGCONT)
         # Its inputs have the same shapes: the answer to the step that was given up would not be noticed by shape.
-        assert relative_error(group.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+        assert relative_error(evaluate(group, **given), expected_prediction(untouched, **given)) <= TOLERANCE
 
     def test_while_conditioning_is_sent(self, group, sent, untouched):
         given = inputs(seed=210)
@@ -394,10 +400,10 @@ class TestCancel:
 
         try:
             with pytest.raises(Cancelled):
-                group.predict(**given, check=check)
+                evaluate(group, **given, check=check)
         finally:
             os.kill(stopped, signal.SIGCONT)
-        assert relative_error(group.predict(**given), expected_prediction(untouched, **given)) <= TOLERANCE
+        assert relative_error(evaluate(group, **given), expected_prediction(untouched, **given)) <= TOLERANCE
         # The workers have had it all along.
         assert [type(message) for message in sent] == [Keep, Predict]
 
@@ -414,19 +420,19 @@ class TestBadInput:
 
     def test_a_reference_batch_that_does_not_fit(self, group, untouched):
         with pytest.raises(ValueError, match="a reference batch of 3 does not fit a batch of 2"):
-            group.predict(**inputs(batch=2), references=[noise(1, 3, 128, 2, 2)])
+            evaluate(group, **inputs(batch=2), references=[noise(1, 3, 128, 2, 2)])
         assert_works(group, untouched)
 
     def test_a_dtype_that_cannot_be_sent(self, group, untouched):
         given = inputs()
         with pytest.raises(ValueError, match="tensor x has dtype bool, which is not sent"):
-            group.predict(**given | {"x": given["x"] > 0})
+            evaluate(group, **given | {"x": given["x"] > 0})
         assert_works(group, untouched)
 
     def test_shapes_that_break_the_model(self, group, untouched):
         """Not foreseen, so no ValueError; but every rank stumbles at the same place and goes on."""
         with pytest.raises(RuntimeError, match=r"rank \d failed: RuntimeError") as caught:
-            group.predict(**inputs() | {"context": noise(1, 1, 7, 100)})
+            evaluate(group, **inputs() | {"context": noise(1, 1, 7, 100)})
         assert not isinstance(caught.value, WorkersFailedError)
         assert "Traceback" in str(caught.value)
         assert_works(group, untouched)
@@ -586,7 +592,7 @@ class TestLife:
             assert watched.alive_after(1) == []
         assert find_model(single_config) is None
         with pytest.raises(WorkersFailedError, match="the worker group is closed"):
-            single.predict(**inputs())
+            evaluate(single, **inputs())
         single.group.close()
 
         states = []
@@ -640,7 +646,7 @@ class TestDeath:
             assert victim.alive_after(5) == []
             began = time.monotonic()
             with pytest.raises(WorkersFailedError) as caught:
-                group.predict(**given)
+                evaluate(group, **given)
             assert time.monotonic() - began < 10
             self.assert_explained(caught, 2)
             assert watched.alive_after(10) == []
@@ -651,7 +657,7 @@ class TestDeath:
 
     def test_a_rank_killed_in_a_step(self, group):
         given = inputs(height=64, width=64, text=512)
-        group.predict(**inputs() | {"context": given["context"]})
+        evaluate(group, **inputs() | {"context": given["context"]})
         killed_at: list[float] = []
 
         def check() -> None:
@@ -661,7 +667,7 @@ class TestDeath:
 
         with Watched(processes_of(group.group)) as watched:
             with pytest.raises(WorkersFailedError) as caught:
-                group.predict(**given, check=check)
+                evaluate(group, **given, check=check)
             assert time.monotonic() - killed_at[0] < 10
             self.assert_explained(caught, 1)
             assert watched.alive_after(10) == []
@@ -672,20 +678,21 @@ CLIENT = """
 import json, sys
 import torch
 from parallel_backend import ParallelismConfig
+from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.groups import acquire_model
 
 group = acquire_model(ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)
-group.predict(x, torch.tensor([0.5]), context, torch.tensor([4.0]))
+conditioning = Conditioning(context, tensors={"guidance": torch.tensor([4.0])})
+group.predict(x, torch.tensor([0.5]), conditioning)
 print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid]), flush=True)
 while True:
     waits = iter(range(1000))
     group.predict(
         x,
         torch.tensor([0.5]),
-        context,
-        torch.tensor([4.0]),
+        conditioning,
         check=lambda: print("stuck", flush=True) if next(waits) == 20 else None,  # a second in one step
     )
 """

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel_backend import ParallelismConfig
+from parallel_backend.families import Conditioning
 from parallel_backend.runtime import groups
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.groups import acquire_model, add_user, close_groups, find_model, remove_user
@@ -63,7 +64,7 @@ def predict(model: RemoteModel, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 128, 4, 6, generator=generator)
     context = torch.randn(1, 7, model.source.transformer_config["joint_attention_dim"], generator=generator)
-    return model.predict(x, torch.tensor([0.7]), context, torch.tensor([4.0]))
+    return model.predict(x, torch.tensor([0.7]), Conditioning(context, tensors={"guidance": torch.tensor([4.0])}))
 
 
 def encode(model: RemoteModel) -> torch.Tensor:
@@ -234,7 +235,9 @@ class TestUsers:
         expected = predict(model)
         x = torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(0))
         context = torch.randn(1, 7, 192, generator=torch.Generator().manual_seed(5))
-        model.predict(x, torch.tensor([0.7]), context, torch.tensor([4.0]), check=check)
+        model.predict(
+            x, torch.tensor([0.7]), Conditioning(context, tensors={"guidance": torch.tensor([4.0])}), check=check
+        )
         assert freed
         assert torch.equal(predict(model), expected)
 

@@ -69,7 +69,7 @@ def predict(engine: Engine, name: str) -> torch.Tensor:
     context = torch.randn(1, 5, 192, generator=generator)
     engine.keep(name, {"context": context}, [])
     x = torch.randn(1, 128, 2, 2, generator=generator)
-    return engine.predict(name, x, torch.tensor([0.5]), torch.tensor([4.0]), "context", [])[0]
+    return engine.predict(name, x, torch.tensor([0.5]), "context", [], {"guidance": torch.tensor([4.0])})[0]
 
 
 def places(engine: Engine) -> dict[str, str]:
