@@ -22,6 +22,7 @@ from diffusers import Flux2Pipeline
 from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import PRESETS
 from parallel_backend.cache.run import CacheRun
+from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.runtime import remote_model
 from parallel_backend.runtime.channel import Channel
