@@ -46,14 +46,14 @@ class LoadPipeline(io.ComfyNode):
                 "Loads a diffusers pipeline folder from models/diffusers into worker processes, split as the layout "
                 "says. MODEL, CLIP and VAE go to the stock nodes."
             ),
-            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel"],
+            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel", "qwen image parallel"],
             inputs=[
                 io.Combo.Input(
                     "pipeline",
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
-                    tooltip="A folder with a model_index.json under models/diffusers. "
-                    f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along; it draws simple shapes.",
+                    tooltip="A folder with a model_index.json under models/diffusers: FLUX.2, Qwen-Image or "
+                    f"Qwen-Image-Edit. '{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws simple shapes.",
                 ),
                 layout_input(),
                 io.Combo.Input(
@@ -68,7 +68,9 @@ class LoadPipeline(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
-                io.Clip.Output("CLIP", tooltip="For CLIPTextEncode. The text encoder is split over all workers."),
+                io.Clip.Output(
+                    "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
+                ),
                 io.Vae.Output("VAE", tooltip="For VAEDecode and VAEEncode. It runs on the first worker."),
             ],
         )
@@ -106,13 +108,13 @@ class LoadDiffusionModel(io.ComfyNode):
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
                 "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
-            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel"],
+            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel", "qwen image parallel"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list(MODEL_FILES),
                     tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
-                    "flux2_dev.safetensors or flux2_dev_fp8mixed.safetensors.",
+                    "flux2_dev_fp8mixed.safetensors or qwen_image_bf16.safetensors.",
                 ),
                 layout_input(),
                 weight_dtype_input(
@@ -155,13 +157,19 @@ class LoadCLIP(io.ComfyNode):
                 "Takes the place of Load CLIP; with the same layout it shares the workers of Load Diffusion Model "
                 "(Parallel)."
             ),
-            search_aliases=["clip loader", "text encoder loader", "multi gpu clip", "mistral parallel"],
+            search_aliases=[
+                "clip loader",
+                "text encoder loader",
+                "multi gpu clip",
+                "mistral parallel",
+                "qwen parallel",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=folder_paths.get_filename_list(ENCODER_FILES),
                     tooltip="A .safetensors file under models/text_encoders (or models/clip), such as "
-                    "mistral_3_small_flux2_bf16.safetensors or mistral_3_small_flux2_fp8.safetensors.",
+                    "mistral_3_small_flux2_bf16.safetensors or qwen_2.5_vl_7b.safetensors.",
                 ),
                 io.Combo.Input(
                     "type",
@@ -175,7 +183,11 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 encoder_memory_input(),
             ],
-            outputs=[io.Clip.Output("CLIP", tooltip="For CLIPTextEncode. The text encoder is split over all workers.")],
+            outputs=[
+                io.Clip.Output(
+                    "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
+                )
+            ],
         )
 
     @classmethod

@@ -137,15 +137,25 @@ class _TextEncoder(RemoteEncoder, QwenImageTEModel):
 
 
 def _language_tokenizer(folder: Path, tokenizer_data: dict[str, Any]) -> SDTokenizer:
-    """ComfyUI's handling of a pipeline's own tokenizer; ValueError where its files are missing or damaged."""
+    """ComfyUI's handling of a pipeline's own tokenizer.
+
+    Raises:
+        ValueError: its files are missing or damaged, or it is not Qwen2.5's.
+    """
     try:
-        return SDTokenizer(
+        made = SDTokenizer(
             str(folder), max_length=99999999, min_length=1, pad_with_end=False, pad_to_max_length=False,
             pad_token=PAD_TOKEN, has_start_token=False, has_end_token=False, embedding_size=3584,
             embedding_key=CLIP_NAME, tokenizer_class=Qwen2Tokenizer, tokenizer_data=tokenizer_data,
         )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}); download the folder again") from error
+    # By these numbers ComfyUI finds where the template ends and where an image goes.
+    for token, number in {"<|im_start|>": 151644, "<|image_pad|>": IMAGE_TOKEN}.items():
+        found = made.tokenizer.convert_tokens_to_ids(token)
+        if found != number:
+            raise ValueError(f"the tokenizer in {folder} has {token} as {found} where Qwen2.5's has {number}")
+    return made
 
 
 def _make_clip(handle: ModelHandle, source: TextEncoderFile | PipelineFolder, tokenizer: _Tokenizer) -> comfy.sd.CLIP:
