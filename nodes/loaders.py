@@ -53,7 +53,7 @@ class LoadPipeline(io.ComfyNode):
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
                     tooltip="A folder with a model_index.json under models/diffusers: FLUX.2, Qwen-Image or "
-                    f"Qwen-Image-Edit. '{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws simple shapes.",
+                    f"Qwen-Image-Edit. '{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws shapes.",
                 ),
                 layout_input(),
                 io.Combo.Input(
