@@ -10,6 +10,18 @@ from .flux2 import Flux2
 FAMILIES: tuple[Family, ...] = (Flux2(),)
 
 
+def family_of_name(name: str) -> Family:
+    """The family of a short name.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ValueError(f"there is no model family {name!r}; there are: {', '.join(family.name for family in FAMILIES)}")
+
+
 def family_of_pipeline(class_name: str) -> Family:
     """The family of a diffusers pipeline class.
 
@@ -58,6 +70,7 @@ __all__ = [
     "ModelAdapter",
     "ReferenceModel",
     "VisionImage",
+    "family_of_name",
     "family_of_pipeline",
     "family_of_single_file",
     "family_of_text_file",
