@@ -57,6 +57,12 @@ def family_of_text_file(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.is_text_file(keys)), None)
 
 
+def supported_models() -> str:
+    """The end of a message that refuses a model: those that are supported."""
+    models = "; ".join(f"{family.title} ({', '.join(family.models)})" for family in FAMILIES)
+    return f"supported are: {models} (python -m parallel_backend families says more)"
+
+
 def _supported() -> str:
     return "; ".join(
         f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
@@ -76,4 +82,5 @@ __all__ = [
     "family_of_single_file",
     "family_of_text_file",
     "family_of_transformer",
+    "supported_models",
 ]
