@@ -124,8 +124,8 @@ def looks_like_part(keys: Collection[str]) -> Look | None:
     for end, name in _PATCHES.items():
         if any(key.endswith(end) for key in keys):
             return Look(name, "bypass the LoRA loader")
-    name = _find(_NOT_QUITE, keys)
-    return None if name is None else Look(name)
+    found = _find(_NOT_QUITE, keys)
+    return Look(found) if found else None
 
 
 def looks_like_transformer(keys: Collection[str]) -> Look | None:
