@@ -23,10 +23,11 @@ class DoubleStreamProcessor:
         attn: Model,
         hidden_states: Tensor,  # [B, S_image_local, C]
         encoder_hidden_states: Tensor,  # [B, S_text_local, C]
+        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # of text and image, each [S_local, D]
         **others: Any,
     ) -> tuple[Tensor, Tensor]:
-        refuse(**others)
+        refuse(attention_mask=attention_mask, **others)
         text_tokens = encoder_hidden_states.shape[1]
         image, text = hidden_states, encoder_hidden_states
         query = torch.cat(

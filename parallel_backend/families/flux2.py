@@ -264,10 +264,11 @@ class SingleStreamProcessor:
         self,
         attn: Model,
         hidden_states: Tensor,  # [B, S_local, C]
+        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         **others: Any,
     ) -> Tensor:
-        refuse(**others)
+        refuse(attention_mask=attention_mask, **others)
         fused = attn.to_qkv_mlp_proj(hidden_states)
         # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
         full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
