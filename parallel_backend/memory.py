@@ -176,7 +176,7 @@ def layout_fits(
             fits = "yes" if all(need.total <= free for _, free in used) else "busy"
         weights = need.weights
         parts = (weights.transformer, weights.text_encoder, weights.vae, need.activations, need.runtime, need.total)
-        dit, text, vae, activations, runtime, total = (round(size / GIB, 2) for size in parts)
+        dit, text, vae, activations, runtime, total = (round(size / GIB, 3) for size in parts)
         row = LayoutFit(layout.name, layout.world_size, dit, text, vae, activations, runtime, total, fits)
         rows.append(row)
     return rows

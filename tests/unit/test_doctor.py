@@ -113,6 +113,16 @@ def test_families_that_there_are_not_fail(examine):
     assert "FAIL there is no model family 'flux9'; there are: flux2" in out
 
 
+def test_another_family(examine):
+    status, out = examine(with_gpus(2, total=48), "--model", "qwen_image", "--json", "--tp", "2")
+    report = json.loads(out)
+    assert (status, report["model"]) == (0, "Qwen-Image")
+    assert [finding["text"] for finding in report["findings"]][-1] == "Qwen-Image fits with TP-2"
+    status, out = examine(with_gpus(5), "--model", "qwen_image", "--ulysses", "5")
+    assert status == 1
+    assert "this Qwen-Image transformer has 24 attention heads" in out
+
+
 def test_what_workers_cannot_do_without():
     assert not failures(with_gpus(2))
     assert "memfd_create" in failures(dataclasses.replace(GOOD, memfd=False))[0].text

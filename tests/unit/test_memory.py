@@ -34,6 +34,14 @@ def test_flux2_dev_whole():
     assert whole.total == whole.transformer + whole.text_encoder + whole.vae
 
 
+def test_qwen_image_whole():
+    whole = weights(family_of_name("qwen_image"))
+    assert whole.transformer == pytest.approx(2 * 20.43e9, rel=1e-3)
+    # Qwen2.5-VL-7B's text model by hand, without biases and norms, and without lm_head.
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    assert whole.text_encoder == pytest.approx(2 * (28 * layer + 152064 * 3584), rel=1e-3)
+
+
 @pytest.mark.parametrize(("tp", "most"), [(2, 30.8), (4, 16.1), (8, 8.0)])
 def test_tensor_parallelism_splits_the_transformer(tp, most):
     got = weights(tp_size=tp).transformer / GIB
