@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
+from ..families.drawing import Drawing
 from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
 
 
@@ -21,11 +22,17 @@ class PipelineFolder:
     """What a pipeline folder says of itself."""
 
     path: Path
+    pipeline_class: str
     family: Family
     transformer_config: dict[str, Any]
     text_config: dict[str, Any]
     vae_config: dict[str, Any]
     components: tuple[str, ...] = ("transformer", "text_encoder", "vae")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How its pipeline draws a picture."""
+        return self.family.drawing(self.pipeline_class)
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
@@ -97,7 +104,7 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         configs[component] = _read_json(path / component / "config.json", f"the pipeline's {component} is incomplete")
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
-    return PipelineFolder(path, family, configs["transformer"], configs["text_encoder"], configs["vae"])
+    return PipelineFolder(path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"])
 
 
 def _read_json(file: Path, meaning: str) -> dict[str, Any]:
