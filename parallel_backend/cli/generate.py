@@ -30,12 +30,12 @@ def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
             the model's family.
     """
 
-    def add(name: str, text: str, **options: Any) -> None:
-        default = defaults.get(name, options.pop("default", None))
-        shown = options.pop("otherwise", "what suits the model") if default is None else "%(default)s"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {shown})", **options
-        )
+    def add(
+        name: str, text: str, *, default: Any = None, otherwise: str = "what suits the model", **options: Any
+    ) -> None:
+        default = defaults.get(name, default)
+        text = f"{text} (default: {otherwise if default is None else '%(default)s'})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **options)
 
     parser.add_argument(
         "--prompt", default=defaults.get("prompt"), required="prompt" not in defaults, help="what to draw"
