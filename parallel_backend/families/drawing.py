@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,8 @@ class Drawing(ABC):
     """The most that one side of a reference image can be of the other."""
     shortest = 1
     """The least a side of a reference image can have, pixels."""
+    options: Mapping[str, str] = {}
+    """The `Conditioning.options` that make the transformer do what it does in diffusers."""
     tokenizer_folder = "tokenizer"
     """Which folder of the pipeline has what `tokenize` takes: a tokenizer, or a ``processor``."""
 
@@ -110,7 +112,7 @@ class Drawing(ABC):
             guidance: distilled guidance scale, if the model takes one.
         """
         tensors = {} if guidance is None else {"guidance": torch.tensor([guidance])}
-        return Conditioning(context[:, text.drop :], references, tensors)
+        return Conditioning(context[:, text.drop :], references, tensors, self.options)
 
     def combine(self, cond: Tensor, uncond: Tensor, cfg: float) -> Tensor:
         """The prediction under true CFG from those of the prompt and of the negative prompt, of the latent's shape."""
