@@ -17,6 +17,7 @@ from .config import ParallelismConfig
 from .families import Family, Model, ModelAdapter, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
 from .parallel.attention import ShardedAttention
+from .parallel.modulation import gather_together
 from .parallel.sequence import SequenceShards, shard_sequence
 from .parallel.tensor import ParamShard, apply_tensor_parallel
 
@@ -157,6 +158,7 @@ def parallelize_transformer(
     state = ParallelState(layout, mesh, processors=dict(transformer.attn_processors))
     shards = SequenceShards(mesh)
     state.table = apply_tensor_parallel(transformer, family.transformer_plan(config), mesh.tp)
+    gather_together(transformer, mesh.tp)
     entrance = family.install(transformer, ShardedAttention(shards))
     hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream, entrance)
     state.hooks = hooks if entrance is None else [entrance, *hooks]
@@ -178,7 +180,7 @@ def shard_text_model(text_model: Model, family: Family, config: Mapping[str, Any
     """Shard the text model proper over an axis made by `text_axes`; weights may be real or on the meta device."""
     table = apply_tensor_parallel(text_model, family.text_plan(config), axis)
     if axis.is_split:
-        family.localize_text(text_model, axis.degree)
+        family.localize_text(text_model)
     return table
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
@@ -25,6 +25,21 @@ from .runtime.remote_model import RemoteModel
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a pipeline folder."""
     return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor of a pipeline folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / "processor"
+    if not (path / "preprocessor_config.json").is_file():
+        raise ValueError(
+            f"{path / 'preprocessor_config.json'} is missing, which reference images go through: the pipeline is "
+            "incomplete; download it again"
+        )
+    return AutoImageProcessor.from_pretrained(path)
 
 
 def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
@@ -48,12 +63,8 @@ def check_request(source: PipelineFolder, request: ImageRequest) -> CompleteRequ
     drawing = source.drawing
     complete = request.complete(drawing)
     load_scheduler(source.path)
-    needed = source.path / drawing.tokenizer_folder
-    if not needed.is_dir():
-        raise ValueError(
-            f"{needed} is missing, which prompts {'with images ' if request.images else ''}go through: the pipeline is "
-            "incomplete; download it again"
-        )
+    if complete.images and drawing.needs_processor:
+        load_processor(source.path)
     return complete
 
 
@@ -116,16 +127,12 @@ def _conditionings(model: RemoteModel, drawing: Drawing, request: CompleteReques
     prompts = {"cond": request.prompt}
     if request.negative_prompt is not None:
         prompts["uncond"] = request.negative_prompt
-    tokenizer = _load_tokenizer(model.source.path, drawing)
-    texts = {stream: drawing.tokenize(tokenizer, prompt, request.images) for stream, prompt in prompts.items()}
+    folder, images = model.source.path, request.images
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder) if drawing.needs_processor else None
+    texts = {stream: drawing.tokenize(tokenizer, processor, prompt, images) for stream, prompt in prompts.items()}
     contexts = {stream: model.encode_text(text.ids, text.mask, text.images) for stream, text in texts.items()}
-    references: Sequence[Tensor] = [model.encode(pixels) for pixels in drawing.reference_pixels(request.images)]
+    references: Sequence[Tensor] = [model.encode(pixels) for pixels in drawing.reference_pixels(images)]
     return {
         stream: drawing.conditioning(contexts[stream], text, references, request.guidance)
         for stream, text in texts.items()
     }
-
-
-def _load_tokenizer(folder: Path, drawing: Drawing) -> Any:
-    loader = AutoTokenizer if drawing.tokenizer_folder == "tokenizer" else AutoProcessor
-    return loader.from_pretrained(folder / drawing.tokenizer_folder)

@@ -6,8 +6,9 @@ from collections.abc import Collection
 
 from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
 from .flux2 import Flux2
+from .qwen_image import QwenImage
 
-FAMILIES: tuple[Family, ...] = (Flux2(),)
+FAMILIES: tuple[Family, ...] = (Flux2(), QwenImage())
 
 
 def family_of_pipeline(class_name: str) -> Family:

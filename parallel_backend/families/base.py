@@ -43,8 +43,8 @@ class Conditioning:
     Args:
         context: ``[B, L, C]`` from the text encoder.
         references: reference latents, ``[1 or B, C, ...]`` each.
-        tensors: what else there is, by the names that the family gives in `Family.conditioning_tensors`, such as
-            ``guidance [B]`` or the context's ``mask [B, L]`` (False where there is no token).
+        tensors: what else there is, on any device, by the names that the family gives in
+            `Family.conditioning_tensors`, such as ``guidance [B]`` or the context's ``mask [B, L]`` (0: no token).
         options: choices, by the names that the family gives in `Family.conditioning_options`.
     """
 
@@ -126,6 +126,9 @@ class Family(ABC):
     def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The transformer's configuration, read off the shapes in a single file; ValueError if one is missing."""
 
+    single_file_marks: tuple[str, ...] = ()
+    """Keys of tensors that say something by being there, and are no weights."""
+
     @abstractmethod
     def single_file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
         """What makes a parameter of the transformer: ``(key, part, parts)``, one after the other.
@@ -194,7 +197,7 @@ class Family(ABC):
         """A text model with just the layers that are used, with weights on the meta device."""
 
     @abstractmethod
-    def localize_text(self, text_model: Model, degree: int) -> None:
+    def localize_text(self, text_model: Model) -> None:
         """Tell a sharded text model's attention how many heads a rank holds."""
 
     has_vision_tower: bool = False
@@ -240,8 +243,8 @@ class Family(ABC):
 
     text_file_title: str
     """What the file is called, for messages."""
-    text_file_tokenizer: str
-    """Key of the tokenizer in it."""
+    text_file_tokenizer: str | None
+    """Key of the tokenizer in it; None where ComfyUI has the tokenizer itself."""
 
     @abstractmethod
     def is_text_file(self, keys: Collection[str]) -> bool:

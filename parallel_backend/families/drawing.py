@@ -55,8 +55,8 @@ class Drawing(ABC):
     """The least a side of a reference image can have, pixels."""
     options: Mapping[str, str] = {}
     """The `Conditioning.options` that make the transformer do what it does in diffusers."""
-    tokenizer_folder = "tokenizer"
-    """Which folder of the pipeline has what `tokenize` takes: a tokenizer, or a ``processor``."""
+    needs_processor = False
+    """Whether images go through the image processor in the pipeline's ``processor`` folder."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -86,11 +86,12 @@ class Drawing(ABC):
                 )
 
     @abstractmethod
-    def tokenize(self, tokenizer: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
+    def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
         """What the text encoder gets of a prompt and reference images.
 
         Args:
-            tokenizer: of `tokenizer_folder`.
+            tokenizer: of the pipeline.
+            processor: of images; None unless it `needs_processor`.
             prompt: may be empty.
             images: RGB; checked.
         """

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu, format_input
 from torch import Tensor, nn
 from transformers import AutoModel, Mistral3Config
@@ -20,6 +19,8 @@ from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
 from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
+from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
+from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
 from .flux2_pipeline import Flux2Drawing
 
 REFERENCE_SPACING = 10
@@ -129,7 +130,7 @@ class Flux2(Family):
             block.attn.set_processor(SingleStreamProcessor(attention))
 
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        context = conditioning.context
+        context, guidance = conditioning.context, conditioning.tensors.get("guidance")
         tokens, ids = [_tokens(x)], [_position_ids(x, 0)]
         for index, reference in enumerate(conditioning.references):
             if reference.shape[0] not in (1, x.shape[0]):
@@ -142,7 +143,7 @@ class Flux2(Family):
             "hidden_states": torch.cat(tokens, dim=1),
             "encoder_hidden_states": context,
             "timestep": timestep,
-            "guidance": conditioning.tensors.get("guidance"),
+            "guidance": None if guidance is None else guidance.to(x.device),
             "img_ids": torch.cat(ids),
             "txt_ids": text_ids,
         }
@@ -177,31 +178,10 @@ class Flux2(Family):
         return tuple(config.get("text_encoder_out_layers", (10, 20, 30)))
 
     def text_plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
-        text = config["text_config"]
-        column, row = Shard("column"), Shard("row")
-        kv = Shard("column", units=text["num_key_value_heads"])
-        return {
-            "embed_tokens": Shard("embedding"),
-            "layers.*.self_attn.q_proj": column,
-            "layers.*.self_attn.k_proj": kv,
-            "layers.*.self_attn.v_proj": kv,
-            "layers.*.self_attn.o_proj": row,
-            "layers.*.mlp.gate_proj": column,
-            "layers.*.mlp.up_proj": column,
-            "layers.*.mlp.down_proj": row,
-        }
+        return decoder_plan(config["text_config"])
 
     def text_degree(self, config: Mapping[str, Any], ranks: int) -> int:
-        text = config["text_config"]
-        heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
-        sizes = (heads, text["intermediate_size"], text["hidden_size"])
-        return max(
-            degree
-            for degree in range(1, ranks + 1)
-            if ranks % degree == 0
-            and all(size % degree == 0 for size in sizes)
-            and (kv_heads % degree == 0 or degree % kv_heads == 0)
-        )
+        return decoder_degree(config["text_config"], ranks)
 
     def text_model(self, text_encoder: Model) -> Model:
         return text_encoder.model.language_model
@@ -224,19 +204,11 @@ class Flux2(Family):
             model.norm = nn.Identity()
         return model
 
-    def localize_text(self, text_model: Model, degree: int) -> None:
-        kv_heads = text_model.config.num_key_value_heads
-        heads = text_model.config.num_attention_heads // degree
-        for layer in text_model.layers:
-            layer.self_attn.num_key_value_groups = heads // max(1, kv_heads // degree)
+    def localize_text(self, text_model: Model) -> None:
+        localize_decoder(text_model)
 
     def text_keys(self, names: Sequence[str]) -> dict[str, str]:
-        anchor = "embed_tokens.weight"
-        found = [name for name in names if name.endswith(anchor) and "vision" not in name]
-        if len(found) != 1:
-            raise ValueError(f"the text encoder's weights have {len(found)} tensors named *{anchor}; one is expected")
-        prefix = found[0][: -len(anchor)]
-        return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+        return keys_beside(names, "embed_tokens.weight", without="vision")
 
     def messages(self, prompt: str) -> list[dict[str, Any]]:
         return format_input([prompt])[0]
@@ -287,36 +259,6 @@ class Flux2(Family):
         return (latent - mean) / std
 
 
-class DoubleStreamProcessor:
-    """Attention of a double-stream block (`Flux2Attention`) over text and image shards."""
-
-    def __init__(self, attention: ShardedAttention) -> None:
-        self.attention = attention
-
-    def __call__(
-        self,
-        attn: Model,
-        hidden_states: Tensor,  # [B, S_image_local, C]
-        encoder_hidden_states: Tensor,  # [B, S_text_local, C]
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kv_cache_mode: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        _refuse(attention_mask, kv_cache_mode)
-        text_tokens = encoder_hidden_states.shape[1]
-        image, text = hidden_states, encoder_hidden_states
-        query = torch.cat(
-            [attn.norm_added_q(_heads(attn.add_q_proj(text), attn)), attn.norm_q(_heads(attn.to_q(image), attn))], 1
-        )
-        key = torch.cat(
-            [attn.norm_added_k(_heads(attn.add_k_proj(text), attn)), attn.norm_k(_heads(attn.to_k(image), attn))], 1
-        )
-        value = torch.cat([_heads(attn.add_v_proj(text), attn), _heads(attn.to_v(image), attn)], 1)
-        out = self.attention(_rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb), value).flatten(2)
-        text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
-        return attn.to_out[1](attn.to_out[0](image_out)), attn.to_add_out(text_out)
-
-
 class SingleStreamProcessor:
     """Attention and MLP of a single-stream block (`Flux2ParallelSelfAttention`) over a shard of the joint sequence."""
 
@@ -327,40 +269,21 @@ class SingleStreamProcessor:
         self,
         attn: Model,
         hidden_states: Tensor,  # [B, S_local, C]
-        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kv_cache_mode: str | None = None,
+        **others: Any,
     ) -> Tensor:
-        _refuse(attention_mask, kv_cache_mode)
+        refuse(**others)
         fused = attn.to_qkv_mlp_proj(hidden_states)
         # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
         full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
         width = attn.inner_dim * fused.shape[-1] // full
         query, key, value, mlp = fused.split([width, width, width, fused.shape[-1] - 3 * width], dim=-1)
         out = self.attention(
-            _rotate(attn.norm_q(_heads(query, attn)), image_rotary_emb),
-            _rotate(attn.norm_k(_heads(key, attn)), image_rotary_emb),
-            _heads(value, attn),
+            rotate(attn.norm_q(heads(query, attn)), image_rotary_emb),
+            rotate(attn.norm_k(heads(key, attn)), image_rotary_emb),
+            heads(value, attn),
         )
         return attn.to_out(torch.cat([out.flatten(2), attn.mlp_act_fn(mlp)], dim=-1))
-
-
-def _heads(x: Tensor, attn: Model) -> Tensor:
-    """``[B, S, H_local * D] -> [B, S, H_local, D]``; how many heads are local follows from the shape."""
-    return x.unflatten(-1, (-1, attn.head_dim))
-
-
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    # A rank may hold no token of a very short sequence, which diffusers' helper cannot reshape.
-    return x if rotary is None or x.shape[1] == 0 else apply_rotary_emb(x, rotary, sequence_dim=1)
-
-
-def _refuse(mask: Tensor | None, kv_cache_mode: str | None) -> None:
-    """Raise ValueError for arguments that diffusers would drop with a line in the log."""
-    if mask is not None:
-        raise ValueError("FLUX.2 under parallelism takes no attention mask; drop the masked tokens instead")
-    if kv_cache_mode is not None:
-        raise ValueError("FLUX.2 under parallelism keeps no keys and values of references; call it without kv_cache")
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[int, int]:

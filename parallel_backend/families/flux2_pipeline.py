@@ -28,7 +28,7 @@ class Flux2Drawing(Drawing):
     def default_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         return self._reference_size(images[0])[1] if images else (self.width, self.height)
 
-    def tokenize(self, tokenizer: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
+    def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
         tokens = tokenizer.apply_chat_template(
             [self.family.messages(prompt)],
             add_generation_prompt=False,

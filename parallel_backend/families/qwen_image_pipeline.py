@@ -1,8 +1,9 @@
-"""How Qwen-Image's pipelines draw: their templates, true CFG of a kept norm, images for the vision tower and the VAE."""
+"""How Qwen-Image's pipelines draw: templates, true CFG of a kept norm, images for vision tower and VAE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ PATCH = 2
 MEGAPIXEL = 1024 * 1024
 REFERENCE_MULTIPLE = 32
 """Sides of resized reference images are multiples of this, pixels."""
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-"""Where the text encoder sees an image in a prompt."""
+IMAGE = "<|vision_start|>{}<|vision_end|>"
+"""An image in a prompt, around its tokens."""
+IMAGE_TOKEN = "<|image_pad|>"
 
 _TEMPLATE = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _DESCRIBE = (
@@ -40,7 +42,7 @@ class QwenImageDrawing(Drawing):
 
     title = "Qwen-Image"
     cfg = 4.0
-    options = {"positions": "diffusers"}
+    options: Mapping[str, str] = {"positions": "diffusers"}
     template_tokens = 34
     """Of the template before the user's words, which the context goes without."""
 
@@ -48,7 +50,7 @@ class QwenImageDrawing(Drawing):
         batch, channels, rows, columns = super().latent_shape(width, height)
         return batch, channels, 1, rows, columns
 
-    def tokenize(self, tokenizer: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
+    def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
         tokens = tokenizer(
             [_TEMPLATE.format(_DESCRIBE, prompt)],
             max_length=MAX_TEXT_TOKENS + self.template_tokens,
@@ -73,28 +75,27 @@ class QwenImageEditDrawing(QwenImageDrawing):
     title = "Qwen-Image-Edit"
     least_images = most_images = 1
     widest = 100.0  # the processor takes 200, and sides are rounded before it
-    tokenizer_folder = "processor"
+    needs_processor = True
     template_tokens = 64
     vision_area = reference_area = MEGAPIXEL
     """Pixels that an image is resized to, for the vision tower and for the VAE."""
+    mention = "{1}"
+    """How a prompt speaks of an image, from its number and its tokens."""
 
     def default_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         # The last: diffusers' Plus pipeline takes it, and there is but one without Plus.
         return size_of_area(MEGAPIXEL, images[-1], REFERENCE_MULTIPLE)
 
-    def mention(self, number: int) -> str:
-        """How a prompt speaks of an image, counted from 1."""
-        return IMAGE
-
-    def tokenize(self, tokenizer: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
-        mentions = "".join(self.mention(number) for number in range(1, len(images) + 1))
-        tokens = tokenizer(
-            text=[_TEMPLATE.format(_EDIT, mentions + prompt)],
-            images=[_resize(image, self.vision_area) for image in images],
-            return_tensors="pt",
-        )
-        grids = [tuple(grid) for grid in tokens["image_grid_thw"].tolist()]
-        patches = tokens["pixel_values"].split([frames * rows * columns for frames, rows, columns in grids])
+    def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
+        seen = processor([_resize(image, self.vision_area) for image in images], return_tensors="pt")
+        grids = [tuple(grid) for grid in seen["image_grid_thw"].tolist()]
+        patches = seen["pixel_values"].split([prod(grid) for grid in grids])
+        # transformers' own processor for text and images would do, but wants torchvision for its part about videos.
+        mentions = [
+            self.mention.format(number, IMAGE.format(IMAGE_TOKEN * (prod(grid) // processor.merge_size**2)))
+            for number, grid in enumerate(grids, start=1)
+        ]
+        tokens = tokenizer([_TEMPLATE.format(_EDIT, "".join(mentions) + prompt)], return_tensors="pt")
         return TextInputs(
             tokens["input_ids"],
             tokens["attention_mask"],
@@ -113,9 +114,7 @@ class QwenImageEditPlusDrawing(QwenImageEditDrawing):
     title = "Qwen-Image-Edit-Plus"
     most_images = 3
     vision_area = 384 * 384
-
-    def mention(self, number: int) -> str:
-        return f"Picture {number}: {IMAGE}"
+    mention = "Picture {}: {}"
 
 
 DRAWINGS: dict[str, type[QwenImageDrawing]] = {

@@ -41,10 +41,12 @@ class PipelineFolder:
             self.weights(component)
 
     def weights(self, component: str) -> dict[str, Weight]:
-        """What each tensor of the models of ``transformer``, ``text_encoder`` or ``vae`` is made of."""
+        """What each tensor of the model of a component is made of."""
+        in_text_encoder = {"text_encoder": self.family.text_keys, "vision_tower": self.family.vision_keys}
+        if component in in_text_encoder:
+            stored = index_folder(self.path / "text_encoder")
+            return {name: whole(stored[key]) for name, key in in_text_encoder[component](list(stored)).items()}
         stored = index_folder(self.path / component)
-        if component == "text_encoder":
-            return {name: whole(stored[key]) for name, key in self.family.text_keys(list(stored)).items()}
         return {name: whole(tensor) for name, tensor in stored.items()}
 
     def check_weights(self) -> None:
@@ -57,6 +59,8 @@ class PipelineFolder:
             "text_encoder": self.family.build_text_model(self.text_config),
             "vae": self.family.build_vae(self.vae_config),
         }
+        if "vision_tower" in self.components:
+            models["vision_tower"] = self.family.build_vision(self.text_config)
         for component, model in models.items():
             weights = self.weights(component)
             state = model.state_dict()
@@ -104,7 +108,10 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         configs[component] = _read_json(path / component / "config.json", f"the pipeline's {component} is incomplete")
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
-    return PipelineFolder(path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"])
+    components = ("transformer", "text_encoder", *(["vision_tower"] if family.has_vision_tower else []), "vae")
+    return PipelineFolder(
+        path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"], components
+    )
 
 
 def _read_json(file: Path, meaning: str) -> dict[str, Any]:

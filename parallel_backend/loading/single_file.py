@@ -91,8 +91,12 @@ def open_single_file(path: Path) -> SingleFile:
         weights = {name: _weight(family, name, keys, quantization) for name, _ in model.named_parameters()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    used = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
-    unused = [key for key in keys if prefix + key not in used and key.rpartition(".")[2] not in BESIDE]
+    known = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
+    unused = [
+        key
+        for key in keys
+        if prefix + key not in known and key.rpartition(".")[2] not in BESIDE and key not in family.single_file_marks
+    ]
     for name, parameter in model.named_parameters():
         if weights[name].shape != tuple(parameter.shape):
             tensor, _, _ = weights[name].pieces[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from safetensors import safe_open
 
 from ..config import ParallelismConfig
-from ..families import FAMILIES, Family, family_of_text_file
-from .quantized import BESIDE, read_quantization
+from ..families import FAMILIES, Family, Model, family_of_text_file
+from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint
 
@@ -36,15 +37,20 @@ class TextEncoderFile:
         family: whose text encoder it is.
         text_config: of the text encoder's class, as far as its text model goes.
         text_weights: parameter of the text model -> what it is made of.
-        tokenizer: where the tokenizer is.
+        vision_weights: the same of the vision tower; empty where there is none.
+        tokenizer: where the tokenizer is; None where ComfyUI has it itself.
     """
 
     path: Path
     family: Family
     text_config: dict[str, Any]
     text_weights: dict[str, Weight]
-    tokenizer: StoredTensor
-    components: tuple[str, ...] = ("text_encoder",)
+    vision_weights: dict[str, Weight]
+    tokenizer: StoredTensor | None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return ("text_encoder", "vision_tower") if self.vision_weights else ("text_encoder",)
 
     def check(self, layout: ParallelismConfig) -> None:
         """Any layout will do: the text encoder is split over as many ranks as its heads divide by."""
@@ -53,9 +59,8 @@ class TextEncoderFile:
         """All was checked when the file was opened."""
 
     def weights(self, component: str) -> dict[str, Weight]:
-        """What each parameter of the text model is made of."""
-        assert component == "text_encoder"
-        return self.text_weights
+        """What each parameter of the text model or the vision tower is made of."""
+        return {"text_encoder": self.text_weights, "vision_tower": self.vision_weights}[component]
 
     def fingerprint(self) -> str:
         """See `file_fingerprint`."""
@@ -63,6 +68,7 @@ class TextEncoderFile:
 
     def read_tokenizer(self) -> bytes:
         """The tokenizer, as the family's tokenizer class takes it."""
+        assert self.tokenizer is not None
         with safe_open(str(self.path), framework="pt") as file:
             return file.get_tensor(self.tokenizer.key).numpy().tobytes()
 
@@ -85,33 +91,49 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
     quantization = read_quantization(path, keys, "")
     try:
         config = family.text_file_config({key: tensor.shape for key, tensor in keys.items()})
-        model = family.build_text_model(config)
         names = family.text_keys(list(keys))
-        weights = {}
-        for name, key in names.items():
-            layer = key.rpartition(".")[0]
-            scale = quantization.scale(layer) if key.endswith(".weight") else None
-            weights[name] = Weight(whole(keys[key]).pieces, scale)
-        for name, parameter in model.named_parameters():
-            if name not in weights:
-                raise ValueError(f"there is no tensor model.{name}; the file is incomplete")
-            found, made = weights[name].shape, tuple(parameter.shape)
-            if found != made:
-                raise ValueError(
-                    f"{names[name]} has shape {list(found)}, but the rest of the file makes it {list(made)}; the file "
-                    "is damaged or of another model"
-                )
-            check_dtypes(weights[name])
+        text = _weights(family.build_text_model(config), names, keys, quantization)
+        vision = {}
+        if family.has_vision_tower and "vision_config" in config:
+            vision = _weights(family.build_vision(config), family.vision_keys(list(keys)), keys, quantization)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    tokenizer = keys.get(family.text_file_tokenizer)
-    if tokenizer is None or tokenizer.dtype != "U8":
-        raise ValueError(
-            f"{path} has no tokenizer (a tensor {family.text_file_tokenizer} of bytes); take a file that ComfyUI's "
-            "templates name, such as mistral_3_small_flux2_bf16.safetensors"
-        )
-    _check_layers(path, family, names, [name for name, _ in model.named_parameters()])
-    return TextEncoderFile(path, family, config, weights, tokenizer)
+    tokenizer = None
+    if family.text_file_tokenizer is not None:
+        tokenizer = keys.get(family.text_file_tokenizer)
+        if tokenizer is None or tokenizer.dtype != "U8":
+            raise ValueError(
+                f"{path} has no tokenizer (a tensor {family.text_file_tokenizer} of bytes); take a file that ComfyUI's "
+                "templates name, such as mistral_3_small_flux2_bf16.safetensors"
+            )
+    _check_layers(path, family, names, list(text))
+    return TextEncoderFile(path, family, config, text, vision, tokenizer)
+
+
+def _weights(
+    model: Model, names: Mapping[str, str], keys: Mapping[str, StoredTensor], quantization: Quantization
+) -> dict[str, Weight]:
+    """What each parameter of a model is made of; ``names`` has its key."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if name not in names:
+            raise ValueError(f"there is no tensor {_example(names)}{name}; the file is incomplete")
+        key = names[name]
+        scale = quantization.scale(key.rpartition(".")[0]) if key.endswith(".weight") else None
+        weight = weights[name] = Weight(whole(keys[key]).pieces, scale)
+        if weight.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{key} has shape {list(weight.shape)}, but the rest of the file makes it {list(parameter.shape)}; the "
+                "file is damaged or of another model"
+            )
+        check_dtypes(weight)
+    return weights
+
+
+def _example(names: Mapping[str, str]) -> str:
+    """What stands before a name in the file."""
+    name, key = next(iter(names.items()))
+    return key.removesuffix(name)
 
 
 def _check_layers(path: Path, family: Family, names: dict[str, str], used: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 
 from ..mesh import Axis, all_gather
 from .fp8 import linear
+from .sequence import split_sizes
+
+if TYPE_CHECKING:
+    from .modulation import GatheredTogether
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,17 @@ class Shard:
         blocks: sizes of the blocks that are fused in the split dim, each split by itself; empty for one block.
         units: number of indivisible units (such as kv heads) in a block; 0 if any equal split will do. Where there are
             more ranks than units, neighbouring ranks hold the same unit.
-        gather_output: gather the column-parallel output, so that every rank has all features.
+        groups: number of equal groups of units that a rank never has parts of two of, unless it has them whole (such as
+            the query heads of a kv head); 0 if there are none. Where there are more ranks than groups, the ranks of a
+            group split its units, unevenly if need be.
+        gather_output: gather the column-parallel output, so that every rank has all features. All such linears of a
+            model must run on the same vectors in each forward: their outputs travel together (`modulation`).
     """
 
     style: str
     blocks: tuple[int, ...] = ()
     units: int = 0
+    groups: int = 0
     gather_output: bool = False
 
     @property
@@ -56,6 +66,8 @@ class Shard:
         """
         blocks = self.blocks or (size,)
         assert sum(blocks) == size, f"{name}: blocks {blocks} do not add up to {size}"
+        if self.groups and axis.degree > self.groups:
+            return [self._part_of_group(size, axis, name)]
         parts = min(axis.degree, self.units) if self.units else axis.degree
         if axis.degree % parts or self.units % parts:
             raise ValueError(f"{name}: {self.units} heads and {axis.degree} ranks do not divide each other")
@@ -68,6 +80,18 @@ class Shard:
             ranges.append((start + index * step, start + (index + 1) * step))
             start += block
         return ranges
+
+    def _part_of_group(self, size: int, axis: Axis, name: str) -> tuple[int, int]:
+        """The range of a rank that shares a group's units with others."""
+        if axis.degree % self.groups:
+            raise ValueError(f"{name}: {self.groups} groups of heads and {axis.degree} ranks do not divide each other")
+        sharing, width, per_group = axis.degree // self.groups, size // self.units, self.units // self.groups
+        group, member = divmod(axis.rank, sharing)
+        sizes = split_sizes(per_group, sharing)
+        if 0 in sizes:
+            raise ValueError(f"{name}: {self.units} heads do not suffice for {axis.degree} ranks")
+        first = group * per_group + sum(sizes[:member])
+        return first * width, (first + sizes[member]) * width
 
 
 @dataclass(frozen=True)
@@ -96,9 +120,16 @@ class ColumnParallelLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.axis = axis
         self.gather_output = gather_output
+        self.together: GatheredTogether | None = None
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's features."""
+        return linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
+        if self.together is not None:
+            return self.together.output(self, x)
+        y = self.local(x)
         return all_gather_last_dim(y, self.axis) if self.gather_output else y
 
 

@@ -211,7 +211,7 @@ class Engine:
             Conditioning(
                 model.kept[context],
                 [model.kept[reference] for reference in references],
-                {key: tensor.to(self.device) for key, tensor in tensors.items()},
+                tensors,
                 options,
             ),
         )
