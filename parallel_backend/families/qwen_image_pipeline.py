@@ -14,7 +14,7 @@ from torch import Tensor
 from .base import VisionImage
 from .drawing import Drawing, TextInputs, size_of_area
 
-MAX_TEXT_TOKENS = 1024
+MAX_TEXT_TOKENS = 512
 """Length that diffusers cuts a prompt to, beside the template; edit prompts are not cut."""
 PATCH = 2
 """Latent positions to a token, along each side."""
@@ -51,6 +51,7 @@ class QwenImageDrawing(Drawing):
         return batch, channels, 1, rows, columns
 
     def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
+        # diffusers encodes up to 1024 tokens and cuts afterwards, which is the same: no token looks at later ones.
         tokens = tokenizer(
             [_TEMPLATE.format(_DESCRIBE, prompt)],
             max_length=MAX_TEXT_TOKENS + self.template_tokens,
