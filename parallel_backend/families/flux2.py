@@ -269,10 +269,11 @@ class SingleStreamProcessor:
         self,
         attn: Model,
         hidden_states: Tensor,  # [B, S_local, C]
+        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **others: Any,
+        kv_cache_mode: str | None = None,
     ) -> Tensor:
-        refuse(**others)
+        refuse(attention_mask=attention_mask, kv_cache=kv_cache_mode)
         fused = attn.to_qkv_mlp_proj(hidden_states)
         # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
         full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
