@@ -86,7 +86,7 @@ def kept_group():
     """Commands of these tests leave their two ranks to the next one, which starting them anew would take long."""
     close = WorkerGroup.close
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkerGroup, "close", lambda group: None)
+        patch.setattr(WorkerGroup, "close", lambda *_: None)
         yield
         patch.setattr(WorkerGroup, "close", close)
         close_groups()
