@@ -82,14 +82,15 @@ def photos(tmp_path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kept_group():
-    """Commands of these tests leave their two ranks to the next one, which starting them anew would take long."""
-    close = WorkerGroup.close
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkerGroup, "close", lambda *_: None)
-        yield
-        patch.setattr(WorkerGroup, "close", close)
-        close_groups()
+def groups():
+    yield
+    close_groups()
+
+
+@pytest.fixture
+def kept_group(groups, monkeypatch):
+    """The command leaves its two ranks to the next one, which starting them anew would take long."""
+    monkeypatch.setattr(WorkerGroup, "close", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("kept_group")
