@@ -21,6 +21,7 @@ from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
+from .flux2_pipeline import Flux2Drawing
 
 REFERENCE_SPACING = 10
 """Distance of reference images along the time coordinate, as the model was trained."""
@@ -160,6 +161,11 @@ class Flux2(Family):
         # 1.2 GiB on one GPU and 0.6 GiB under Ulysses-2, against 1.1 and 0.55 here.
         inner, mlp = _widths(config)
         return max(8 * inner, 3 * inner + (3 * inner + 2 * mlp + 9 * inner) // tp)
+
+    # Drawing.
+
+    def drawing(self, pipeline_class: str) -> Flux2Drawing:
+        return Flux2Drawing(self)
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         sigmas = np.linspace(1.0, 1 / steps, steps)
