@@ -135,6 +135,18 @@ def test_other_names_of_methods(method, other, qwen, latents):
     assert relative_error(ours, latents(other)[1]) <= TOLERANCE
 
 
+def float_mask(graph: Graph, scale: float) -> NodeId:
+    masked = graph.add("ReferenceFloatMask", conditioning=encoded(graph, LONG, pad=100), scale=scale)
+    return sampled(graph, (add_loader(graph, PIPELINE), 0), masked)
+
+
+def test_a_mask_of_floats(qwen, latents):
+    graph = Graph()
+    save = save_latent(graph, float_mask(graph, 1e6))
+    ours = latent_of(qwen, run_well(qwen, graph), save)
+    assert relative_error(ours, latents("masked")[1]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["qwen", "qwen_zero"])
 def test_a_file(name, qwen, latents):
     """A model that takes references as at timestep 0 says so in its file."""
@@ -165,6 +177,12 @@ class TestRefusals:
         text = self.sampled_with(qwen, graph, latent_image=latent)
         assert "the latent has 4 frames (layers)" in text
         assert "EmptySD3LatentImage" in text
+
+    def test_a_mask_that_weighs_tokens(self, qwen):
+        graph = Graph()
+        sampler = float_mask(graph, 3.0)
+        save_latent(graph, sampler)
+        assert "weighs tokens (with -3)" in failure(qwen, graph, sampler)
 
     def test_stable_diffusion_3s_sampling(self, qwen):
         graph = Graph()
