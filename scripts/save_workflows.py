@@ -207,7 +207,11 @@ def picture_of(frontend: Frontend, plan: dict[str, Any], width: int = 1280) -> I
     right = max(box[0] + box[2] for box in boxes)
     bottom = max(box[1] + box[3] for box in boxes)
     margin = 20
-    box = [-margin, -margin, right + 2 * margin, bottom + 2 * margin]
+    return screenshot(frontend, [-margin, -margin, right + 2 * margin, bottom + 2 * margin], width)
+
+
+def screenshot(frontend: Frontend, box: list[float], width: int) -> Image.Image:
+    """The part of the open graph in a box (x, y, width, height), scaled to a width in pixels."""
     scale = width / box[2]
     left, top = 80, 110  # clear of the side bar and the top bar
     frontend.page.set_viewport_size({"width": width + left + 20, "height": round(box[3] * scale) + top + 90})
@@ -263,7 +267,7 @@ def main(names: list[str]) -> int:
         return 2
     example = example_image()
     example.save(FOLDER / EXAMPLE_IMAGE, optimize=True)
-    names = names or sorted(file.stem for file in (FOLDER / "api").glob("*.json"))
+    names = names or sorted(NOTES)
     with ComfyServer() as server:
         server.add_input_image(EXAMPLE_IMAGE, example)
         # No simplified drawing at small scales.

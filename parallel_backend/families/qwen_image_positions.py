@@ -172,6 +172,12 @@ class QwenEntrance(Entrance):
 
     def prepare(self, arguments: dict[str, Any]) -> None:
         text, mask = arguments["encoder_hidden_states"], arguments.pop("encoder_hidden_states_mask", None)
+        width = self.transformer.config.joint_attention_dim
+        if text.shape[-1] != width:
+            raise ValueError(
+                f"the conditioning has {text.shape[-1]} features a token, this model takes {width}: it was made by the "
+                "text encoder of another model"
+            )
         kept = list(range(text.shape[1]))
         if mask is not None:
             mask = mask.bool().cpu()

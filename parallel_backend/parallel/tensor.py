@@ -146,10 +146,11 @@ class RowParallelLinear(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, None, self.weight_scale, self.input_scale)
+        # The bias is whole on every rank, and part of the sum once: of the first rank's product, where it costs nothing.
+        bias = self.bias if self.axis.rank == 0 else None
+        y = linear(x, self.weight, bias, self.weight_scale, self.input_scale)
         dist.all_reduce(y, group=self.axis.group)
-        # The bias is whole on every rank: adding it before the sum would add it once a rank.
-        return y if self.bias is None else y + self.bias
+        return y
 
 
 class ScaledLinear(nn.Module):

@@ -65,6 +65,13 @@ _WIRE = f"""([type, name, values]) => {{
 }}"""
 
 
+_MOVE = f"""([type, other, offset]) => {{
+  {_KEY}
+  const [node, beside] = [type, other].map(kind => graph.nodes.find(node => node.type === kind));
+  node.pos = [beside.pos[0] + offset[0], beside.pos[1] + offset[1]];
+}}"""
+
+
 @dataclass(frozen=True)
 class Replaced:
     """One node in the place of another.
@@ -103,3 +110,8 @@ def replace(frontend: Frontend, old_type: str, new_type: str, **values: Any) -> 
 def wire(frontend: Frontend, node_type: str, name: str, **values: Any) -> str:
     """Link the subgraph's node of a type, made if it is not there, to all free inputs of a name; its key."""
     return frontend.call(_WIRE, [node_type, name, values])
+
+
+def move(frontend: Frontend, node_type: str, beside: str, offset: tuple[float, float]) -> None:
+    """Move the subgraph's node of a type to a place beside its node of another type."""
+    frontend.call(_MOVE, [node_type, beside, list(offset)])

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from .graphs import Graph
+from .qwen_models import PIPELINE, ZERO, make_qwen_pipeline, make_zero_pipeline, write_text_encoder, write_transformer
 from .server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
 
 HERE = Path(__file__).resolve().parent
@@ -110,3 +111,17 @@ def server(comfyui: Path, home: Path, example_image: Image.Image) -> Iterator[Co
     with new_server(comfyui, home) as server:
         server.add_input_image(EXAMPLE_IMAGE, example_image)
         yield server
+
+
+@pytest.fixture(scope="session")
+def qwen(comfyui, home, server):
+    """Both pipeline folders, and the first one's transformer and text encoder as files."""
+    tokenizer = comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    folder = make_qwen_pipeline(home / "models" / PIPELINE, tokenizer)
+    zero = make_zero_pipeline(home / "models" / ZERO, folder)
+    for kind in ("diffusion_models", "text_encoders"):
+        (server.models / kind).mkdir(parents=True, exist_ok=True)
+    write_transformer(server.models / "diffusion_models" / "qwen.safetensors", folder)
+    write_transformer(server.models / "diffusion_models" / "qwen_zero.safetensors", zero)
+    write_text_encoder(server.models / "text_encoders" / "qwen.safetensors", folder)
+    return server

@@ -19,6 +19,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from tests.tiny_pipeline import _init_unit_variance
 from tests.tiny_qwen import SCHEDULER, single_file_tensors, tiny_transformer
 
+PIPELINE, ZERO = "tiny-qwen", "tiny-qwen-zero"
+"""Names of the pipeline folders; the second takes references as at timestep 0."""
 VOCAB, HIDDEN = 152064, 256
 CONFIG = {
     "text_config": {
@@ -42,7 +44,7 @@ def make_qwen_pipeline(folder: Path, tokenizer: Path) -> Path:
         torch.manual_seed(0)
         tiny_transformer(joint_attention_dim=HIDDEN).save_pretrained(folder / "transformer")
         _text_encoder().save_pretrained(folder / "text_encoder")
-        _vae().save_pretrained(folder / "vae")
+        random_vae().save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     shutil.copytree(tokenizer, folder / "tokenizer")
     index = {
@@ -95,9 +97,9 @@ def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     return model.eval()
 
 
-def _vae() -> AutoencoderKLQwenImage:
+def random_vae(base_dim: int = 16) -> AutoencoderKLQwenImage:
     """A sixth of the real one's channels; ComfyUI knows one number of blocks a level alone."""
-    model = AutoencoderKLQwenImage(base_dim=16, num_res_blocks=2)
+    model = AutoencoderKLQwenImage(base_dim=base_dim, num_res_blocks=2)
     _init_unit_variance(model)
     with torch.no_grad():
         picture = torch.nn.functional.interpolate(torch.randn(2, 3, 6, 6), size=(96, 96), mode="bicubic").mul(0.5)

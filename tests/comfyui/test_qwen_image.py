@@ -14,7 +14,7 @@ from torch import Tensor
 from .conftest import EXAMPLE_IMAGE
 from .graphs import Graph, NodeId, add_layout, add_loader, add_reference, relative_error, run_well, save_latent
 from .graphs import saved_latent as latent_of
-from .qwen_models import make_qwen_pipeline, make_zero_pipeline, write_text_encoder, write_transformer
+from .qwen_models import PIPELINE, ZERO
 from .test_errors import failure, rejection
 from .test_load_clip import save_conditioning, saved_conditioning
 from .test_stock_nodes import pixels
@@ -22,25 +22,10 @@ from .test_stock_nodes import pixels
 TOLERANCE = 1e-4
 """Of the relative error; see test_model.TOLERANCE."""
 DIFFERENT = 1e-2
-PIPELINE, ZERO = "tiny-qwen", "tiny-qwen-zero"
 REFERENCES = ((96, 64), (48, 80))
 LONG, SHORT = "a red circle on a blue square, highly detailed", "blurry"
 
 Build = Callable[[Graph, NodeId], NodeId]
-
-
-@pytest.fixture(scope="session")
-def qwen(comfyui, home, server):
-    """Both pipeline folders, and the first one's transformer and text encoder as files."""
-    tokenizer = comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"
-    folder = make_qwen_pipeline(home / "models" / PIPELINE, tokenizer)
-    zero = make_zero_pipeline(home / "models" / ZERO, folder)
-    for kind in ("diffusion_models", "text_encoders"):
-        (server.models / kind).mkdir(parents=True, exist_ok=True)
-    write_transformer(server.models / "diffusion_models" / "qwen.safetensors", folder)
-    write_transformer(server.models / "diffusion_models" / "qwen_zero.safetensors", zero)
-    write_text_encoder(server.models / "text_encoders" / "qwen.safetensors", folder)
-    return server
 
 
 # --- MODEL -----------------------------------------------------------------------------------------------------------

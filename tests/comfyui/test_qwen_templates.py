@@ -1,0 +1,221 @@
+"""The shipped Qwen-Image workflows: ComfyUI's own templates with other loaders and a note, and the same pictures."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scripts.save_templates import TEMPLATES, models_of
+
+from ..browser.frontend import Frontend, what_is_missing
+from ..single_file import to_fp8, write
+from .graphs import run_well
+from .qwen_models import PIPELINE, ZERO, random_vae
+from .server import CHECKOUT, ComfyServer
+from .test_templates import Prompt, draw, fetch_template, linked, picture, same, show, types
+
+OURS = {"HybridDiT_LoadDiffusionModel": 0, "HybridDiT_LoadCLIP": 1}
+"""Our loaders -> which output of the reference pack's loader is the same."""
+LAYOUT = "HybridDiT_ParallelLayout"
+SIZE = (128, 96)
+UNIFORM = 5.0
+"""A picture with a smaller standard deviation than this, of 255, shows nothing."""
+EDITS = ("qwen_image_edit_2511",)
+
+pytestmark = [
+    pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
+    pytest.mark.timeout(300),
+]
+
+
+def shipped(name: str) -> Prompt:
+    return json.loads((CHECKOUT / "workflows" / "api" / f"{name}.json").read_text())
+
+
+# --- Its graph -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Opened:
+    """In API form, as the front end makes it."""
+
+    template: Prompt
+    workflow: Prompt
+    notes: int
+
+
+@pytest.fixture(scope="module")
+def frontend(qwen: ComfyServer) -> Iterator[Frontend]:
+    with Frontend(qwen) as frontend:
+        yield frontend
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def opened(request: pytest.FixtureRequest, qwen: ComfyServer, frontend: Frontend) -> tuple[str, Opened]:
+    name: str = request.param
+    template = fetch_template(qwen, TEMPLATES[name])
+    show(frontend, template, name)
+    stock = frontend.prompt()
+    workflow = json.loads((CHECKOUT / "workflows" / f"{name}.json").read_text())
+    show(frontend, workflow, name)
+    notes = len(workflow["nodes"]) - len(template["nodes"])
+    return name, Opened(stock, frontend.prompt(), notes)
+
+
+def test_both_formats_agree(opened: tuple[str, Opened]):
+    name, graphs = opened
+    assert linked(graphs.workflow, {}) == linked(shipped(name), {})
+
+
+def test_only_the_loaders_differ(opened: tuple[str, Opened]):
+    _, graphs = opened
+    before, after = graphs.template, graphs.workflow
+    assert types(before) - types(after) == {"UNETLoader", "CLIPLoader"}
+    assert types(after) - types(before) == {*OURS, LAYOUT}
+    assert graphs.notes == 1
+    kinds = {"UNETLoader": "HybridDiT_LoadDiffusionModel", "CLIPLoader": "HybridDiT_LoadCLIP"}
+    key_of = {node["class_type"]: key for key, node in after.items()}
+    moved = {key: [key_of[kinds[node["class_type"]]], 0] for key, node in before.items() if node["class_type"] in kinds}
+    new = {key_of[kind] for kind in (*OURS, LAYOUT)}
+    assert linked(before, moved) == {key: node for key, node in linked(after, {}).items() if key not in new}
+    # The names are the template's.
+    for key, node in before.items():
+        if key in moved:
+            ours = after[moved[key][0]]["inputs"]
+            for widget in ("unet_name", "clip_name", "type"):
+                assert ours.get(widget) == node["inputs"].get(widget)
+
+
+# --- Its picture -----------------------------------------------------------------------------------------------------
+
+
+def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file's weights stand for."""
+    out = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias"):
+            scale = tensors.get(f"{layer}.weight_scale", tensors.get(f"{layer}.scale_weight", torch.tensor(1.0)))
+            out[name] = tensor.float() * (scale if leaf == "weight" else 1.0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def references(qwen: ComfyServer, home: Path) -> dict[str, str]:
+    """The files that the workflows name, in the formats that their names tell; workflow -> the same as a pipeline."""
+    models, pipelines = home / "models", {}
+    text = load_file(qwen.models / "text_encoders" / "qwen.safetensors")
+    scaled, _ = to_fp8(text, "scaled_fp8", part="_proj")
+    for name, template in TEMPLATES.items():
+        like, zero = (PIPELINE, "qwen"), (ZERO, "qwen_zero")
+        folder, file = zero if name in EDITS else like
+        transformer = load_file(qwen.models / "diffusion_models" / f"{file}.safetensors")
+        if "fp8mixed" in json.dumps(shipped(name)):
+            stored, metadata = to_fp8(transformer, "metadata")
+        else:
+            stored, metadata = {}, {}
+            for key, tensor in transformer.items():
+                stored[key] = tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "blocks" in key else tensor
+        workflow = fetch_template(qwen, template)
+        for number, node in enumerate(node for node in workflow["nodes"] if node["type"] == "LoadImage"):
+            qwen.add_input_image(node["widgets_values"][0], picture(number))
+        for model in models_of(workflow):
+            path = qwen.models / model["directory"] / model["name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if model["directory"] == "diffusion_models":
+                write(path, stored, metadata=metadata)
+            elif model["directory"] == "text_encoders":
+                write(path, scaled)
+            elif model["directory"] == "vae":
+                write(path, vae_tensors())
+            else:
+                save_file({"nothing": torch.zeros(1)}, path)  # the LoRA, which the switch leaves out
+        pipelines[name] = f"{name}-reference"
+        made = models / pipelines[name]
+        shutil.copytree(models / folder, made)
+        save_file(dequantized(stored), made / "transformer" / "diffusion_pytorch_model.safetensors")
+        weights = {
+            f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1): tensor
+            for key, tensor in dequantized(scaled).items()
+        }
+        save_file(weights, made / "text_encoder" / "model.safetensors")
+    return pipelines
+
+
+def vae_tensors() -> dict[str, Tensor]:
+    """A VAE so small that a megapixel, to which the edit nodes scale every picture, is soon encoded."""
+    file = Path(__file__).parent / "reference_pack" / "wan_names.py"
+    spec = importlib.util.spec_from_file_location("wan_names", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vae: AutoencoderKLQwenImage = random_vae(base_dim=4)
+    weights = vae.state_dict()
+    names = module.to_wan_names(weights)
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def small(name: str) -> Prompt:
+    """The shipped prompt with fewer steps and a small picture."""
+    prompt = shipped(name)
+    for node in prompt.values():
+        if node["class_type"] == "EmptySD3LatentImage":
+            node["inputs"]["width"], node["inputs"]["height"] = SIZE
+        if node["class_type"] == "PrimitiveInt":
+            node["inputs"]["value"] = 1 if name in EDITS else 2
+    return prompt
+
+
+def with_reference(prompt: Prompt, pipeline: str) -> Prompt:
+    """The same graph on the reference pack's loader."""
+    ours = {key: OURS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in OURS}
+    moved: dict[str, list[Any]] = {key: ["reference", output] for key, output in ours.items()}
+    graph = linked({key: node for key, node in prompt.items() if node["class_type"] != LAYOUT}, moved)
+    return {**graph, "reference": {"class_type": "ReferencePipelineLoader", "inputs": {"pipeline": pipeline}}}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_same_picture_as_with_comfyuis_own_classes(name: str, qwen: ComfyServer, references: dict[str, str]):
+    prompt = small(name)
+    drawn = draw(qwen, prompt)
+    assert drawn.std() > UNIFORM
+    if name not in EDITS:
+        assert drawn.shape == (SIZE[1], SIZE[0], 3)
+    assert same(drawn, draw(qwen, with_reference(prompt, references[name])))
+    if name in EDITS:
+        return
+    # Proof that the comparison can fail: other words make another picture.
+    other = copy.deepcopy(prompt)
+    for node in other.values():
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = "a cat"
+    assert not same(drawn, draw(qwen, other))
+    # The LoRA's loader is there and not asked.
+    assert any(node["class_type"] == "LoraLoaderModelOnly" for node in prompt.values())
+
+
+def test_an_edited_picture_depends_on_all_that_goes_in(qwen: ComfyServer, references: dict[str, str]):
+    """Small as it is, the model hears the words, and looks at both pictures."""
+    assert references
+    prompt = small(EDITS[0])
+    usual = draw(qwen, prompt)
+    second = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"][1]
+    qwen.add_input_image("other.png", picture(9))
+    changed = copy.deepcopy(prompt)
+    changed[second]["inputs"]["image"] = "other.png"
+    assert np.abs(draw(qwen, changed) - usual).max() > 2
+    assert run_well(qwen, changed) is not None
