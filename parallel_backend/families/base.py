@@ -86,6 +86,8 @@ class Family(ABC):
     """Short name in messages and file names."""
     title: str
     """The name people know."""
+    models: tuple[str, ...]
+    """Models that the family covers, by the names people know. What differs between them is read off checkpoints."""
     pipeline_classes: tuple[str, ...]
     """diffusers pipeline classes, as ``model_index.json`` spells them."""
     transformer_class: str

@@ -36,6 +36,7 @@ class Flux2(Family):
 
     name = "flux2"
     title = "FLUX.2"
+    models = ("FLUX.2-dev",)
     pipeline_classes = ("Flux2Pipeline",)
     transformer_class = "Flux2Transformer2DModel"
     text_encoder_class = "Mistral3ForConditionalGeneration"

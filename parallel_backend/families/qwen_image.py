@@ -43,6 +43,7 @@ class QwenImage(Family):
 
     name = "qwen_image"
     title = "Qwen-Image"
+    models = ("Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")
     pipeline_classes = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
     transformer_class = "QwenImageTransformer2DModel"
     text_encoder_class = "Qwen2_5_VLForConditionalGeneration"
