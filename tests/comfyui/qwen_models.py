@@ -103,6 +103,7 @@ def _vae() -> AutoencoderKLQwenImage:
         picture = torch.nn.functional.interpolate(torch.randn(2, 3, 6, 6), size=(96, 96), mode="bicubic").mul(0.5)
         spread = model.encode(picture.clamp(-1, 1).unsqueeze(2)).latent_dist.mean.std()
         model.quant_conv.weight[:16] *= torch.tensor(model.config.latents_std).mean() / spread
-        latent = torch.randn(2, 16, 1, 12, 12)
-        model.decoder.conv_out.weight.mul_(0.3 / model.decode(latent).sample.std())
+        latent = 3 * torch.randn(2, 16, 1, 12, 12)
+        # Within -1..1 throughout: diffusers' decoder cuts off what is beyond, ComfyUI only after it has joined tiles.
+        model.decoder.conv_out.weight.mul_(0.06 / model.decode(latent).sample.std())
     return model.eval()

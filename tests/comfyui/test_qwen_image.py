@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -136,6 +135,18 @@ def test_other_names_of_methods(method, other, qwen, latents):
     assert relative_error(ours, latents(other)[1]) <= TOLERANCE
 
 
+def float_mask(graph: Graph, scale: float) -> NodeId:
+    masked = graph.add("ReferenceFloatMask", conditioning=encoded(graph, LONG, pad=100), scale=scale)
+    return sampled(graph, (add_loader(graph, PIPELINE), 0), masked)
+
+
+def test_a_mask_of_floats(qwen, latents):
+    graph = Graph()
+    save = save_latent(graph, float_mask(graph, 1e6))
+    ours = latent_of(qwen, run_well(qwen, graph), save)
+    assert relative_error(ours, latents("masked")[1]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["qwen", "qwen_zero"])
 def test_a_file(name, qwen, latents):
     """A model that takes references as at timestep 0 says so in its file."""
@@ -167,14 +178,11 @@ class TestRefusals:
         assert "the latent has 4 frames (layers)" in text
         assert "EmptySD3LatentImage" in text
 
-    def test_latent_of_another_model(self, qwen):
-        from safetensors.torch import save_file
-
-        tensors = {"latent_tensor": torch.ones(1, 4, 16, 16), "latent_format_version_0": torch.tensor([])}
-        save_file(tensors, qwen.input / "four.latent")
+    def test_a_mask_that_weighs_tokens(self, qwen):
         graph = Graph()
-        text = self.sampled_with(qwen, graph, latent_image=graph.add("LoadLatent", latent="four.latent"))
-        assert "4 channels, this model takes 16; use EmptySD3LatentImage" in text
+        sampler = float_mask(graph, 3.0)
+        save_latent(graph, sampler)
+        assert "weighs tokens (with -3)" in failure(qwen, graph, sampler)
 
     def test_stable_diffusion_3s_sampling(self, qwen):
         graph = Graph()
@@ -211,10 +219,14 @@ def edit_plus(graph: Graph, clip: object, *images: NodeId, text: str = LONG) -> 
 
 
 def together(graph: Graph, clip: object, *images: NodeId) -> NodeId:
-    """Two texts of one length in a batch, with an image each."""
+    """Two texts in a batch, filled up to one length, with an image each.
+
+    Of texts with images ComfyUI takes all positions from the first one, so that only equally long ones come out right.
+    """
     clip = graph.add("ReferenceTokenizerOption", clip=clip, name="qwen25_7b_min_length", value=100)
     batch = {"images": graph.add("ImageBatch", image1=images[0], image2=images[1])} if images else {}
-    return graph.add("ReferenceEncodeTogether", clip=clip, first="a cat", second="two red dogs", weight=1.0, **batch)
+    second = "a dog" if images else "two red dogs"
+    return graph.add("ReferenceEncodeTogether", clip=clip, first="a cat", second=second, weight=1.0, **batch)
 
 
 ENCODERS: dict[str, Callable[[Graph, object], NodeId]] = {
@@ -256,6 +268,10 @@ def test_same_conditioning(kind, qwen):
     for name, pair in nodes.items():
         ours, theirs = (saved_conditioning(qwen, result, node) for node in pair)
         assert set(ours) == set(theirs), name
+        if name == "two texts with images":
+            # Behind an image, what is masked stands at positions of its own there; nobody looks at it.
+            for one in (ours, theirs):
+                one["cond"] = one["cond"][:, theirs["attention_mask"][0].bool()]
         for key, tensor in theirs.items():
             print(kind, name, key, tuple(tensor.shape), relative_error(ours[key], tensor))
             assert relative_error(ours[key], tensor) <= TOLERANCE, (name, key)
@@ -363,6 +379,7 @@ def test_decoding(qwen):
     for ours, theirs in zip(*saves, strict=True):
         expected = pixels(qwen, result, theirs)
         assert expected.shape == (128, 160, 3)
-        assert expected.std() > 20
+        assert expected.std() > 5
+        assert 0 < expected.min() < expected.max() < 255
         # Only the rounding to 8 bits may differ.
         assert np.abs(pixels(qwen, result, ours) - expected).max() <= 1

@@ -341,6 +341,23 @@ class ReferenceMethod:
         return ([[tensor, {**extras, "reference_latents_method": method}] for tensor, extras in conditioning],)
 
 
+class ReferenceFloatMask:
+    """The attention mask of a conditioning as what is added to scores: 0, and ``-scale`` where it hides a token."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "convert"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "scale": ("FLOAT", {"max": 1e9})}}
+
+    def convert(self, conditioning: Any, scale: float) -> tuple[list]:
+        return (
+            [[t, {**extras, "attention_mask": (extras["attention_mask"] - 1.0) * scale}] for t, extras in conditioning],
+        )
+
+
 class ReferenceEncodeWithImage:
     """Hands a CLIP an image beside the text, as nodes of models that look at pictures do."""
 
@@ -384,6 +401,7 @@ _NODES = (
     ReferenceEncodeTogether,
     ReferenceEncodeWithImage,
     ReferenceMethod,
+    ReferenceFloatMask,
     ReferenceSaveConditioning,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}

@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.llama import Llama2_, Qwen25_7BVLI, Qwen25_7BVLI_Config
-from comfy.text_encoders.qwen_image import QwenImageTEModel, QwenImageTokenizer
+from comfy.text_encoders.qwen_image import QwenImageTokenizer, te
 from comfy.text_encoders.qwen_vl import Qwen2VLVisionTransformer
 
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -85,7 +85,8 @@ def build_qwen_clip(weights: dict[str, torch.Tensor], text: Any, vision: Any) ->
     config["vision"] = {name: getattr(vision, name) for name in ("hidden_size", "intermediate_size", "num_heads")}
     config["vision"]["num_layers"] = vision.depth
     return comfy.sd.CLIP(
-        SimpleNamespace(clip=QwenImageTEModel, tokenizer=QwenImageTokenizer, params={}),
+        # Without a dtype it would hold the weights in fp16.
+        SimpleNamespace(clip=te(torch.float32), tokenizer=QwenImageTokenizer, params={}),
         state_dict=[weights],
         model_options={"qwen25_7b_model_config": config, "qwen25_7b_class": _ClipModel},
     )
