@@ -21,8 +21,8 @@ from parallel_backend.sampling import draw
 
 pytestmark = pytest.mark.timeout(180)
 
-TOLERANCE = 1e-4
-"""Of the last latent, in fp32: layouts reorder sums, and true CFG subtracts two predictions that are nearly alike."""
+TOLERANCE = 1e-5
+"""Of the last latent, in fp32: layouts only reorder sums; 1e-6 was seen after two steps under true CFG."""
 LAYOUT = ParallelismConfig(ulysses_size=2, tp_size=2)
 SMALL = {"vision": 96 * 96, "reference": 128 * 128}
 """Areas of reference images in the place of a megapixel, so that tests do not wait for it."""
