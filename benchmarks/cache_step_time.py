@@ -25,8 +25,8 @@ from parallel_backend.cache import block_cache
 from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
-from parallel_backend.families import Conditioning
-from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, flux2_dev
+from parallel_backend.families import Conditioning, family_of_name
+from parallel_backend.memory import reference_config
 from parallel_backend.mesh import SINGLE
 
 STEPS = 6
@@ -39,11 +39,12 @@ class Timer:
     """Runs steps of one transformer and times them from start to end of the device's work."""
 
     def __init__(self, width: int, height: int) -> None:
-        family, config = flux2_dev()
+        family = family_of_name("flux2")
+        config = reference_config(family)
         self.transformer = family.build_transformer(config)
         fill(self.transformer)
         channels, rows, columns = config["in_channels"], height // 16, width // 16
-        text = FLUX2_DEV_TEXT_CONFIG["text_config"]["hidden_size"] * 3
+        text = family.reference_model.text_config["text_config"]["hidden_size"] * 3
         self.inputs = family.transformer_inputs(
             torch.randn(1, channels, rows, columns, device="cuda", dtype=torch.bfloat16),
             torch.full((1,), 0.5, device="cuda"),

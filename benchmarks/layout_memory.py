@@ -23,8 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import Conditioning
-from parallel_backend.memory import FLUX2_DEV_TEXT_CONFIG, GIB, LAYOUTS, flux2_dev
+from parallel_backend.families import Conditioning, family_of_name
+from parallel_backend.memory import GIB, LAYOUTS, reference_config
 from parallel_backend.mesh import build_mesh
 from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axes
 
@@ -46,19 +46,20 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     """Figures of rank 0 for one layout, in GiB and milliseconds."""
     if layout.world_size > 1:
         dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
-    family, config = flux2_dev()
+    family = family_of_name("flux2")
+    text_config = family.reference_model.text_config
     mesh = build_mesh(layout, "cuda")
-    transformer = family.build_transformer(config)
+    transformer = family.build_transformer(reference_config(family))
     parallelize_transformer(transformer, family, layout, mesh)
-    text = family.build_text_model(FLUX2_DEV_TEXT_CONFIG)
-    shard_text_model(text, family, FLUX2_DEV_TEXT_CONFIG, text_axes(family, FLUX2_DEV_TEXT_CONFIG, mesh)[0])
+    text = family.build_text_model(text_config)
+    shard_text_model(text, family, text_config, text_axes(family, text_config, mesh)[0])
     figures = {"text_gib": fill(text) / GIB, "transformer_gib": fill(transformer) / GIB}
     vae = AutoencoderKLFlux2().to("cuda").eval()
     figures["vae_gib"] = sum(p.nbytes for p in vae.parameters()) / GIB
 
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, 1000, (1, 512), device="cuda")
-    context = family.encode_text(text, ids, torch.ones_like(ids), family.text_layers(FLUX2_DEV_TEXT_CONFIG))
+    context = family.encode_text(text, ids, torch.ones_like(ids), family.text_layers(text_config))
     figures["peak_text_gib"] = torch.cuda.max_memory_allocated() / GIB
 
     torch.cuda.reset_peak_memory_stats()

@@ -1,76 +1,191 @@
-"""The CLIP: ComfyUI's CLIP object with the pipeline's own tokenizer and a text encoder that runs in the workers."""
+"""The CLIP: ComfyUI's own tokenizer and post-processing around a language model in the workers."""
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from torch import Tensor, nn
 
+from ..parallel_backend.families import VisionImage
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
-from ..parallel_backend.sampling import load_tokenizer
-from .comfy_patcher import RemotePart, RemotePatcher
+from ..parallel_backend.loading.text_encoder_file import TextEncoderFile
+from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
 from .group import ModelHandle, check_interrupted
 
-TOKENS_KEY = "parallel_text_encoder"
+OPTION = "parallel_text_encoder"
+"""Among ComfyUI's model options: the `TextModelSpec` that `RemoteClipModel` is made of."""
+MEDIA = ("image", "images", "image_embeds", "video", "audio")
+"""What nodes hand a tokenizer beside the prompt; ComfyUI's drop what they do not know."""
 
 
-class ChatTokenizer:
-    """Turns a prompt into the ids of the conversation that the text encoder was trained on, without padding."""
+@dataclass(frozen=True)
+class TextModelSpec:
+    """What ComfyUI's handling of tokens has to know of a language model in the workers.
 
-    def __init__(self, source: PipelineFolder) -> None:
-        self.family = source.family
-        self.tokenizer = load_tokenizer(source.path)
+    Args:
+        handle: of the model in the workers.
+        count: how many layers the language model has.
+        shapes: the weights that patches may name, under ComfyUI's keys.
+        layer: ``"last"`` where the context is the last hidden state, or those that stand side by side in it.
+        special_tokens: as ComfyUI's class of the family states them.
+        image_token: placeholder for a part of an image; None: the language model does not look at images.
+    """
+
+    handle: ModelHandle
+    count: int
+    shapes: Mapping[str, tuple[int, ...]]
+    layer: str | list[int]
+    special_tokens: Mapping[str, int]
+    image_token: int | None = None
+
+
+class PromptOnly:
+    """Beside one of ComfyUI's tokenizers: refuses what it would drop without a word."""
+
+    accepted_media: tuple[str, ...] = ()
+    """What of `MEDIA` the tokenizer takes."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
-        """``{"parallel_text_encoder": [[(id, 1.0), ...]]}``; as with ComfyUI's FLUX.2, weights are not parsed."""
-        refused = [name for name, value in options.items() if value is not None and name != "tokenizer_options"]
-        if refused:
+        """As ComfyUI's; ValueError where there is more than it takes."""
+        refused = [name for name in MEDIA if name not in self.accepted_media]
+        given = [name for name in refused if options.get(name) is not None and len(options[name])]
+        if given:
             raise ValueError(
-                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} too"
+                f"the text encoder in the parallel workers takes {' and '.join(('a prompt', *self.accepted_media))} "
+                f"alone; it was given {', '.join(given)} too. Disconnect that input; for a reference image use "
+                "ReferenceLatent"
             )
-        encoded = self.tokenizer.apply_chat_template(
-            self.family.messages(text), add_generation_prompt=False, tokenize=True, return_dict=True
-        )
-        ids = encoded["input_ids"]
-        return {TOKENS_KEY: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]]}
-
-    def untokenize(self, pairs: list) -> list:
-        return [(pair, self.tokenizer.decode([pair[0]])) for pair in pairs]
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return super().tokenize_with_weights(text, return_word_ids=return_word_ids, **options)  # type: ignore[misc]
 
 
-class RemoteTextEncoder(nn.Module):
-    """Stands where ComfyUI's text encoder model stands, without parameters."""
+class RemoteTextModel(nn.Module):
+    """Stands where ComfyUI's language model stands, without parameters: the "embeddings" of tokens are their ids."""
 
-    def __init__(self, handle: ModelHandle) -> None:
+    def __init__(self, spec: TextModelSpec) -> None:
         super().__init__()
-        self.handle = handle
-        self.remote_part = RemotePart(handle, "text_encoder")
-        self.dtypes = {torch.float32}
+        self.spec, self.num_layers = spec, spec.count
 
-    def reset_clip_options(self) -> None:
-        pass
+    def get_input_embeddings(self) -> _Ids:
+        return _Ids()
+
+    def preprocess_embed(self, embed: dict[str, Any], device: Any) -> tuple[Tensor, VisionImage]:
+        """Placeholder ids ``[N, 1]`` that stand for an image among the tokens, and what the workers make of them."""
+        assert self.spec.image_token is not None
+        image = vision_image(embed["data"])
+        count = image.patches.shape[0] // 4  # a token has two by two patches
+        return torch.full((count, 1), float(self.spec.image_token), device=device), image
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        return meta_state_dict(self.spec.shapes, destination, prefix)
+
+    def forward(
+        self, _: None, attention_mask: Tensor, embeds: Tensor, embeds_info: list[dict[str, Any]], **__: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As ComfyUI calls it, with ids ``[B, L, 1]``, a mask ``[B, L]``, and the images in the order of their ids.
+
+        Returns:
+            The last hidden state ``[B, L, D]``, or the chosen ones ``[B, layers, L, D]``; the other is None.
+        """
+        ids = embeds[..., 0].round().long()
+        images = [info["extra"] for info in embeds_info if info["type"] == "image"]
+        context = self.spec.handle.get().encode_text(ids, attention_mask.long(), images, check=check_interrupted)
+        if isinstance(self.spec.layer, str):
+            return context, None
+        return None, context.unflatten(-1, (len(self.spec.layer), -1)).movedim(2, 1)
+
+
+class _Ids:
+    """An embedding table that gives ids back; fp32 holds each exactly."""
+
+    weight = torch.empty(0)
+    """Where ComfyUI looks for the device, where it was not told one."""
+
+    def __call__(self, ids: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return ids.unsqueeze(-1).to(out_dtype)
+
+
+class RemoteClipModel(SDClipModel):
+    """ComfyUI's handling of tokens and masks around `RemoteTextModel`."""
+
+    def __init__(self, device: Any, dtype: Any, model_options: dict[str, Any]) -> None:
+        spec: TextModelSpec = model_options[OPTION]
+        super().__init__(
+            device=device, dtype=dtype, layer=spec.layer, textmodel_json_config={},
+            model_class=lambda *_: RemoteTextModel(spec), special_tokens=dict(spec.special_tokens),
+            layer_norm_hidden_state=False, enable_attention_masks=True, return_attention_masks=True,
+        )  # fmt: skip
+        del self.logit_scale  # nothing that could be moved or patched stays
+
+    def process_tokens(self, tokens: list[list[Any]], device: Any) -> Any:
+        """As ComfyUI's, but with the images of all texts; ValueError where a token is neither an id nor an image."""
+        images = self.transformer.spec.image_token is not None
+        for token in (token for section in tokens for token in section):
+            if not (isinstance(token, numbers.Integral) or (images and _is_image(token))):
+                raise ValueError(
+                    "the prompt has an embedding (or an image) in it, which the text encoder in the parallel workers "
+                    "does not take; remove 'embedding:...' from the prompt"
+                )
+        # One text at a time: of several, ComfyUI would keep the images of the last one alone.
+        parts = [super(RemoteClipModel, self).process_tokens([section], device) for section in tokens]
+        lengths = sorted({part[0].shape[1] for part in parts})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the texts of one batch have {' and '.join(map(str, lengths))} tokens (with their images); encode "
+                "them one by one"
+            )
+        counts, infos = ([entry for part in parts for entry in part[index]] for index in (2, 3))
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), counts, infos
+
+
+class RemoteEncoder:
+    """Beside ComfyUI's class of a family's text encoder, which keeps everything but the language model.
+
+    Args:
+        spec: of the language model.
+        name: what ComfyUI's class calls it.
+    """
+
+    def __init__(self, spec: TextModelSpec, name: str) -> None:
+        # ComfyUI takes another class for its language model by this name.
+        options = {OPTION: spec, f"{name}_class": RemoteClipModel}
+        super().__init__(dtype=torch.float32, model_options=options)  # type: ignore[call-arg]
+        self.remote_part = RemotePart(spec.handle, "text_encoder")
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         refuse_clip_layer(options)
-
-    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
-        """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
-        ids = torch.tensor([[entry[0] for entry in tokens[TOKENS_KEY][0]]])
-        context = self.handle.get().encode_text(ids, torch.ones_like(ids), check=check_interrupted)
-        return context.to(comfy.model_management.intermediate_device(), torch.float32), None
+        super().set_clip_options(options)  # type: ignore[misc]
 
     def generate(self, *_: Any, **__: Any) -> None:
         refuse_generation()
+
+
+def vision_image(picture: Tensor) -> VisionImage:
+    """What a vision tower of the Qwen2-VL kind gets of IMAGE ``[B, H, W, 3]``, of which it sees the first.
+
+    Raises:
+        ValueError: the picture has another number of channels.
+    """
+    if picture.shape[-1] != 3:
+        raise ValueError(
+            f"an image for the text encoder has {picture.shape[-1]} channels where 3 are expected; remove its alpha "
+            "channel (Split Image with Alpha)"
+        )
+    patches, grid = process_qwen2vl_images(picture)
+    frames, rows, columns = grid[0].tolist()
+    return VisionImage(patches.float(), (frames, rows, columns))
+
+
+def _is_image(token: Any) -> bool:
+    return isinstance(token, dict) and token.get("type") == "image"
 
 
 def refuse_clip_layer(options: dict[str, Any]) -> None:
@@ -86,9 +201,9 @@ def refuse_generation() -> NoReturn:
     raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
 
 
-def make_clip(handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
-    """The CLIP of a pipeline whose text encoder is in the workers."""
-    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source))
+def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[int, ...]]:
+    """The language model's weights under ComfyUI's names, and their shapes."""
+    return {f"model.{name}": weight.shape for name, weight in source.weights("text_encoder").items()}
 
 
 def wrap_clip(text_encoder: nn.Module, tokenizer: Any) -> comfy.sd.CLIP:

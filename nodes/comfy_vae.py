@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import comfy.sd
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from .comfy_patcher import RemotePart, RemotePatcher
+from .families import family_of
 from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 16 * 2**20
@@ -16,22 +19,30 @@ HOST_MEMORY = 16 * 2**20
 
 
 class RemoteAutoencoder(nn.Module):
-    """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time."""
+    """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time.
 
-    def __init__(self, handle: ModelHandle) -> None:
+    Args:
+        handle: of the model in the workers.
+        latent_format: ComfyUI's, where its VAE nodes have other latents than its models; workers have the models'.
+    """
+
+    def __init__(self, handle: ModelHandle, latent_format: Any = None) -> None:
         super().__init__()
-        self.handle = handle
+        self.handle, self.latent_format = handle, latent_format
         self.remote_part = RemotePart(handle, "vae")
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1."""
+        """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``."""
         model = self.handle.get()
+        if self.latent_format is not None:
+            latent = self.latent_format.process_in(latent)
         return torch.cat([model.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
 
     def encode(self, image: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in -1..1 -> ``[B, C, h, w]``."""
+        """The way back."""
         model = self.handle.get()
-        return torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+        latent = torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+        return latent if self.latent_format is None else self.latent_format.process_out(latent)
 
 
 class RemoteVAE(comfy.sd.VAE):
@@ -39,21 +50,22 @@ class RemoteVAE(comfy.sd.VAE):
 
     def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         # Not super().__init__(), which needs the weights.
-        self.first_stage_model = RemoteAutoencoder(handle)
+        look = family_of(source).vae
+        self.first_stage_model = RemoteAutoencoder(handle, look.latent_format)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
-        self.downscale_ratio = self.upscale_ratio = source.family.latent_downscale
+        self.downscale_ratio, self.upscale_ratio = look.downscale_ratio, look.upscale_ratio
         self.latent_channels = source.family.latent_channels
-        self.latent_dim = 2
+        self.latent_dim = look.latent_dim
         self.output_channels = 3
-        self.pad_channel_value = None
+        self.pad_channel_value = look.pad_channel_value
         self.process_input = lambda image: image * 2.0 - 1.0
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.float32]
         self.disable_offload = False
         self.not_video = False
         self.size = 1
-        self.downscale_index_formula = None
-        self.upscale_index_formula = None
+        self.downscale_index_formula = look.downscale_index_formula
+        self.upscale_index_formula = look.upscale_index_formula
         self.extra_1d_channel = None
         self.crop_input = True
         self.handles_tiling = False

@@ -15,10 +15,9 @@ from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipe
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
 from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, ModelConfig
-from .comfy_clip import make_clip
-from .comfy_clip_file import make_clip_of_file
 from .comfy_model import make_model
 from .comfy_vae import make_vae
+from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
 
@@ -47,14 +46,14 @@ class LoadPipeline(io.ComfyNode):
                 "Loads a diffusers pipeline folder from models/diffusers into worker processes, split as the layout "
                 "says. MODEL, CLIP and VAE go to the stock nodes."
             ),
-            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel"],
+            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel", "qwen image parallel"],
             inputs=[
                 io.Combo.Input(
                     "pipeline",
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
-                    tooltip="A folder with a model_index.json under models/diffusers. "
-                    f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along; it draws simple shapes.",
+                    tooltip="A folder with a model_index.json under models/diffusers: FLUX.2, Qwen-Image or "
+                    f"Qwen-Image-Edit. '{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws shapes.",
                 ),
                 layout_input(),
                 io.Combo.Input(
@@ -69,7 +68,9 @@ class LoadPipeline(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
-                io.Clip.Output("CLIP", tooltip="For CLIPTextEncode. The text encoder is split over all workers."),
+                io.Clip.Output(
+                    "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
+                ),
                 io.Vae.Output("VAE", tooltip="For VAEDecode and VAEEncode. It runs on the first worker."),
             ],
         )
@@ -89,7 +90,9 @@ class LoadPipeline(io.ComfyNode):
     ) -> io.NodeOutput:
         handle, source = load(lambda: find_pipeline(pipeline), layout, dtype, encoder_memory=encoder_memory)
         assert isinstance(source, PipelineFolder)
-        return io.NodeOutput(make_model(handle, source), make_clip(handle, source), make_vae(handle, source))
+        return io.NodeOutput(
+            make_model(handle, source), family_of(source).clip_of_folder(handle, source), make_vae(handle, source)
+        )
 
 
 class LoadDiffusionModel(io.ComfyNode):
@@ -105,13 +108,13 @@ class LoadDiffusionModel(io.ComfyNode):
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
                 "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
-            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel"],
+            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel", "qwen image parallel"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list(MODEL_FILES),
                     tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
-                    "flux2_dev.safetensors or flux2_dev_fp8mixed.safetensors.",
+                    "flux2_dev_fp8mixed.safetensors or qwen_image_bf16.safetensors.",
                 ),
                 layout_input(),
                 weight_dtype_input(
@@ -154,15 +157,25 @@ class LoadCLIP(io.ComfyNode):
                 "Takes the place of Load CLIP; with the same layout it shares the workers of Load Diffusion Model "
                 "(Parallel)."
             ),
-            search_aliases=["clip loader", "text encoder loader", "multi gpu clip", "mistral parallel"],
+            search_aliases=[
+                "clip loader",
+                "text encoder loader",
+                "multi gpu clip",
+                "mistral parallel",
+                "qwen parallel",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=folder_paths.get_filename_list(ENCODER_FILES),
                     tooltip="A .safetensors file under models/text_encoders (or models/clip), such as "
-                    "mistral_3_small_flux2_bf16.safetensors or mistral_3_small_flux2_fp8.safetensors.",
+                    "mistral_3_small_flux2_bf16.safetensors or qwen_2.5_vl_7b.safetensors.",
                 ),
-                io.Combo.Input("type", options=["flux2"], tooltip="The model family that the text encoder is for."),
+                io.Combo.Input(
+                    "type",
+                    options=[family.clip_type for family in COMFY_FAMILIES.values()],
+                    tooltip="The model family that the text encoder is for.",
+                ),
                 layout_input(),
                 weight_dtype_input(
                     "'default': fp8 stays fp8 and is multiplied in bfloat16, others are bfloat16 on GPUs and float32 "
@@ -170,12 +183,19 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 encoder_memory_input(),
             ],
-            outputs=[io.Clip.Output("CLIP", tooltip="For CLIPTextEncode. The text encoder is split over all workers.")],
+            outputs=[
+                io.Clip.Output(
+                    "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
+                )
+            ],
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name=None):
-        return checked(clip_name, lambda name: open_text_encoder_file(find_file(ENCODER_FILES, name)))
+    def validate_inputs(cls, clip_name=None, type=None):
+        def look(name: str) -> None:
+            check_type(open_text_encoder_file(find_file(ENCODER_FILES, name)), type)
+
+        return checked(clip_name, look)
 
     @classmethod
     def fingerprint_inputs(cls, clip_name=None, **_):
@@ -195,7 +215,18 @@ class LoadCLIP(io.ComfyNode):
         fp8 = "stored" if fp8 == "matmul" else fp8
         handle, source = load(lambda: find_file(ENCODER_FILES, clip_name), layout, dtype, fp8, encoder_memory)
         assert isinstance(source, TextEncoderFile)
-        return io.NodeOutput(make_clip_of_file(handle, source))
+        check_type(source, type)
+        return io.NodeOutput(family_of(source).clip_of_file(handle, source))
+
+
+def check_type(source: TextEncoderFile, type: str | None) -> None:
+    """Raise ValueError if a text encoder's file is of another type than the one chosen; None is not known yet."""
+    found = family_of(source).clip_type
+    if type is not None and type != found:
+        raise ValueError(
+            f"{source.path.name} is the text encoder of {source.family.title}, but the type is {type!r}; choose the "
+            f"type {found!r}, or another file"
+        )
 
 
 def checked(name: str | None, look: Callable[[str], object]) -> bool | str:

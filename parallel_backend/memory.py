@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import diffusers
-import torch
 from torch import nn
 
 from .config import ParallelismConfig
-from .families import Family, family_of_transformer
+from .families import Family, Model
 from .mesh import Axis
 from .parallel.tensor import apply_tensor_parallel
 from .parallelize import shard_text_model
@@ -30,23 +28,7 @@ LAYOUTS = tuple(
 """The layouts that people compare: one GPU, and every common one of 2, 4 and 8."""
 
 IMAGE_PIXELS = 1024 * 1024
-TEXT_TOKENS = 512
 _VAE_DTYPE_BYTES = 4  # the workers keep the VAE in fp32
-
-# Mistral-Small-3.2-24B, as FLUX.2-dev's text_encoder/config.json has it. The vision tower and the last ten layers play
-# no part: the workers do not hold them.
-FLUX2_DEV_TEXT_CONFIG: dict[str, Any] = {
-    "text_config": {
-        "model_type": "mistral",
-        "vocab_size": 131072,
-        "hidden_size": 5120,
-        "intermediate_size": 32768,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,9 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class LayoutFit:
-    """What a layout needs of each GPU to run FLUX.2-dev, in GiB (rank 0, which alone has the VAE), and whether it fits.
+    """What a layout needs of each GPU to run a family's reference model, in GiB, and whether it fits.
+
+    Rank 0, which alone has the VAE, is the one that is looked at.
 
     ``fits`` is ``"yes"``, ``"busy"`` (once other programs free memory), ``"no"``, or ``""`` where there are no GPUs.
     """
@@ -101,9 +85,10 @@ def weight_bytes(
     text_config: Mapping[str, Any],
     layout: ParallelismConfig,
     dtype_bytes: int = 2,
-    vae_class: str = "AutoencoderKLFlux2",
 ) -> WeightBytes:
     """Count the weights of rank 0, by sharding the real models on the meta device as the workers do.
+
+    The VAE is that of its class's defaults. A vision tower is not counted: it is loaded when a prompt has images.
 
     Args:
         family: which model.
@@ -111,7 +96,6 @@ def weight_bytes(
         text_config: the text encoder's configuration, as its ``config.json`` has it.
         layout: degrees; the transformer is sharded over tp, the text encoder over all ranks.
         dtype_bytes: bytes of one weight of the transformer and the text encoder; the VAE is held in fp32.
-        vae_class: diffusers class of the VAE, counted with its default configuration.
 
     Raises:
         ValueError: the model cannot be split so.
@@ -121,7 +105,7 @@ def weight_bytes(
     return WeightBytes(
         transformer=_transformer_numel(family, _key(transformer_config), layout.tp_size) * dtype_bytes,
         text_encoder=_text_numel(family, _key(text_config), text_degree) * dtype_bytes,
-        vae=_numel(_build_vae(vae_class)) * _VAE_DTYPE_BYTES,
+        vae=_numel(_default_vae(family)) * _VAE_DTYPE_BYTES,
     )
 
 
@@ -152,63 +136,74 @@ def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int)
     return 5 * family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
 
 
-def flux2_dev_memory(layout: ParallelismConfig) -> MemoryEstimate:
-    """What FLUX.2-dev needs on rank 0 in bfloat16 for one 1024 x 1024 image and 512 text tokens.
+def reference_memory(family: Family, layout: ParallelismConfig) -> MemoryEstimate:
+    """What a family's reference model needs on rank 0 in bfloat16 for one 1024 x 1024 image.
 
     Raises:
-        ValueError: FLUX.2-dev cannot be split so.
+        ValueError: the model cannot be split so.
     """
-    family, config = flux2_dev()
-    tokens = IMAGE_PIXELS // family.latent_downscale**2 + TEXT_TOKENS
+    config, text_config = reference_config(family), family.reference_model.text_config
+    weights = weight_bytes(family, family.reference_model.transformer_config, text_config, layout)
+    tokens = IMAGE_PIXELS // family.pixel_multiple**2 + family.reference_model.text_tokens
     # Transformer and VAE take turns, so the larger of the two counts.
     activations = max(
         transformer_activation_bytes(family, config, layout, tokens),
-        vae_activation_bytes(family, dict(_build_vae(family.vae_class).config), IMAGE_PIXELS),
+        vae_activation_bytes(family, dict(_default_vae(family).config), IMAGE_PIXELS),
     )
-    return MemoryEstimate(weight_bytes(family, config, FLUX2_DEV_TEXT_CONFIG, layout), activations)
+    return MemoryEstimate(weights, activations)
 
 
-def layout_fits(layouts: Iterable[ParallelismConfig], gpus: Sequence[tuple[int, int]]) -> list[LayoutFit]:
-    """What each layout needs for FLUX.2-dev; where there are GPUs, without the layouts that have more ranks than those.
+def layout_fits(
+    family: Family, layouts: Iterable[ParallelismConfig], gpus: Sequence[tuple[int, int]]
+) -> list[LayoutFit]:
+    """What each layout needs for a family's reference model.
+
+    Layouts that the model cannot be split by are left out, and where there are GPUs, those with more ranks than GPUs.
 
     Args:
+        family: whose reference model.
         layouts: which to look at.
         gpus: total and free bytes of each GPU, in rank order; empty where there are none.
-
-    Raises:
-        ValueError: FLUX.2-dev cannot be split so.
     """
     rows = []
     for layout in layouts:
         used = gpus[: layout.world_size]
-        if gpus and len(used) < layout.world_size:
+        if (gpus and len(used) < layout.world_size) or not can_split(family, layout):
             continue
-        need = flux2_dev_memory(layout)
+        need = reference_memory(family, layout)
         fits = "no" if used else ""
         if used and all(need.total <= total for total, _ in used):
             fits = "yes" if all(need.total <= free for _, free in used) else "busy"
         weights = need.weights
         parts = (weights.transformer, weights.text_encoder, weights.vae, need.activations, need.runtime, need.total)
-        dit, text, vae, activations, runtime, total = (round(size / GIB, 2) for size in parts)
+        dit, text, vae, activations, runtime, total = (round(size / GIB, 3) for size in parts)
         row = LayoutFit(layout.name, layout.world_size, dit, text, vae, activations, runtime, total, fits)
         rows.append(row)
     return rows
 
 
-def what_fits(memory: int, ranks: int) -> str:
+def what_fits(family: Family, memory: int, ranks: int) -> str:
     """A remedy: the layouts that fit GPUs of ``memory`` bytes, on as many ranks as asked for or else on the fewest."""
-    fitting = [row for row in layout_fits(LAYOUTS, []) if row.total * GIB <= memory]
+    fitting = [row for row in layout_fits(family, LAYOUTS, []) if row.total * GIB <= memory]
     if not fitting:
-        return "use GPUs with more memory: no layout of up to 8 of these holds FLUX.2-dev"
+        return f"use GPUs with more memory: no layout of up to 8 of these holds {family.reference_model.name}"
     fewest = min(row.ranks for row in fitting)
     chosen = [row for row in fitting if row.ranks == ranks] or [row for row in fitting if row.ranks == fewest]
     return f"{' or '.join(row.name for row in chosen)}, on {chosen[0].ranks} of these GPUs, would fit"
 
 
-def flux2_dev() -> tuple[Family, Mapping[str, Any]]:
-    """FLUX.2-dev's family and its transformer's configuration, which are the defaults of diffusers' class."""
-    family = family_of_transformer("Flux2Transformer2DModel")
-    return family, _full_config(family, "{}")
+def can_split(family: Family, layout: ParallelismConfig) -> bool:
+    """Whether the transformer of a family's reference model can be split by a layout."""
+    try:
+        family.check_layout(reference_config(family), layout)
+    except ValueError:
+        return False
+    return True
+
+
+def reference_config(family: Family) -> Mapping[str, Any]:
+    """The transformer's configuration of a family's reference model, with every value."""
+    return _full_config(family, _key(family.reference_model.transformer_config))
 
 
 def _key(config: Mapping[str, Any]) -> str:
@@ -242,6 +237,6 @@ def _text_numel(family: Family, config: str, degree: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _build_vae(class_name: str) -> Any:
-    with torch.device("meta"):
-        return getattr(diffusers, class_name)()
+def _default_vae(family: Family) -> Model:
+    """The VAE with the defaults of its diffusers class, on the meta device."""
+    return family.build_vae({})

@@ -1,64 +1,45 @@
-"""Text to image over a worker group, step for step as diffusers' pipeline does it in one process."""
+"""A picture over a worker group, step for step as diffusers' pipeline of the same class draws it in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
 from .families import Conditioning
+from .families.drawing import Drawing
+from .image_request import CompleteRequest, ImageRequest
+from .loading.pipeline_folder import PipelineFolder
 from .runtime.remote_model import RemoteModel
-
-MAX_TEXT_TOKENS = 512
-"""Length that diffusers pads a prompt to."""
-MIN_SIDE = 64
-"""Smallest width and height, pixels: four latent positions."""
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What to draw.
-
-    Args:
-        prompt: may be empty.
-        width, height: pixels, multiples of the model's latent downscale.
-        steps: evaluations of the transformer.
-        seed: of the starting noise.
-        guidance: distilled guidance scale.
-    """
-
-    prompt: str
-    width: int = 256
-    height: int = 256
-    steps: int = 8
-    seed: int = 1
-    guidance: float = 4.0
-
-    def check(self, downscale: int) -> None:
-        """Raise ValueError for a size, number of steps or seed that cannot be drawn."""
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value < MIN_SIDE or value % downscale:
-                raise ValueError(
-                    f"{name}={value} cannot be drawn; take a multiple of {downscale} pixels, at least {MIN_SIDE}"
-                )
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} cannot be drawn; take at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is out of range; take 0 to {2**63 - 1}")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a pipeline folder."""
     return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor of a pipeline folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / "processor"
+    if not (path / "preprocessor_config.json").is_file():
+        raise ValueError(
+            f"{path / 'preprocessor_config.json'} is missing, which reference images go through: the pipeline is "
+            "incomplete; download it again"
+        )
+    return AutoImageProcessor.from_pretrained(path)
 
 
 def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
@@ -71,6 +52,20 @@ def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
     if not (path / "scheduler_config.json").is_file():
         raise ValueError(f"{path / 'scheduler_config.json'} is missing: the pipeline is incomplete; download it again")
     return FlowMatchEulerDiscreteScheduler.from_pretrained(path)
+
+
+def check_request(source: PipelineFolder, request: ImageRequest) -> CompleteRequest:
+    """A request with what suits the pipeline where it leaves something open. Nothing is started.
+
+    Raises:
+        ValueError: a request that cannot be drawn, or a folder that lacks what drawing it needs.
+    """
+    drawing = source.drawing
+    complete = request.complete(drawing)
+    load_scheduler(source.path)
+    if complete.images and drawing.needs_processor:
+        load_processor(source.path)
+    return complete
 
 
 def draw(
@@ -88,40 +83,56 @@ def draw(
         cache: of the transformer's blocks; None computes each step in full.
 
     Raises:
-        ValueError: a request that cannot be drawn.
+        ValueError: a request that cannot be drawn, or a model that is no whole pipeline.
     """
-    family, folder = model.source.family, model.source.path
-    request.check(family.latent_downscale)
-    tokens = load_tokenizer(folder).apply_chat_template(
-        [family.messages(request.prompt)],
-        add_generation_prompt=False,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding="max_length",
-        truncation=True,
-        max_length=MAX_TEXT_TOKENS,
+    source = model.source
+    if not isinstance(source, PipelineFolder):
+        raise ValueError(f"{source.path} is one model; drawing takes a pipeline folder (one with a model_index.json)")
+    drawing, complete = source.drawing, check_request(source, request)
+    streams = _conditionings(model, drawing, complete)
+    latent = torch.randn(
+        drawing.latent_shape(complete.width, complete.height),
+        generator=torch.Generator().manual_seed(complete.seed),
+        dtype=torch.float32,
     )
-    context = model.encode_text(tokens["input_ids"], tokens["attention_mask"])
-
-    shape = (1, family.latent_channels, *(side // family.latent_downscale for side in (request.height, request.width)))
-    latent = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
-    scheduler = load_scheduler(folder)
-    family.set_timesteps(scheduler, request.steps, shape[2] * shape[3])
-    conditioning = Conditioning(context, tensors={"guidance": torch.tensor([request.guidance])})
-    run = None if cache is None else CacheRun(cache, steps=request.steps)
-    on_step(0, request.steps)
+    scheduler = load_scheduler(source.path)
+    multiple = source.family.pixel_multiple
+    source.family.set_timesteps(scheduler, complete.steps, complete.width // multiple * (complete.height // multiple))
+    run = None if cache is None else CacheRun(cache, steps=complete.steps)
+    on_step(0, complete.steps)
     for index, timestep in enumerate(scheduler.timesteps):
-        plan = None if run is None else (run, run.evaluation("", index))
-        prediction = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan)
-        latent = scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
-        on_step(index + 1, request.steps)
+        predictions = {}
+        for stream, conditioning in streams.items():
+            plan = None if run is None else (run, run.evaluation(stream, index))
+            predictions[stream] = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan).float()
+        prediction = predictions["cond"]
+        if complete.cfg is not None and "uncond" in predictions:
+            prediction = drawing.combine(prediction, predictions["uncond"], complete.cfg)
+        latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
+        on_step(index + 1, complete.steps)
     if run is not None:
         model.end_run(run)
     return to_picture(model.decode(latent))
 
 
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """The first image of ``[B, 3, H, W]`` in -1..1 as 8-bit RGB."""
-    pixels = ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).cpu().numpy()
+def to_picture(image: Tensor) -> Image.Image:
+    """The first image of ``[B, 3, H, W]`` (the first frame of ``[B, 3, F, H, W]``) in -1..1 as 8-bit RGB."""
+    first = image[0] if image.ndim == 4 else image[0, :, 0]
+    pixels = ((first.float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _conditionings(model: RemoteModel, drawing: Drawing, request: CompleteRequest) -> dict[str, Conditioning]:
+    """What the evaluations of a step are conditioned on: "cond", and under true CFG "uncond"."""
+    prompts = {"cond": request.prompt}
+    if request.negative_prompt is not None:
+        prompts["uncond"] = request.negative_prompt
+    folder, images = model.source.path, request.images
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder) if drawing.needs_processor else None
+    texts = {stream: drawing.tokenize(tokenizer, processor, prompt, images) for stream, prompt in prompts.items()}
+    contexts = {stream: model.encode_text(text.ids, text.mask, text.images) for stream, text in texts.items()}
+    references: Sequence[Tensor] = [model.encode(pixels) for pixels in drawing.reference_pixels(images)]
+    return {
+        stream: drawing.conditioning(contexts[stream], text, references, request.guidance)
+        for stream, text in texts.items()
+    }

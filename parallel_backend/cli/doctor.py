@@ -1,4 +1,4 @@
-"""``doctor``: what this machine can run, which layouts fit FLUX.2-dev on it, and what to change if something is off."""
+"""``doctor``: what this machine can run, which layouts of a model fit it, and what to change if something is off."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..config import ParallelismConfig
 from .machine import REQUIRED, Gpu, Link, Machine, collect
 
 if TYPE_CHECKING:
+    from ..families import Family
     from ..memory import LayoutFit
 
 GIB = 2**30
@@ -29,6 +30,10 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
+    # Names are not declared as choices: the doctor has to start where diffusers, which they need, cannot be imported.
+    parser.add_argument(
+        "--model", default="flux2", help='family of the model, as "families" lists them (default: %(default)s)'
+    )
     parser.add_argument("--ulysses", type=int, help="check one layout: its degree of Ulysses")
     parser.add_argument("--ring", type=int, help="check one layout: its degree of Ring")
     parser.add_argument("--tp", type=int, help="check one layout: its degree of tensor parallelism")
@@ -43,15 +48,19 @@ def run(args: argparse.Namespace) -> int:
     machine = collect()
     findings = check_machine(machine)
     rows: list[LayoutFit] = []
+    model = ""
     if machine.versions["torch"] is not None:
         try:
             gpus = choose_gpus(machine, args.devices, layout)
-            if layout is not None:
-                findings += check_layout(layout, machine, gpus)
+            from ..families import family_of_name
             from ..memory import LAYOUTS, layout_fits
 
-            rows = layout_fits([layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
-            findings += check_memory(layout, machine, gpus, rows)
+            family = family_of_name(args.model)
+            model = family.reference_model.name
+            if layout is not None:
+                findings += check_layout(family, layout, machine, gpus)
+            rows = layout_fits(family, [layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
+            findings += check_memory(family, layout, machine, gpus, rows)
         except ValueError as error:
             findings.append(Finding("FAIL", str(error)))
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -61,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
     failed = any(finding.level == "FAIL" for finding in findings)
     if args.json:
         report = {"version": __version__, "ok": not failed, "layout": layout.name if layout else None}
+        report |= {"model": model}
         report |= {"machine": asdict(machine), "findings": list(map(asdict, findings)), "rows": list(map(asdict, rows))}
         print(json.dumps(report, indent=2))
     else:
-        print(render(machine, findings, rows, layout))
+        print(render(machine, findings, rows, layout, model))
     return int(failed)
 
 
@@ -126,15 +136,15 @@ def choose_gpus(machine: Machine, spec: str, layout: ParallelismConfig | None) -
     return [machine.gpus[index] for index in indices]
 
 
-def check_layout(layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -> list[Finding]:
+def check_layout(family: Family, layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -> list[Finding]:
     """Whether the ranks of a layout have a device each and the heads divide over it.
 
     Raises:
-        ValueError: FLUX.2-dev cannot be split so.
+        ValueError: the family's reference model cannot be split so.
     """
-    from ..memory import flux2_dev
+    from ..memory import reference_config
 
-    family, config = flux2_dev()
+    config = reference_config(family)
     family.check_layout(config, layout)
     if gpus:
         layout.check_world(len(gpus))
@@ -152,33 +162,33 @@ def check_layout(layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -
 
 
 def check_memory(
-    layout: ParallelismConfig | None, machine: Machine, gpus: list[Gpu], rows: list[LayoutFit]
+    family: Family, layout: ParallelismConfig | None, machine: Machine, gpus: list[Gpu], rows: list[LayoutFit]
 ) -> list[Finding]:
-    """Whether FLUX.2-dev fits: with the layout that was asked for, or with any."""
-    from ..memory import flux2_dev_memory, what_fits
+    """Whether the family's reference model fits: with the layout that was asked for, or with any."""
+    from ..memory import reference_memory, what_fits
 
+    model = family.reference_model.name
     if not gpus:
-        need, have = flux2_dev_memory(ParallelismConfig()).total / GIB, (machine.memory_total or 0) / GIB
+        need = reference_memory(family, ParallelismConfig()).total / GIB
+        have = (machine.memory_total or 0) / GIB
         if need <= have:
-            return [
-                Finding("ok", f"FLUX.2-dev in bfloat16 ({need:.0f} GiB) fits {have:.0f} GiB of memory, on one rank")
-            ]
-        text = f"without GPUs, FLUX.2-dev in bfloat16 ({need:.0f} GiB) does not fit {have:.0f} GiB of memory"
-        return [Finding("warn", text, "run the demo model on this machine, and FLUX.2-dev on one with GPUs")]
+            return [Finding("ok", f"{model} in bfloat16 ({need:.0f} GiB) fits {have:.0f} GiB of memory, on one rank")]
+        text = f"without GPUs, {model} in bfloat16 ({need:.0f} GiB) does not fit {have:.0f} GiB of memory"
+        return [Finding("warn", text, f"run the demo model on this machine, and {model} on one with GPUs")]
     fitting = [row.name for row in rows if row.fits == "yes"]
     if fitting:
-        return [Finding("ok", f"FLUX.2-dev fits with {', '.join(fitting)}")]
+        return [Finding("ok", f"{model} fits with {', '.join(fitting)}")]
     row = min(rows, key=lambda row: (row.fits != "busy", row.total))
     used = gpus[: row.ranks]
     fullest = min(used, key=lambda gpu: gpu.free)
     text = (
-        f"FLUX.2-dev does not fit: {row.name} needs {row.total:.1f} GiB per GPU, GPU {fullest.index} has "
+        f"{model} does not fit: {row.name} needs {row.total:.1f} GiB per GPU, GPU {fullest.index} has "
         f"{_gib(fullest.free)} free of {_gib(fullest.total)}"
     )
     remedy = "end the other programs on these GPUs (nvidia-smi lists them)"
     if row.fits == "no":
-        remedy = what_fits(min(gpu.total for gpu in used), row.ranks)
-    # A machine whose GPUs are too small for FLUX.2-dev still runs smaller models.
+        remedy = what_fits(family, min(gpu.total for gpu in used), row.ranks)
+    # A machine whose GPUs are too small for this model still runs smaller models.
     return [Finding("FAIL" if layout else "warn", text, remedy)]
 
 
@@ -202,8 +212,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 # The report.
 
 
-def render(machine: Machine, findings: list[Finding], rows: list[LayoutFit], layout: ParallelismConfig | None) -> str:
-    """The report as plain text, one section after the other."""
+def render(
+    machine: Machine, findings: list[Finding], rows: list[LayoutFit], layout: ParallelismConfig | None, model: str
+) -> str:
+    """The report as plain text, one section after the other; ``rows`` speak of the model of that name."""
     lines = ["Software"]
     software = {"system": machine.system, "python": machine.python, "hybrid-dit": __version__}
     software |= {name: version or "missing" for name, version in machine.versions.items()}
@@ -219,9 +231,7 @@ def render(machine: Machine, findings: list[Finding], rows: list[LayoutFit], lay
     lines += ["Environment"] if machine.environment else []
     lines += [f"  {name}={value}" for name, value in machine.environment.items()]
     if rows:
-        lines.append(
-            "FLUX.2-dev, bfloat16, 1024 x 1024: GiB per GPU (weights exact; activations and runtime estimated)"
-        )
+        lines.append(f"{model}, bfloat16, 1024 x 1024: GiB per GPU (weights exact; activations and runtime estimated)")
         lines.append(f"  {'layout':16}{'GPUs':>4}   DiT   text   VAE  act.   run  total  fits")
     for row in rows:
         sizes = (row.transformer, row.text_encoder, row.vae, row.activations, row.runtime, row.total)

@@ -11,6 +11,18 @@ from .qwen_image import QwenImage
 FAMILIES: tuple[Family, ...] = (Flux2(), QwenImage())
 
 
+def family_of_name(name: str) -> Family:
+    """The family of a short name.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ValueError(f"there is no model family {name!r}; there are: {', '.join(family.name for family in FAMILIES)}")
+
+
 def family_of_pipeline(class_name: str) -> Family:
     """The family of a diffusers pipeline class.
 
@@ -45,6 +57,12 @@ def family_of_text_file(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.is_text_file(keys)), None)
 
 
+def supported_models() -> str:
+    """The end of a message that refuses a model: those that are supported."""
+    models = "; ".join(f"{family.title} ({', '.join(family.models)})" for family in FAMILIES)
+    return f"supported are: {models} (python -m parallel_backend families says more)"
+
+
 def _supported() -> str:
     return "; ".join(
         f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
@@ -59,8 +77,10 @@ __all__ = [
     "ModelAdapter",
     "ReferenceModel",
     "VisionImage",
+    "family_of_name",
     "family_of_pipeline",
     "family_of_single_file",
     "family_of_text_file",
     "family_of_transformer",
+    "supported_models",
 ]

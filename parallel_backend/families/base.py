@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
+
+if TYPE_CHECKING:
+    from .drawing import Drawing
 
 Model = Any
 """A module of diffusers or transformers: an `nn.Module` whose attributes type checkers cannot know."""
@@ -83,6 +86,8 @@ class Family(ABC):
     """Short name in messages and file names."""
     title: str
     """The name people know."""
+    models: tuple[str, ...]
+    """Models that the family covers, by the names people know. What differs between them is read off checkpoints."""
     pipeline_classes: tuple[str, ...]
     """diffusers pipeline classes, as ``model_index.json`` spells them."""
     transformer_class: str
@@ -160,6 +165,12 @@ class Family(ABC):
     @abstractmethod
     def activation_width(self, config: Mapping[str, Any], tp: int) -> int:
         """About the features of a local token that a forward holds at its peak, on a rank of a tp degree."""
+
+    # Drawing.
+
+    @abstractmethod
+    def drawing(self, pipeline_class: str) -> Drawing:
+        """How one of the `pipeline_classes` draws a picture."""
 
     @abstractmethod
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:

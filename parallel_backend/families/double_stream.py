@@ -23,10 +23,12 @@ class DoubleStreamProcessor:
         attn: Model,
         hidden_states: Tensor,  # [B, S_image_local, C]
         encoder_hidden_states: Tensor,  # [B, S_text_local, C]
+        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # of text and image, each [S_local, D]
-        **others: Any,
+        encoder_hidden_states_mask: Tensor | None = None,
+        kv_cache_mode: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        refuse(**others)
+        refuse(attention_mask=attention_mask, text_mask=encoder_hidden_states_mask, kv_cache=kv_cache_mode)
         text_tokens = encoder_hidden_states.shape[1]
         image, text = hidden_states, encoder_hidden_states
         query = torch.cat(
@@ -53,10 +55,13 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def refuse(**others: Any) -> None:
-    """Raise ValueError for arguments of an attention module that diffusers would drop with a line in the log."""
+    """Raise ValueError for what an attention module was given and cannot do.
+
+    Processors have to name such arguments in their signature: diffusers drops the others with a line in the log.
+    """
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(
-            f"attention under parallelism takes no {', '.join(given)}; for a mask drop the masked tokens instead, and "
-            "call the model without kv_cache"
+            f"under parallelism the model takes no {', '.join(given)}; drop masked tokens instead, and call it without "
+            "kv_cache"
         )

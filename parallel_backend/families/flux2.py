@@ -21,6 +21,7 @@ from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
+from .flux2_pipeline import Flux2Drawing
 
 REFERENCE_SPACING = 10
 """Distance of reference images along the time coordinate, as the model was trained."""
@@ -35,6 +36,7 @@ class Flux2(Family):
 
     name = "flux2"
     title = "FLUX.2"
+    models = ("FLUX.2-dev",)
     pipeline_classes = ("Flux2Pipeline",)
     transformer_class = "Flux2Transformer2DModel"
     text_encoder_class = "Mistral3ForConditionalGeneration"
@@ -160,6 +162,11 @@ class Flux2(Family):
         inner, mlp = _widths(config)
         return max(8 * inner, 3 * inner + (3 * inner + 2 * mlp + 9 * inner) // tp)
 
+    # Drawing.
+
+    def drawing(self, pipeline_class: str) -> Flux2Drawing:
+        return Flux2Drawing(self)
+
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         sigmas = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(tokens, steps))
@@ -263,10 +270,11 @@ class SingleStreamProcessor:
         self,
         attn: Model,
         hidden_states: Tensor,  # [B, S_local, C]
+        attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **others: Any,
+        kv_cache_mode: str | None = None,
     ) -> Tensor:
-        refuse(**others)
+        refuse(attention_mask=attention_mask, kv_cache=kv_cache_mode)
         fused = attn.to_qkv_mlp_proj(hidden_states)
         # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
         full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim

@@ -23,6 +23,7 @@ from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor
 from .file_shapes import count_blocks, shape_of
+from .qwen_image_pipeline import DRAWINGS, QwenImageDrawing
 from .qwen_image_positions import LatentImages, QwenEntrance
 
 PATCH = 2
@@ -42,6 +43,7 @@ class QwenImage(Family):
 
     name = "qwen_image"
     title = "Qwen-Image"
+    models = ("Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")
     pipeline_classes = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
     transformer_class = "QwenImageTransformer2DModel"
     text_encoder_class = "Qwen2_5_VLForConditionalGeneration"
@@ -172,6 +174,11 @@ class QwenImage(Family):
         # features before and after the activation (8 D) are sharded over tp like the copies of q and k.
         inner = config["num_attention_heads"] * config["attention_head_dim"]
         return 5 * inner + 12 * inner // tp
+
+    # Drawing.
+
+    def drawing(self, pipeline_class: str) -> QwenImageDrawing:
+        return DRAWINGS[pipeline_class](self)
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
         config = scheduler.config

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
+from ..families.drawing import Drawing
 from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
 
 
@@ -21,11 +22,17 @@ class PipelineFolder:
     """What a pipeline folder says of itself."""
 
     path: Path
+    pipeline_class: str
     family: Family
     transformer_config: dict[str, Any]
     text_config: dict[str, Any]
     vae_config: dict[str, Any]
     components: tuple[str, ...] = ("transformer", "text_encoder", "vae")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How its pipeline draws a picture."""
+        return self.family.drawing(self.pipeline_class)
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
@@ -102,7 +109,9 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
     components = ("transformer", "text_encoder", *(["vision_tower"] if family.has_vision_tower else []), "vae")
-    return PipelineFolder(path, family, configs["transformer"], configs["text_encoder"], configs["vae"], components)
+    return PipelineFolder(
+        path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"], components
+    )
 
 
 def _read_json(file: Path, meaning: str) -> dict[str, Any]:

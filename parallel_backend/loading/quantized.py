@@ -16,8 +16,9 @@ from typing import Any
 from .safetensors_reader import WEIGHT_DTYPES, StoredTensor, read_metadata
 
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-MARKER = "scaled_fp8"
-BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant", MARKER)
+TABLE, TENSOR, MARKER = FP8_LAYOUTS = ("_quantization_metadata", "comfy_quant", "scaled_fp8")
+"""In the header, beside each layer's weight, and one for all layers."""
+BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", TENSOR, MARKER)
 """Last parts of keys that stand beside weights and say how they are quantized."""
 _REMEDY = "take a file in bf16, or in fp8 with a scale a tensor"
 _LAYER_BYTES = 2**16
@@ -83,17 +84,17 @@ def read_quantization(path: Path, keys: Mapping[str, StoredTensor], prefix: str)
 def _layers(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> dict[str, dict[str, Any]]:
     """What is said of each quantized layer. The header counts first, as in ComfyUI."""
     layers = {
-        key.removesuffix(".comfy_quant"): _read_layer(tensor)
+        key.removesuffix(f".{TENSOR}"): _read_layer(tensor)
         for key, tensor in keys.items()
-        if key.endswith(".comfy_quant")
+        if key.endswith(f".{TENSOR}")
     }
-    table = read_metadata(path).get("_quantization_metadata")
+    table = read_metadata(path).get(TABLE)
     if table is not None:
         try:
             stated = json.loads(table)["layers"]
             layers |= {layer.removeprefix(prefix): dict(says) for layer, says in stated.items()}
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{path} has unreadable _quantization_metadata ({error!r}); download it again") from None
+            raise ValueError(f"{path} has unreadable {TABLE} ({error!r}); download it again") from None
     elif MARKER in keys:
         # The marker's length says whether inputs stay as they are: two elements, or none (or one).
         says = {"format": FP8_FORMATS[0], "full_precision_matrix_mult": math.prod(keys[MARKER].shape) == 2}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
-from ..families import Family, family_of_single_file
+from ..families import Family, family_of_single_file, family_of_text_file, supported_models
+from ..families.others import SUFFIXES, looks_like_part, looks_like_transformer
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
 
@@ -58,9 +60,10 @@ def file_fingerprint(path: Path) -> str:
 def check_suffix(path: Path) -> None:
     """Raise ValueError for files that are not called ``.safetensors``."""
     if path.suffix != ".safetensors":
+        what = f" but {SUFFIXES[path.suffix]}" if path.suffix in SUFFIXES else ""
         raise ValueError(
-            f"{path.name} is not a .safetensors file; other formats (such as pickled .ckpt and .pt, or .gguf) are not "
-            "read: convert it, or download the .safetensors file"
+            f"{path.name} is not a .safetensors file{what}; other formats (such as pickled .ckpt and .pt, or .gguf) "
+            "are not read: convert it, or download the .safetensors file"
         )
 
 
@@ -74,15 +77,10 @@ def open_single_file(path: Path) -> SingleFile:
     path = Path(path)
     check_suffix(path)
     stored = read_header(path)
-    for prefix in PREFIXES:
-        keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
-        family = family_of_single_file(keys)
-        if family is not None:
-            break
-    else:
-        raise ValueError(
-            f"{path} holds no model that is known here ({len(stored)} tensors, such as {', '.join(list(stored)[:3])})"
-        )
+    family, prefix = transformer_in(stored)
+    if family is None:
+        raise ValueError(_refusal(path, stored))
+    keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
     quantization = read_quantization(path, keys, prefix)
     shapes = {key: tensor.shape for key, tensor in keys.items()}
     try:
@@ -106,6 +104,32 @@ def open_single_file(path: Path) -> SingleFile:
             )
     check_unused(unused, path, family.title)
     return SingleFile(path, family, config, weights)
+
+
+def transformer_in(stored: Collection[str]) -> tuple[Family | None, str]:
+    """The family of the transformer in a file with these keys, and what stands before its keys; None if there is none.
+
+    Patches of a supported model are none, though their keys are the model's.
+    """
+    if looks_like_part(stored) is None:
+        for prefix in PREFIXES:
+            family = family_of_single_file([key[len(prefix) :] for key in stored if key.startswith(prefix)])
+            if family is not None:
+                return family, prefix
+    return None, ""
+
+
+def _refusal(path: Path, stored: Collection[str]) -> str:
+    """Why a file that holds no supported transformer is not loaded."""
+    look = looks_like_part(stored)
+    family = family_of_text_file(stored)
+    if look is None and family is not None:
+        return f"{path} looks like the text encoder of {family.title}, which Load CLIP (Parallel) loads"
+    look = look or looks_like_transformer(stored)
+    if look is not None:
+        return look.refusal(path, supported_models())
+    examples = ", ".join(list(stored)[:3])
+    return f"{path} holds no model that is known here ({len(stored)} tensors, such as {examples}); {supported_models()}"
 
 
 def _weight(family: Family, name: str, keys: dict[str, StoredTensor], quantization: Quantization) -> Weight:

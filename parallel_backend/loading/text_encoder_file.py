@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,10 @@ from safetensors import safe_open
 
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, Model, family_of_text_file
+from ..families.others import looks_like_part, looks_like_text_encoder
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
-from .single_file import check_suffix, file_fingerprint
-
-KNOWN = (
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
-    ("shared.weight", "T5"),
-    ("text_model.encoder.layers.0.self_attn.q_proj.weight", "CLIP"),
-    ("model.layers.0.self_attn.q_norm.weight", "Qwen3 (of FLUX.2 klein and Z-Image)"),
-    ("model.layers.0.self_attn.k_proj.bias", "Qwen2.5"),
-    ("model.layers.0.pre_feedforward_layernorm.weight", "Gemma"),
-    ("model.layers.0.self_attn.q_proj.weight", "Llama"),
-    ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer, which Load Diffusion Model (Parallel) loads"),
-)
-"""Keys, and what a file that has one looks like, for the message that refuses it."""
+from .single_file import check_suffix, file_fingerprint, transformer_in
 
 
 @dataclass(frozen=True)
@@ -85,9 +74,7 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
     keys = read_header(path)
     family = family_of_text_file(keys)
     if family is None:
-        looks = next((f"looks like {name}" for key, name in KNOWN if key in keys), f"has {len(keys)} tensors")
-        known = "; ".join(f"{family.title}: {family.text_file_title}" for family in FAMILIES)
-        raise ValueError(f"{path} {looks}, which is no text encoder that is supported here; supported are: {known}")
+        raise ValueError(_refusal(path, keys))
     quantization = read_quantization(path, keys, "")
     try:
         config = family.text_file_config({key: tensor.shape for key, tensor in keys.items()})
@@ -108,6 +95,18 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
             )
     _check_layers(path, family, names, list(text))
     return TextEncoderFile(path, family, config, text, vision, tokenizer)
+
+
+def _refusal(path: Path, keys: Collection[str]) -> str:
+    """Why a file that holds no supported text encoder is not loaded."""
+    family, _ = transformer_in(keys)
+    if family is not None:
+        return f"{path} looks like the transformer of {family.title}, which Load Diffusion Model (Parallel) loads"
+    supported = "; ".join(f"{family.title}: {family.text_file_title}" for family in FAMILIES)
+    look = looks_like_part(keys) or looks_like_text_encoder(keys)
+    if look is not None:
+        return look.refusal(path, f"supported are: {supported}")
+    return f"{path} has {len(keys)} tensors, which is no text encoder that is known here; supported are: {supported}"
 
 
 def _weights(

@@ -15,6 +15,7 @@ from parallel_backend.cache.decision import Evaluation
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.mesh import SINGLE, ParallelMesh
 from parallel_backend.parallelize import enable_cache, parallelize_transformer, summary
+from tests.distributed import qwen_cases
 from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
 
 STEPS = 12
@@ -50,16 +51,21 @@ def new_drift(inputs: dict[str, Any]) -> torch.Tensor:
 
 def sample(
     mesh: ParallelMesh | None, layout: ParallelismConfig, text: int, sizes: list[tuple[int, int]], batch: int,
-    plan: CacheSettings, shifted: bool = False,
+    plan: CacheSettings, shifted: bool = False, qwen: bool = False,
 ) -> Result:  # fmt: skip
     """Euler steps with a cached transformer; without a mesh in this process alone.
 
-    ``shifted`` has the first half of the image's tokens drift fast.
+    ``shifted`` has the first half of the image's tokens drift fast; ``qwen`` runs Qwen-Image instead of FLUX.2.
     """
-    model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(text, sizes, batch)
+    if qwen:
+        family, model = qwen_cases.QWEN, qwen_cases.tiny_transformer(num_layers=5)
+        inputs: dict[str, Any] = qwen_cases.transformer_inputs(text, sizes, batch)
+    else:
+        family, model = FLUX2, tiny_transformer(num_single_layers=4)
+        inputs = flux2_inputs(text, sizes, batch)
     if mesh is not None:
-        parallelize_transformer(model, FLUX2, layout, mesh)
-    cache = BlockCache(model, FLUX2.block_stacks, SINGLE if mesh is None else mesh.world)
+        parallelize_transformer(model, family, layout, mesh)
+    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world)
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
     drift = new_drift(inputs)
     if shifted:

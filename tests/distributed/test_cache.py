@@ -40,6 +40,18 @@ def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
         assert relative_error(result.latents, expected.latents) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["TP-8", "Ulysses-4-TP-2", "Ring-2-TP-4"])
+def test_qwen_image_decides_alike_too(world, name):
+    run = (11, [(5, 7), (3, 4)], 2, cases.settings(1), False, True)
+    with torch.no_grad():
+        expected = cases.sample(None, ParallelismConfig(), *run)
+    assert 3 <= sum(expected.computed) <= cases.STEPS - 3
+    assert min(abs(diff - cases.THRESHOLD) for diff in expected.diffs if diff is not None) > 1e-3
+    for result in world.run(cases.sample, REFERENCE_TABLE[name], *run):
+        assert result.computed == expected.computed
+        assert relative_error(result.latents, expected.latents) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "Ring-8"])
 def test_one_all_reduce_and_one_host_sync_a_measured_step(world, name):
     layout, run = REFERENCE_TABLE[name], RUNS["odd lengths, a reference, batch 2"]

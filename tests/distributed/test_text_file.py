@@ -21,9 +21,10 @@ USP_2_2_TP_2 = ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2)
         # Copies: of four quarters, which makes process groups, as all ranks of a job (here 8) have to do together; and
         # of the whole.
         (USP_2_2_TP_2, {"heads": 4, "kv_heads": 1}, 4),
-        (ParallelismConfig(ring_size=4), {"heads": 3, "kv_heads": 1}, 1),
+        (ParallelismConfig(ring_size=4), {"heads": 3, "kv_heads": 1}, 2),
+        (ParallelismConfig(ring_size=4), {"heads": 1, "kv_heads": 1}, 1),
     ],
-    ids=["one rank", "TP-2", "4 ranks, one kv head", "2 copies over 4", "4 whole copies"],
+    ids=["one rank", "TP-2", "4 ranks, one kv head", "2 copies over 4", "2 copies, 2 and 1 heads", "4 whole copies"],
 )
 def test_the_context_is_transformers_and_copies_share_the_reading(world, tmp_path, layout, size, degree):
     path = str(write_text(tmp_path / "mistral.safetensors", **size))

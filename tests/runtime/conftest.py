@@ -1,5 +1,7 @@
-"""A small FLUX.2 pipeline folder for the tests with real worker processes, and a home of their own."""
+"""Small pipeline folders for the tests with real worker processes, and a home of their own."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_pipeline import make_tiny_pipeline
+from tests.tiny_qwen import make_tiny_qwen
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +33,9 @@ def pipeline(tmp_path_factory) -> Path:
     tensors["bn.running_var"] = torch.rand(128, generator=generator) + 0.5
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """From a pipeline class of Qwen-Image to a folder of it, shared by all tests: not to be changed."""
+    return functools.cache(lambda kind: make_tiny_qwen(tmp_path_factory.mktemp("models") / kind, kind))

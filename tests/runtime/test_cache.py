@@ -17,7 +17,7 @@ from parallel_backend.sampling import ImageRequest, draw
 
 pytestmark = pytest.mark.timeout(180)
 
-REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", steps=20, seed=3)
+REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 256, 256, steps=20, seed=3)
 
 
 @pytest.fixture(scope="module")

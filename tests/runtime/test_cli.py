@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from PIL import Image
 
 from parallel_backend.cli import main
 from parallel_backend.demo_model import demo_folder
+from parallel_backend.families.qwen_image_pipeline import QwenImageEditPlusDrawing
+from parallel_backend.runtime.client import WorkerGroup
+from parallel_backend.runtime.groups import close_groups
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -61,6 +65,130 @@ def test_demo_draws_a_picture_and_writes_a_report(tmp_path):
         assert len(re.findall(rf"^{stage} +\[#+\]", done.stdout, re.MULTILINE)) == 1, done.stdout
     assert re.search(r"^rank 1 on cpu: [\d.]+ MiB of weights", done.stdout, re.MULTILINE)
     assert done.stdout.rstrip().endswith(f"wrote {tmp_path / 'picture.png'} and {tmp_path / 'report.json'}")
+
+
+LAYOUT = ["--ulysses", "2", "--devices", "cpu"]
+SMALL = ["--steps", "2", "--width", "64", "--height", "80"]
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[str]:
+    """Two pictures."""
+    files = []
+    for number, size in enumerate([(70, 100), (128, 64)]):
+        files.append(str(tmp_path / f"photo{number}.png"))
+        Image.new("RGB", size, (200, 90 * number, 30)).save(files[-1])
+    return files
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield
+    close_groups()
+
+
+@pytest.fixture
+def kept_group(groups, monkeypatch):
+    """The command leaves its two ranks to the next one, which starting them anew would take long."""
+    monkeypatch.setattr(WorkerGroup, "close", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("kept_group")
+@pytest.mark.parametrize(
+    ("kind", "images", "options", "asked"),
+    [
+        ("Flux2Pipeline", 1, ["--guidance", "2.5"], {"guidance": 2.5, "cfg": None, "negative_prompt": None}),
+        (
+            "QwenImagePipeline",
+            0,
+            ["--cfg", "2", "--negative-prompt", "blurry"],
+            {"guidance": None, "cfg": 2.0, "negative_prompt": "blurry"},
+        ),
+        ("QwenImageEditPlusPipeline", 2, [], {"guidance": None, "cfg": 4.0, "negative_prompt": " "}),
+    ],
+    ids=["flux2", "qwen-image", "qwen-image-edit-plus"],
+)
+def test_generate_takes_any_family(
+    pipeline, qwen_folder, photos, tmp_path, monkeypatch, capsys, kind, images, options, asked
+):
+    monkeypatch.setattr(QwenImageEditPlusDrawing, "vision_area", 96 * 96)
+    monkeypatch.setattr(QwenImageEditPlusDrawing, "reference_area", 128 * 128)
+    folder = pipeline if kind == "Flux2Pipeline" else qwen_folder(kind)
+    files = ["--out", str(tmp_path / "x.webp"), "--report", str(tmp_path / "x.json")]
+    given = ["--image", *photos[:images]] if images else []
+    assert (
+        main(["generate", "--model", str(folder), "--prompt", "a cat", *LAYOUT, *SMALL, *options, *given, *files]) == 0
+    )
+    assert capsys.readouterr().out.rstrip().endswith(f"wrote {tmp_path / 'x.webp'} and {tmp_path / 'x.json'}")
+    with Image.open(tmp_path / "x.webp") as picture:
+        assert (picture.format, picture.size) == ("WEBP", (64, 80))
+        assert np.asarray(picture, float).std() > 10
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["layout"]["name"] == "Ulysses-2"
+    assert len(report["seconds"]["steps"]) == (2 if asked["cfg"] is None else 4)
+    size = {"prompt": "a cat", "width": 64, "height": 80, "steps": 2, "seed": 1, "images": photos[:images]}
+    assert report["request"] == {**size, **asked, "out": str(tmp_path / "x.webp")}
+
+
+WRONG = {
+    "no image file": ("Flux2Pipeline", ["--image", "nowhere.png"], "the image nowhere.png is not there"),
+    "no picture": ("Flux2Pipeline", ["--image", "text.png"], "text.png cannot be read as a picture .*take a PNG, JPEG"),
+    "narrow image": ("Flux2Pipeline", ["--image", "narrow.png"], "image 1 is 64 x 600; FLUX.2 takes .* than 8 times"),
+    "images for a model without": (
+        "QwenImagePipeline",
+        ["--image", "a.png"],
+        "Qwen-Image takes no reference images, but 1 were given; leave them out",
+    ),
+    "too many images": (
+        "QwenImageEditPlusPipeline",
+        ["--image", *["a.png"] * 3, "--image", "a.png"],
+        r"Qwen-Image-Edit-Plus takes 1 to 3 reference image\(s\), but 4 were given",
+    ),
+    "no image to edit": ("QwenImageEditPlusPipeline", [], r"takes 1 to 3 reference image\(s\), but 0 were given"),
+    "no processor": ("no processor", ["--image", "a.png"], "processor/preprocessor_config.json is missing, which ref"),
+    "cfg for FLUX.2": (
+        "Flux2Pipeline",
+        ["--cfg", "3"],
+        r"FLUX.2 is guidance-distilled .*guidance instead \(--guidance\)",
+    ),
+    "guidance for Qwen-Image": ("QwenImagePipeline", ["--guidance", "3"], r"no distilled guidance .*instead \(--cfg\)"),
+    "negative prompt for FLUX.2": (
+        "Flux2Pipeline",
+        ["--negative-prompt", "x"],
+        "a negative prompt needs true CFG, which FLUX.2 does not have; leave it out",
+    ),
+    "negative prompt without cfg": (
+        "QwenImagePipeline",
+        ["--negative-prompt", "x", "--cfg", "1"],
+        "a negative prompt does nothing with cfg=1; take a cfg above 1",
+    ),
+    "cfg": ("QwenImagePipeline", ["--cfg", "0.5"], "cfg=0.5 is no scale; take at least 1, which is none, or about 4"),
+    "guidance": ("Flux2Pipeline", ["--guidance", "nan"], "guidance=nan is no scale"),
+    "size": ("QwenImagePipeline", ["--height", "72"], "height=72 cannot be drawn; take a multiple of 16 pixels"),
+    "ending": ("QwenImagePipeline", ["--out", "picture.txt"], "picture.txt cannot be written: its ending .*take .png"),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_family_does_not_take(pipeline, qwen_folder, tmp_path, monkeypatch, capsys, kind, options, message):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 600)).save(tmp_path / "narrow.png")
+    if kind == "no processor":
+        folder = tmp_path / "edit"
+        shutil.copytree(qwen_folder("QwenImageEditPlusPipeline"), folder)
+        shutil.rmtree(folder / "processor")
+    else:
+        folder = pipeline if kind == "Flux2Pipeline" else qwen_folder(kind)
+    assert main(["generate", "--model", str(folder), "--prompt", "", "--devices", "cpu", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(f"^python -m parallel_backend generate: .*{message}", lines[0]), lines[0]
 
 
 BAD = {

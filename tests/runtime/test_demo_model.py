@@ -41,7 +41,7 @@ def test_size_and_shape():
 
 def test_it_draws_what_it_is_asked_for(group):
     cases = held_out(8, seed=5)
-    pictures = [np.asarray(draw(group, ImageRequest(caption.text, seed=3))) for _, caption in cases]
+    pictures = [np.asarray(draw(group, ImageRequest(caption.text, 256, 256, steps=8, seed=3))) for _, caption in cases]
     rates_seen = rates(verdicts(pictures, cases))
     # Over 200 prompts 91 % of the things and 86 % of the relations are right; few prompts scatter.
     assert rates_seen["present"] >= 75
@@ -52,7 +52,7 @@ def test_it_draws_what_it_is_asked_for(group):
 @pytest.mark.parametrize("prompt", ["", "ein Fahrrad im Regen, oil on canvas, 8k", "日本 🚲 \x00"])
 def test_unknown_words_still_give_a_picture(group, prompt):
     began = time.perf_counter()
-    picture = np.asarray(draw(group, ImageRequest(prompt, width=192, height=320, seed=4)))
+    picture = np.asarray(draw(group, ImageRequest(prompt, width=192, height=320, steps=8, seed=4)))
     assert picture.shape == (320, 192, 3)
     assert time.perf_counter() - began < 40  # 2 s on two cores
 

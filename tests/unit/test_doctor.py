@@ -98,13 +98,29 @@ def test_new_enough_versions_pass(version):
 def test_models_that_cannot_be_imported_fail_without_a_traceback(examine, monkeypatch):
     import parallel_backend.memory
 
-    def broken():
+    def broken(*arguments):
         raise RuntimeError("Failed to import diffusers.pipelines.flux2")
 
-    monkeypatch.setattr(parallel_backend.memory, "flux2_dev", broken)
+    monkeypatch.setattr(parallel_backend.memory, "layout_fits", broken)
     status, out = examine(with_gpus(2))
     assert status == 1
     assert "the models cannot be imported: Failed to import diffusers.pipelines.flux2" in out
+
+
+def test_families_that_there_are_not_fail(examine):
+    status, out = examine(with_gpus(2), "--model", "flux9")
+    assert status == 1
+    assert "FAIL there is no model family 'flux9'; there are: flux2" in out
+
+
+def test_another_family(examine):
+    status, out = examine(with_gpus(2, total=48), "--model", "qwen_image", "--json", "--tp", "2")
+    report = json.loads(out)
+    assert (status, report["model"]) == (0, "Qwen-Image")
+    assert [finding["text"] for finding in report["findings"]][-1] == "Qwen-Image fits with TP-2"
+    status, out = examine(with_gpus(5), "--model", "qwen_image", "--ulysses", "5")
+    assert status == 1
+    assert "this Qwen-Image transformer has 24 attention heads" in out
 
 
 def test_what_workers_cannot_do_without():

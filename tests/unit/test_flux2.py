@@ -31,5 +31,5 @@ def test_what_cannot_be_honoured_is_refused(transformer):
     inputs = flux2_inputs(7, [(5, 3), (2, 2)], 1)
     with pytest.raises(ValueError, match="call it without kv_cache"):
         transformer(**inputs, kv_cache_mode="extract", num_ref_tokens=4)
-    with pytest.raises(ValueError, match="takes no attention mask"):
+    with pytest.raises(ValueError, match="takes no attention_mask"):
         transformer(**inputs, joint_attention_kwargs={"attention_mask": torch.ones(1, 26, dtype=torch.bool)})

@@ -1,23 +1,28 @@
-"""The memory estimate: FLUX.2-dev's weights on each layout, and how activations go with it."""
+"""The memory estimate: the weights of reference models on each layout, and how activations go with it."""
 
 import pytest
 
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import FAMILIES, family_of_name
 from parallel_backend.memory import (
-    FLUX2_DEV_TEXT_CONFIG,
     GIB,
+    LAYOUTS,
     RUNTIME_BYTES,
-    flux2_dev,
-    flux2_dev_memory,
+    can_split,
+    layout_fits,
+    reference_config,
+    reference_memory,
     transformer_activation_bytes,
     vae_activation_bytes,
     weight_bytes,
 )
 
+FLUX2 = family_of_name("flux2")
 
-def weights(**degrees):
-    family, config = flux2_dev()
-    return weight_bytes(family, config, FLUX2_DEV_TEXT_CONFIG, ParallelismConfig(**degrees))
+
+def weights(family=FLUX2, dtype_bytes=2, **degrees):
+    text = family.reference_model.text_config
+    return weight_bytes(family, reference_config(family), text, ParallelismConfig(**degrees), dtype_bytes)
 
 
 def test_flux2_dev_whole():
@@ -27,6 +32,14 @@ def test_flux2_dev_whole():
     assert whole.text_encoder / GIB == pytest.approx(32.3, abs=0.1)
     assert whole.vae / GIB == pytest.approx(0.313, abs=0.01)  # fp32
     assert whole.total == whole.transformer + whole.text_encoder + whole.vae
+
+
+def test_qwen_image_whole():
+    whole = weights(family_of_name("qwen_image"))
+    assert whole.transformer == pytest.approx(2 * 20.43e9, rel=1e-3)
+    # Qwen2.5-VL-7B's text model by hand, without biases and norms, and without lm_head.
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    assert whole.text_encoder == pytest.approx(2 * (28 * layer + 152064 * 3584), rel=1e-3)
 
 
 @pytest.mark.parametrize(("tp", "most"), [(2, 30.8), (4, 16.1), (8, 8.0)])
@@ -50,8 +63,7 @@ def test_text_encoder_over_ranks_that_its_heads_do_not_divide_by():
 
 
 def test_dtype_scales_all_but_the_vae():
-    family, config = flux2_dev()
-    single = weight_bytes(family, config, FLUX2_DEV_TEXT_CONFIG, ParallelismConfig(), dtype_bytes=4)
+    single = weights(dtype_bytes=4)
     assert single.transformer == 2 * weights().transformer
     assert single.text_encoder == 2 * weights().text_encoder
     assert single.vae == weights().vae
@@ -76,8 +88,7 @@ def test_a_layout_that_does_not_divide_is_refused():
     ],
 )
 def test_activations_agree_with_traced_allocations(degrees, traced):
-    family, config = flux2_dev()
-    got = transformer_activation_bytes(family, config, ParallelismConfig(**degrees), 4096 + 512) / GIB
+    got = transformer_activation_bytes(FLUX2, reference_config(FLUX2), ParallelismConfig(**degrees), 4096 + 512) / GIB
     assert got == pytest.approx(traced, rel=0.1)
 
 
@@ -95,15 +106,33 @@ def test_activations_agree_with_traced_allocations(degrees, traced):
     ],
 )
 def test_total_agrees_with_what_a_gpu_needed(degrees, measured):
-    estimate = flux2_dev_memory(ParallelismConfig(**degrees))
+    estimate = reference_memory(FLUX2, ParallelismConfig(**degrees))
     # Nothing is promised to fit that does not, and nothing is refused for want of more than half a GiB.
     assert measured < (estimate.total - RUNTIME_BYTES) / GIB < measured + 0.7
 
 
 def test_total_of_rank_0():
-    estimate = flux2_dev_memory(ParallelismConfig(tp_size=2))
+    estimate = reference_memory(FLUX2, ParallelismConfig(tp_size=2))
     assert estimate.total == estimate.weights.total + estimate.activations + RUNTIME_BYTES
     # Decoding in fp32 takes more than the transformer here, and the two take turns.
     assert estimate.activations == vae_activation_bytes(
-        flux2_dev()[0], {"block_out_channels": [128, 256, 512, 512]}, 1024 * 1024
+        FLUX2, {"block_out_channels": [128, 256, 512, 512]}, 1024 * 1024
     )
+
+
+def test_layouts_that_do_not_divide_are_left_out():
+    layouts = [ParallelismConfig(ulysses_size=5), ParallelismConfig(ring_size=5), ParallelismConfig(tp_size=5)]
+    assert [row.name for row in layout_fits(FLUX2, layouts, [])] == ["Ring-5"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_says_what_its_reference_model_needs(family):
+    layouts = [ParallelismConfig(tp_size=degree) for degree in (1, 8)]
+    assert all(can_split(family, layout) for layout in LAYOUTS)
+    one, eight = layout_fits(family, layouts, [(2**40, 2**40)] * 8)
+    assert one.fits == eight.fits == "yes"
+    assert eight.transformer < one.transformer / 7
+    assert eight.text_encoder < one.text_encoder
+    assert eight.vae == one.vae > 0
+    parts = (eight.transformer, eight.text_encoder, eight.vae, eight.activations, eight.runtime)
+    assert sum(parts) == pytest.approx(eight.total, abs=0.05)

@@ -16,6 +16,8 @@ from parallel_backend.parallel.tensor import apply_tensor_parallel
 from tests.single_file import flux2_tensors, to_fp8, write
 
 CPU = torch.device("cpu")
+QWEN = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
+"""Keys that Qwen-Image's files are told by."""
 
 
 def load(path, axis=None, dtype=torch.float32, fp8="cast"):
@@ -156,8 +158,66 @@ class TestBadFiles:
         self.refused(path, "was cut off or damaged; download it again")
 
     def test_another_model(self, tmp_path):
-        path = write(tmp_path / "model.safetensors", {"lora_A.weight": torch.ones(2, 2)})
-        self.refused(path, r"holds no model that is known here \(1 tensors, such as lora_A.weight\)")
+        path = write(tmp_path / "model.safetensors", {"something.weight": torch.ones(2, 2)})
+        self.refused(
+            path, r"no model that is known here \(1 tensors, such as something.weight\); supported are: FLUX\.2"
+        )
+
+    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+    @pytest.mark.parametrize(
+        ("keys", "name"),
+        [
+            (["double_blocks.0.img_attn.qkv.weight"], "FLUX.1"),
+            (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale"], "Chroma"),
+            (
+                [
+                    "double_blocks.0.img_attn.qkv.weight",
+                    "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+                ],
+                "HunyuanVideo or HunyuanImage",
+            ),
+            (["cap_embedder.1.weight", "cap_pad_token"], "Z-Image"),
+            (["cap_embedder.1.weight"], "Lumina 2"),
+            (["head.modulation", "blocks.0.self_attn.q.weight"], "Wan"),
+            (["joint_blocks.0.context_block.attn.qkv.weight"], "Stable Diffusion 3"),
+            (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "SDXL"),
+            (["input_blocks.0.0.weight"], "Stable Diffusion 1.5 or 2"),
+            (["adaln_single.emb.timestep_embedder.linear_1.bias"], "LTX-Video"),
+            ([*QWEN, "time_text_embed.addition_t_embedding.weight"], "Qwen-Image-Layered"),
+            (["transformer_blocks.0.img_mod.1.qweight", "txt_norm.weight"], "an SVDQuant file (nunchaku)"),
+            ([*QWEN, "controlnet_blocks.0.weight"], "a ControlNet"),
+            ([*QWEN, "transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA"),
+            (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "a LoRA"),
+            (["shared.weight"], "the text encoder T5"),
+        ],
+    )
+    def test_models_of_others_are_named(self, tmp_path, keys, name, prefix):
+        path = write(tmp_path / "model.safetensors", {prefix + key: torch.ones(1) for key in keys})
+        self.refused(
+            path, f"looks like {re.escape(name)}, which is not supported here.*; supported are: FLUX.2 .*Qwen-"
+        )
+
+    @pytest.mark.parametrize(
+        ("key", "remedy"),
+        [
+            ("decoder.conv_in.weight", "a VAE, .*: stock Load VAE loads it"),
+            ("decoder.middle.0.residual.0.gamma", "a VAE, .*: stock Load VAE loads it"),
+            ("double_stream_modulation_img.linear.weight", "FLUX.2 by diffusers' names, .*: give its pipeline folder"),
+        ],
+    )
+    def test_what_others_load_is_told(self, tmp_path, key, remedy):
+        path = write(tmp_path / "model.safetensors", {key: torch.ones(1)})
+        self.refused(path, f"looks like {remedy}")
+
+    @pytest.mark.parametrize(("leaf", "family"), [("k_proj.bias", "Qwen-Image"), ("o_proj.weight", "FLUX.2")])
+    def test_a_text_encoder(self, tmp_path, leaf, family):
+        names = ["self_attn.q_proj.weight", "post_attention_layernorm.weight", f"self_attn.{leaf}"]
+        path = write(tmp_path / "text.safetensors", {f"model.layers.0.{name}": torch.ones(1) for name in names})
+        with pytest.raises(ValueError, match=rf"the text encoder of {family}, which Load CLIP \(Parallel\) loads"):
+            open_single_file(path)
+
+    def test_gguf(self, tmp_path):
+        self.refused(tmp_path / "qwen-image-Q4_K_M.gguf", "is not a .safetensors file but a GGUF file")
 
     @pytest.mark.parametrize(
         "key",

@@ -71,9 +71,11 @@ class TestRefused:
         [
             ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
             ("text_model.encoder.layers.0.self_attn.q_proj.weight", "CLIP"),
-            ("model.layers.0.self_attn.q_norm.weight", r"Qwen3 \(of FLUX.2 klein"),
-            ("model.layers.0.self_attn.k_proj.bias", "Qwen2.5"),
-            ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer, which Load Diffusion Model"),
+            ("model.layers.0.self_attn.q_norm.weight", r"Qwen3 \(of FLUX.2 klein and Z-Image\)"),
+            ("model.layers.0.pre_feedforward_layernorm.weight", "Gemma"),
+            ("double_blocks.0.img_attn.qkv.weight", "the diffusion model FLUX.1"),
+            ("decoder.conv_in.weight", "a VAE"),
+            ("text_model.encoder.layers.0.mlp.fc1.lora_up.weight", "a LoRA"),
         ],
     )
     def test_other_models_are_named(self, tmp_path, key, name):
@@ -82,8 +84,21 @@ class TestRefused:
         if not key.startswith("model."):
             tensors = {key: torch.ones(4)}
         self.refused(
-            write(tmp_path / "other.safetensors", tensors), f"looks like {name}.*supported are: FLUX.2: Mistral 3 small"
+            write(tmp_path / "other.safetensors", tensors),
+            f"looks like {name}, which is not supported here.*supported are: FLUX.2: Mistral 3 small.*Qwen-Image: Qwen",
         )
+
+    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+    @pytest.mark.parametrize(
+        ("keys", "family"),
+        [
+            (["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"], "FLUX.2"),
+            (["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"], "Qwen-Image"),
+        ],
+    )
+    def test_diffusion_models(self, tmp_path, keys, family, prefix):
+        path = write(tmp_path / "model.safetensors", {prefix + key: torch.ones(1) for key in keys})
+        self.refused(path, rf"the transformer of {family}, which Load Diffusion Model \(Parallel\) loads")
 
     def test_anything_else(self, tmp_path):
         self.refused(write(tmp_path / "other.safetensors", {"a": torch.ones(1)}), "has 1 tensors, which is no text enc")

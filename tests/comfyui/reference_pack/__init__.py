@@ -1,7 +1,8 @@
 """The oracle of the server tests: a pipeline folder as stock MODEL, CLIP and VAE, with no code of the pack under test.
 
 MODEL is ComfyUI's own Flux2 in ComfyUI's own process. CLIP and VAE run the untouched transformers and diffusers models
-there. All compute in float32. ``build_model``, ``build_clip`` and ``ReferenceVAE`` serve library-mode tests as well.
+there. Of Qwen-Image all three are ComfyUI's own. All compute in float32.
+``build_model``, ``build_clip`` and ``ReferenceVAE`` serve library-mode tests as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 from comfy.text_encoders.flux import Flux2Tokenizer, flux2_te
 from comfy.text_encoders.hunyuan_video import llama_detect
 from safetensors.torch import save_file
+
+from .qwen_image import load_qwen_pipeline
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
 
@@ -247,7 +250,9 @@ class ReferencePipelineLoader:
         }
 
     def load(self, pipeline: str, layout: Any = None, dtype: Any = None) -> tuple[Any, Any, Any]:
-        return load_pipeline(find_pipeline(pipeline))
+        folder = find_pipeline(pipeline)
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        return load_qwen_pipeline(folder) if kind.startswith("QwenImage") else load_pipeline(folder)
 
 
 class ReferenceTextEncoder:
@@ -307,13 +312,33 @@ class ReferenceEncodeTogether:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         text = ("STRING", {})
-        return {"required": {"clip": ("CLIP",), "first": text, "second": text, "weight": ("FLOAT", {})}}
+        return {
+            "required": {"clip": ("CLIP",), "first": text, "second": text, "weight": ("FLOAT", {})},
+            "optional": {"images": ("IMAGE",)},
+        }
 
-    def encode(self, clip: Any, first: str, second: str, weight: float) -> tuple[list]:
-        tokens = [clip.tokenize(text) for text in (first, second)]
+    def encode(self, clip: Any, first: str, second: str, weight: float, images: Any = None) -> tuple[list]:
+        """Of ``images``, each text gets one."""
+        given = [{}, {}] if images is None else [{"images": [image]} for image in images.split(1)]
+        tokens = [clip.tokenize(text, **one) for text, one in zip((first, second), given, strict=True)]
         (key,) = tokens[0]
         sections = [[(token, weight) for token, _ in each[key][0]] for each in tokens]
         return (clip.encode_from_tokens_scheduled({key: sections}),)
+
+
+class ReferenceMethod:
+    """Any reference method, also one that no stock node offers."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "set_method"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "method": ("STRING", {})}}
+
+    def set_method(self, conditioning: Any, method: str) -> tuple[list]:
+        return ([[tensor, {**extras, "reference_latents_method": method}] for tensor, extras in conditioning],)
 
 
 class ReferenceEncodeWithImage:
@@ -358,6 +383,7 @@ _NODES = (
     ReferenceTokenizerOption,
     ReferenceEncodeTogether,
     ReferenceEncodeWithImage,
+    ReferenceMethod,
     ReferenceSaveConditioning,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}

@@ -1,0 +1,78 @@
+"""A CLIP whose prompts are a pipeline's own chat: its tokenizer and template, without ComfyUI's text encoder class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.sampling import load_tokenizer
+from .comfy_clip import refuse_clip_layer, refuse_generation, wrap_clip
+from .comfy_patcher import RemotePart
+from .group import ModelHandle, check_interrupted
+
+TOKENS_KEY = "parallel_text_encoder"
+
+
+class ChatTokenizer:
+    """Turns a prompt into the ids of the conversation that the text encoder was trained on, without padding."""
+
+    def __init__(self, source: PipelineFolder) -> None:
+        self.family = source.family
+        self.tokenizer = load_tokenizer(source.path)
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
+        """``{"parallel_text_encoder": [[(id, 1.0), ...]]}``; as with ComfyUI's FLUX.2, weights are not parsed."""
+        refused = [name for name, value in options.items() if value is not None and name != "tokenizer_options"]
+        if refused:
+            raise ValueError(
+                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} too"
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            self.family.messages(text), add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        ids = encoded["input_ids"]
+        return {TOKENS_KEY: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]]}
+
+    def untokenize(self, pairs: list) -> list:
+        return [(pair, self.tokenizer.decode([pair[0]])) for pair in pairs]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+class RemoteTextEncoder(nn.Module):
+    """Stands where ComfyUI's text encoder model stands, without parameters."""
+
+    def __init__(self, handle: ModelHandle) -> None:
+        super().__init__()
+        self.handle = handle
+        self.remote_part = RemotePart(handle, "text_encoder")
+        self.dtypes = {torch.float32}
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        refuse_clip_layer(options)
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
+        """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
+        ids = torch.tensor([[entry[0] for entry in tokens[TOKENS_KEY][0]]])
+        context = self.handle.get().encode_text(ids, torch.ones_like(ids), check=check_interrupted)
+        return context.to(comfy.model_management.intermediate_device(), torch.float32), None
+
+    def generate(self, *_: Any, **__: Any) -> None:
+        refuse_generation()
+
+
+def make_chat_clip(handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
+    """The CLIP of a pipeline whose text encoder is in the workers, for prompts of text alone."""
+    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source))

@@ -1,0 +1,18 @@
+"""ComfyUI's side of the model families: one file each, found here by the backend's name of the family."""
+
+from __future__ import annotations
+
+from ...parallel_backend.loading.checkpoint import Checkpoint
+from .base import ComfyFamily, Shapes, VaeLook
+from .flux2 import Flux2
+from .qwen_image import QwenImage
+
+COMFY_FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (Flux2(), QwenImage())}
+
+
+def family_of(source: Checkpoint) -> ComfyFamily:
+    """ComfyUI's side of a checkpoint's family."""
+    return COMFY_FAMILIES[source.family.name]
+
+
+__all__ = ["COMFY_FAMILIES", "ComfyFamily", "Shapes", "VaeLook", "family_of"]

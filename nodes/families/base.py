@@ -1,0 +1,106 @@
+"""What ComfyUI's side of a model family has to state: the interface that the files in this folder fill in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sd
+from torch import Tensor
+
+from ...parallel_backend.families import Conditioning
+from ...parallel_backend.loading.checkpoint import Checkpoint
+from ...parallel_backend.loading.pipeline_folder import PipelineFolder
+from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
+from ..group import ModelHandle
+
+Shapes = dict[str, tuple[int, ...]]
+"""Names of weights as ComfyUI has them, and their shapes."""
+
+
+@dataclass(frozen=True)
+class VaeLook:
+    """What ``comfy.sd.VAE`` finds out from a VAE's weights, and what it is told here instead.
+
+    Args:
+        latent_dim: 2 for latents ``[B, C, h, w]``, 3 for ``[B, C, F, h, w]``.
+        downscale_ratio, upscale_ratio: pixels to a latent position along each side; with frames three of them, the
+            first a function from one number of frames to the other.
+        downscale_index_formula, upscale_index_formula: where a tile of pixels (of latents) starts, for three dims.
+        pad_channel_value: of an alpha channel that a picture lacks.
+        latent_format: what ComfyUI's latents are converted with before the workers get them, and back.
+    """
+
+    latent_dim: int
+    downscale_ratio: Any
+    upscale_ratio: Any
+    downscale_index_formula: tuple[int, int, int] | None = None
+    upscale_index_formula: tuple[int, int, int] | None = None
+    pad_channel_value: float | None = None
+    latent_format: Any = None
+
+
+class ComfyFamily(ABC):
+    """Everything that this side knows about one model family; `parallel_backend.families` has the other side."""
+
+    name: str
+    """The backend's name of the family."""
+
+    # The MODEL.
+
+    model_class: Any
+    """ComfyUI's class of the whole model, of ``comfy.model_base``."""
+    supported_class: Any
+    """ComfyUI's class of its settings, of ``comfy.supported_models``."""
+    forward_arguments: tuple[str, ...]
+    """What comes after ``x``, ``timestep`` and ``context`` where ComfyUI's own diffusion model is called by its
+    wrappers, in that order: a wrapper finds them by their position."""
+    patch_size: int
+    """Of ComfyUI's diffusion model."""
+    empty_latent: str
+    """The node that makes an empty latent for it."""
+
+    @abstractmethod
+    def unet_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What ComfyUI's detection would say of the transformer of a configuration."""
+
+    @abstractmethod
+    def weight_shapes(self, source: Checkpoint, unet_config: dict[str, Any]) -> Shapes:
+        """The transformer's weights under ComfyUI's names: what patches may name."""
+
+    @abstractmethod
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """Blocks of the transformer of a configuration."""
+
+    @abstractmethod
+    def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
+        """What an evaluation is conditioned on.
+
+        Args:
+            x: the latent, of the right number of channels.
+            context: ``[B, L, C]``.
+            given: all other arguments of ComfyUI's diffusion model but ``control`` and ``transformer_options``. What is
+                used is taken out; the caller refuses what is left.
+
+        Raises:
+            ValueError: the workers would have to ignore something.
+        """
+
+    # The CLIP.
+
+    clip_type: str
+    """What ComfyUI's Load CLIP calls the family."""
+
+    @abstractmethod
+    def clip_of_file(self, handle: ModelHandle, source: TextEncoderFile) -> comfy.sd.CLIP:
+        """The CLIP of a text encoder file that is in the workers; ValueError where its tokenizer is damaged."""
+
+    @abstractmethod
+    def clip_of_folder(self, handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
+        """The CLIP of a pipeline folder whose text encoder is in the workers."""
+
+    # The VAE.
+
+    vae: VaeLook

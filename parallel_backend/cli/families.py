@@ -1,0 +1,109 @@
+"""``families``: which models are supported, how they can be split, and what checkpoints they come in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..support import FamilySupport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print the table that README.md has")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is supported; exit status 0."""
+    # torch and diffusers are imported here, so that other subcommands start without them.
+    from ..support import support
+
+    found = support()
+    if args.json:
+        found["families"] = {name: asdict(family) for name, family in found["families"].items()}
+        print(json.dumps(found, indent=2))
+    else:
+        print((render_markdown if args.markdown else render_text)(**found))
+    return 0
+
+
+def render_markdown(families: Mapping[str, FamilySupport], files: Mapping[str, tuple[str, ...]]) -> str:
+    """A table with a column a family, and a line on files."""
+    columns = list(families.values())
+    rows = [[""] + [family.title for family in columns]]
+    labels = [label for label, _ in _lines(columns[0])]
+    cells = [dict(_lines(family)) for family in columns]
+    rows += [[label] + [column[label] for column in cells] for label in labels]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    table.insert(1, "|" + "---|" * (len(columns) + 1))
+    return "\n".join([*table, "", f"{_file_line(files)}."])
+
+
+def render_text(families: Mapping[str, FamilySupport], files: Mapping[str, tuple[str, ...]]) -> str:
+    """One section a family."""
+    parts = []
+    for family in families.values():
+        lines = [f"{family.title} (--model {family.name})"]
+        lines += [f"  {label:50}{value.replace('`', '')}" for label, value in _lines(family)]
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, _file_line(files).replace("`", "")])
+
+
+def _lines(family: FamilySupport) -> list[tuple[str, str]]:
+    """Label and value of each thing that is told of a family; labels are the same for all."""
+    text = f"`{family.text_encoder}`, sharded over {family.text_ranks} of {family.ranks} ranks"
+    rings = "any" if len(family.ring) == family.ranks else _list(family.ring)
+    return [
+        ("models", _list(family.models)),
+        ("pipelines", _list(f"`{name}`" for name in family.pipelines)),
+        ("transformer", f"`{family.transformer}`, {family.heads} heads"),
+        (f"Ulysses x TP, up to {family.ranks} ranks", _list(n for n in family.ulysses if n in family.tp)),
+        ("Ring", rings),
+        ("held by several ranks, at the highest TP", _copies(family.copies["transformer"])),
+        ("text encoder", text),
+        ("held by several ranks of these", _copies(family.copies["text_encoder"])),
+        ("images in prompts", "vision tower, whole on rank 0" if family.vision_tower else "no"),
+        ("reference images", _list(family.reference_methods) or "no"),
+        ("VAE", f"`{family.vae}`, whole on rank 0"),
+        ("block cache", ", then ".join(f"{count} `{name}`" for name, count in family.blocks.items())),
+        ("checkpoints", f"diffusers folder; transformer file; text encoder file: {family.text_file}"),
+        (f"GiB a rank, bf16: transformer, {_degrees('TP', family.transformer_gib)}", _slashed(family.transformer_gib)),
+        (f"text encoder, {_degrees('on', family.text_encoder_gib)} ranks", _slashed(family.text_encoder_gib)),
+    ]
+
+
+def _file_line(files: Mapping[str, tuple[str, ...]]) -> str:
+    return (
+        f"Single files: {_list(files['dtypes'])}, and {_list(files['fp8_dtypes'])} plain or with one scale a tensor "
+        f"({_list(f'`{name}`' for name in files['fp8_scales'])})"
+    )
+
+
+def _copies(found: Mapping[str, int]) -> str:
+    by_number: dict[int, list[str]] = {}
+    for name, number in found.items():
+        by_number.setdefault(number, []).append(_leaf(name))
+    return "; ".join(f"on {number}: {_list(dict.fromkeys(names))}" for number, names in sorted(by_number.items()))
+
+
+def _leaf(name: str) -> str:
+    """The last part of a module's name that is no number."""
+    return [part for part in name.split(".") if part != "*"][-1]
+
+
+def _list(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _slashed(values: Mapping[int, float]) -> str:
+    return " / ".join(f"{value:.1f}" for value in values.values())
+
+
+def _degrees(word: str, values: Mapping[int, float]) -> str:
+    return f"{word} {' / '.join(map(str, values))}"

@@ -1,0 +1,156 @@
+"""What files of models that are not supported look like, for the messages that refuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.")
+"""That may stand before the keys below."""
+
+# Checked before the families: files of these have keys of a supported model, too.
+_PATCHES = {
+    "lora_A.weight": "a LoRA",
+    "lora_B.weight": "a LoRA",
+    "lora_A.default.weight": "a LoRA",
+    "lora_up.weight": "a LoRA",
+    "lora_down.weight": "a LoRA",
+    "lora.up.weight": "a LoRA",
+    "lora.down.weight": "a LoRA",
+    "hada_w1_a": "a LoRA (LoHa)",
+    "lokr_w1": "a LoRA (LoKr)",
+    "lokr_w1_a": "a LoRA (LoKr)",
+}
+"""Ends of keys -> what the file is."""
+_SVDQUANT = (".qweight", ".wscales")
+_NOT_QUITE = {
+    "controlnet_blocks.0.weight": "a ControlNet",
+    "controlnet_blocks.0.linear.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "control_blocks.0.after_proj.weight": "a ControlNet",
+    "control_img_in.weight": "a ControlNet",
+    "control_model.zero_convs.0.0.weight": "a ControlNet",
+    "input_hint_block.0.weight": "a ControlNet",
+    "lora_controlnet": "a ControlNet",
+    "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+    "transformer_blocks.0.img_mlp.w1.weight": "Lens",
+}
+
+_TRANSFORMERS = {
+    # What ComfyUI names as FLUX.1 has, and more, comes first.
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo or HunyuanImage",
+    "distilled_guidance_layer.norms.0.scale": "Chroma",
+    "distilled_guidance_layer.norms.0.weight": "Chroma",
+    "distilled_guidance_layer.0.norms.0.scale": "Chroma",
+    "latent_in.weight": "Hunyuan3D",
+    "double_blocks.0.img_attn.qkv.weight": "FLUX.1",
+    "cap_pad_token": "Z-Image",
+    "cap_embedder.1.weight": "Lumina 2",
+    "time_caption_embed.timestep_embedder.linear_1.bias": "OmniGen 2",
+    "head.modulation": "Wan",
+    "joint_blocks.0.context_block.attn.qkv.weight": "Stable Diffusion 3",
+    "mlp_t5.0.weight": "HunyuanDiT",
+    "t_block.1.weight": "PixArt",
+    "pos_embed.proj.bias": "PixArt",
+    "adaln_single.emb.timestep_embedder.linear_1.bias": "LTX-Video",
+    "t5_yproj.weight": "Mochi",
+    "blocks.0.norm1.linear.weight": "CogVideoX",
+    "caption_projection.0.linear.weight": "HiDream",
+    "blocks.block0.blocks.0.block.attn.to_q.0.weight": "Cosmos",
+    "blocks.0.mlp.layer1.weight": "Cosmos Predict 2",
+    "visual_transformer_blocks.0.cross_attention.key_norm.weight": "Kandinsky 5",
+    "double_layers.0.attn.w1q.weight": "AuraFlow",
+    "clf.1.weight": "Stable Cascade",
+    "label_emb.0.0.weight": "SDXL",
+    "input_blocks.0.0.weight": "Stable Diffusion 1.5 or 2",
+}
+_DIFFUSERS = {
+    "double_stream_modulation_img.linear.weight": "FLUX.2",
+    "single_transformer_blocks.0.attn.to_q.weight": "FLUX.1",
+}
+_VAE = (
+    "decoder.conv_in.weight",
+    "decoder.conv_in.conv.weight",
+    "decoder.middle.0.residual.0.gamma",
+    "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
+    "first_stage_model.decoder.conv_in.weight",
+    "taesd_decoder.1.weight",
+)
+_TEXT_ENCODERS = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
+    "encoder.block.0.layer.0.SelfAttention.k.weight": "T5",
+    "shared.weight": "T5",
+    "text_model.encoder.layers.0.self_attn.q_proj.weight": "CLIP",
+    "text_model.encoder.layers.0.mlp.fc1.weight": "CLIP",
+    "model.layers.0.post_feedforward_layernorm.weight": "Gemma",
+    "model.layers.0.pre_feedforward_layernorm.weight": "Gemma",
+    "model.visual.deepstack_merger_list.0.norm.weight": "Qwen3-VL",
+    "visual.deepstack_merger_list.0.norm.weight": "Qwen3-VL",
+    "model.layers.0.self_attn.q_norm.weight": "Qwen3 (of FLUX.2 klein and Z-Image)",
+    "model.layers.0.self_attn.k_proj.bias": "Qwen2.5",
+    "model.layers.0.self_attn.q_proj.weight": "Llama",
+}
+
+SUFFIXES = {
+    ".gguf": "a GGUF file, whose number formats are not read",
+    ".ckpt": "a pickle",
+    ".pt": "a pickle",
+    ".pth": "a pickle",
+    ".bin": "a pickle or something else",
+}
+"""Of files that are not read at all -> what they are."""
+
+
+class Look(NamedTuple):
+    """What a file looks like, such as ``a ControlNet``, and what to do with it, if anything."""
+
+    name: str
+    remedy: str = ""
+
+    def refusal(self, where: object, supported: str) -> str:
+        """The message: this file is not read, and what is."""
+        remedy = f": {self.remedy}" if self.remedy else ""
+        return f"{where} looks like {self.name}, which is not supported here{remedy}; {supported}"
+
+
+def looks_like_part(keys: Collection[str]) -> Look | None:
+    """What a file is that has a supported model's keys, or some of them, and is not that model; None if it is not.
+
+    Args:
+        keys: of all tensors in the file.
+    """
+    if any(key.endswith(_SVDQUANT) for key in keys):
+        return Look("an SVDQuant file (nunchaku)", "take the model in bf16, or in fp8 with a scale a tensor")
+    for end, name in _PATCHES.items():
+        if any(key.endswith(end) for key in keys):
+            return Look(name, "bypass the LoRA loader")
+    found = _find(_NOT_QUITE, keys)
+    return Look(found) if found else None
+
+
+def looks_like_transformer(keys: Collection[str]) -> Look | None:
+    """What a file is that is no supported model's transformer; None if nothing here tells."""
+    if name := _find(_TEXT_ENCODERS, keys):
+        return Look(f"the text encoder {name}")
+    if name := _find(_DIFFUSERS, keys):
+        return Look(
+            f"{name} by diffusers' names",
+            "give its pipeline folder to Load Pipeline (Parallel), or take the file that ComfyUI's templates name",
+        )
+    if name := _find(_TRANSFORMERS, keys):
+        return Look(name)
+    if any(key in keys for key in _VAE):
+        return Look("a VAE", "stock Load VAE loads it")
+    return None
+
+
+def looks_like_text_encoder(keys: Collection[str]) -> Look | None:
+    """What a file is that is no supported text encoder; None if nothing here tells."""
+    if name := _find(_TEXT_ENCODERS, keys):
+        return Look(name)
+    look = looks_like_transformer(keys)
+    return Look(f"the diffusion model {look.name}") if look and look.name in _TRANSFORMERS.values() else look
+
+
+def _find(names: Mapping[str, str], keys: Collection[str]) -> str | None:
+    return next((name for key, name in names.items() if any(prefix + key in keys for prefix in PREFIXES)), None)

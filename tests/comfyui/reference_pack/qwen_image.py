@@ -1,0 +1,141 @@
+"""ComfyUI's own Qwen-Image, small: its model, text encoder and VAE classes with the weights of a pipeline folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.llama import Llama2_, Qwen25_7BVLI, Qwen25_7BVLI_Config
+from comfy.text_encoders.qwen_image import QwenImageTEModel, QwenImageTokenizer
+from comfy.text_encoders.qwen_vl import Qwen2VLVisionTransformer
+
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads")  # fmt: skip
+
+
+def build_qwen_model(transformer: Any) -> comfy.model_patcher.ModelPatcher:
+    """A stock MODEL (float32) with the weights of a diffusers QwenImageTransformer2DModel."""
+    config = transformer.config
+    weights = {name: tensor.float() for name, tensor in transformer.state_dict().items()}
+    if config.zero_cond_t:
+        weights["__index_timestep_zero__"] = torch.empty(0)
+    unet_config = comfy.model_detection.detect_unet_config(weights, "")
+    # Detection takes these for Qwen-Image's own.
+    unet_config.update(
+        attention_head_dim=config.attention_head_dim,
+        num_attention_heads=config.num_attention_heads,
+        joint_attention_dim=config.joint_attention_dim,
+        axes_dims_rope=tuple(config.axes_dims_rope),
+    )
+    model_config = comfy.supported_models.QwenImage(unet_config)
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model(weights, "")
+    model.diffusion_model.load_state_dict(weights, strict=True)
+    return comfy.model_patcher.ModelPatcher(
+        model.eval(),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+class _LanguageModel(Qwen25_7BVLI):
+    """ComfyUI's Qwen2.5-VL with a vision tower of another size, which its constructor does not take."""
+
+    def __init__(self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
+        torch.nn.Module.__init__(self)
+        vision = config_dict.pop("vision")
+        config = Qwen25_7BVLI_Config(**config_dict)
+        self.num_layers, self.dtype = config.num_hidden_layers, dtype
+        self.model = Llama2_(config, device=device, dtype=dtype, ops=operations)
+        self.visual = Qwen2VLVisionTransformer(
+            output_hidden_size=config.hidden_size, device=device, dtype=dtype, ops=operations, **vision
+        )
+
+
+class _ClipModel(SDClipModel):
+    """ComfyUI's handling of tokens for Qwen-Image, around `_LanguageModel`."""
+
+    def __init__(self, device: Any, dtype: Any, model_options: dict[str, Any]) -> None:
+        super().__init__(
+            device=device, dtype=dtype, layer="last", textmodel_json_config={}, special_tokens={"pad": 151643},
+            layer_norm_hidden_state=False, model_class=_LanguageModel, enable_attention_masks=True,
+            return_attention_masks=True, model_options=model_options,
+        )  # fmt: skip
+
+
+def build_qwen_clip(weights: dict[str, torch.Tensor], text: Any, vision: Any) -> comfy.sd.CLIP:
+    """A stock CLIP of ComfyUI's own classes.
+
+    Args:
+        weights: of a Qwen2.5-VL, under ComfyUI's names.
+        text, vision: the parts of its transformers configuration.
+    """
+    config = {name: getattr(text, name) for name in TEXT_SIZES}
+    config["vision"] = {name: getattr(vision, name) for name in ("hidden_size", "intermediate_size", "num_heads")}
+    config["vision"]["num_layers"] = vision.depth
+    return comfy.sd.CLIP(
+        SimpleNamespace(clip=QwenImageTEModel, tokenizer=QwenImageTokenizer, params={}),
+        state_dict=[weights],
+        model_options={"qwen25_7b_model_config": config, "qwen25_7b_class": _ClipModel},
+    )
+
+
+def to_wan_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of AutoencoderKLQwenImage's weights -> those that ComfyUI has for the same weights."""
+    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    parts["conv_shortcut"] = "shortcut"
+    middle = {"resnets.0": "middle.0", "attentions.0": "middle.1", "resnets.1": "middle.2"}
+    ends = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
+    found = {}
+    for name in names:
+        new = re.sub(r"^(quant|post_quant)_conv", lambda m: {"quant": "conv1", "post_quant": "conv2"}[m[1]], name)
+        new = re.sub(r"mid_block\.(\w+\.\d)", lambda m: middle[m[1]], new)
+        new = re.sub(r"down_blocks\.", "downsamples.", new)
+        # A level of the decoder has three blocks and, but for the last, what enlarges the picture.
+        new = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", new)
+        new = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", new)
+        if re.search(r"(middle|samples)\.\d", new):
+            new = re.sub(r"(?<=\.)(norm1|conv1|norm2|conv2|conv_shortcut)(?=\.)", lambda m: parts[m[1]], new)
+        else:
+            new = re.sub(r"(?<=coder\.)(conv_in|norm_out|conv_out)", lambda m: ends[m[1]], new)
+        found[name] = new
+    return found
+
+
+def build_qwen_vae(vae: Any) -> comfy.sd.VAE:
+    """A stock VAE, all of it ComfyUI's own, with the weights of a diffusers AutoencoderKLQwenImage."""
+    weights = vae.state_dict()
+    names = to_wan_names(weights)
+    built = comfy.sd.VAE({names[name]: tensor.float() for name, tensor in weights.items()}, dtype=torch.float32)
+    assert set(built.first_stage_model.state_dict()) == set(names.values())
+    return built
+
+
+def load_qwen_pipeline(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of a Qwen-Image pipeline folder."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig
+
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    config = Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = comfy.utils.load_torch_file(str(file), safe_load=True)
+    renamed = {re.sub(r"^model\.(language_model|visual)", _comfy_part, name): w for name, w in weights.items()}
+    clip = build_qwen_clip(renamed, config.text_config, config.vision_config)
+    return build_qwen_model(transformer), clip, build_qwen_vae(vae)
+
+
+def _comfy_part(match: re.Match[str]) -> str:
+    return {"language_model": "model", "visual": "visual"}[match[1]]
