@@ -202,8 +202,14 @@ def refuse_generation() -> NoReturn:
 
 
 def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[int, ...]]:
-    """The language model's weights under ComfyUI's names, and their shapes."""
-    return {f"model.{name}": weight.shape for name, weight in source.weights("text_encoder").items()}
+    """The weights under ComfyUI's names, and their shapes: those that a LoRA may name."""
+    parts = {"text_encoder": "model", "vision_tower": "visual"}
+    return {
+        f"{prefix}.{name}": weight.shape
+        for component, prefix in parts.items()
+        if component in source.components
+        for name, weight in source.weights(component).items()
+    }
 
 
 def wrap_clip(text_encoder: nn.Module, tokenizer: Any) -> comfy.sd.CLIP:

@@ -128,12 +128,8 @@ def transformer_activation_bytes(
 
 
 def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int) -> int:
-    """Estimate the peak of decoding an image of ``pixels`` in fp32: five tensors of the widest full-size layer.
-
-    They are a residual block's input, its norm, the activation of that and what cuDNN's convolutions need beside them;
-    on an H200, FLUX.2's VAE took 4.4 to 4.9 GiB for 1024 x 1024.
-    """
-    return 5 * family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
+    """Estimate the peak of decoding an image of ``pixels`` in fp32; the family says how many features of a pixel."""
+    return family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
 
 
 def reference_memory(family: Family, layout: ParallelismConfig) -> MemoryEstimate:

@@ -268,7 +268,7 @@ class Family(ABC):
 
     @abstractmethod
     def vae_width(self, config: Mapping[str, Any]) -> int:
-        """Channels of the VAE's widest layer at the picture's full size."""
+        """About the features of a pixel that decoding holds at its peak."""
 
     @abstractmethod
     def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class RowParallelLinear(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        # The bias is whole on every rank, and part of the sum once: of the first rank's product, where it costs nothing.
+        # The bias is whole on every rank, and part of the sum once: in the first rank's product, where it is free.
         bias = self.bias if self.axis.rank == 0 else None
         y = linear(x, self.weight, bias, self.weight_scale, self.input_scale)
         dist.all_reduce(y, group=self.axis.group)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
@@ -22,7 +21,6 @@ from scripts.save_templates import TEMPLATES, models_of
 
 from ..browser.frontend import Frontend, what_is_missing
 from ..single_file import to_fp8, write
-from .graphs import run_well
 from .qwen_models import PIPELINE, ZERO, random_vae
 from .server import CHECKOUT, ComfyServer
 from .test_templates import Prompt, draw, fetch_template, linked, picture, same, show, types
@@ -177,6 +175,8 @@ def small(name: str) -> Prompt:
             node["inputs"]["width"], node["inputs"]["height"] = SIZE
         if node["class_type"] == "PrimitiveInt":
             node["inputs"]["value"] = 1 if name in EDITS else 2
+        if node["class_type"] == "PrimitiveFloat" and name in EDITS:
+            node["inputs"]["value"] = 1.0  # CFG: one evaluation of three pictures of a megapixel each
     return prompt
 
 
@@ -206,16 +206,3 @@ def test_the_same_picture_as_with_comfyuis_own_classes(name: str, qwen: ComfySer
     assert not same(drawn, draw(qwen, other))
     # The LoRA's loader is there and not asked.
     assert any(node["class_type"] == "LoraLoaderModelOnly" for node in prompt.values())
-
-
-def test_an_edited_picture_depends_on_all_that_goes_in(qwen: ComfyServer, references: dict[str, str]):
-    """Small as it is, the model hears the words, and looks at both pictures."""
-    assert references
-    prompt = small(EDITS[0])
-    usual = draw(qwen, prompt)
-    second = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"][1]
-    qwen.add_input_image("other.png", picture(9))
-    changed = copy.deepcopy(prompt)
-    changed[second]["inputs"]["image"] = "other.png"
-    assert np.abs(draw(qwen, changed) - usual).max() > 2
-    assert run_well(qwen, changed) is not None

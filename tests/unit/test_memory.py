@@ -17,7 +17,7 @@ from parallel_backend.memory import (
     weight_bytes,
 )
 
-FLUX2 = family_of_name("flux2")
+FLUX2, QWEN = family_of_name("flux2"), family_of_name("qwen_image")
 
 
 def weights(family=FLUX2, dtype_bytes=2, **degrees):
@@ -90,6 +90,23 @@ def test_a_layout_that_does_not_divide_is_refused():
 def test_activations_agree_with_traced_allocations(degrees, traced):
     got = transformer_activation_bytes(FLUX2, reference_config(FLUX2), ParallelismConfig(**degrees), 4096 + 512) / GIB
     assert got == pytest.approx(traced, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    # GiB beside the weights, rank 0, 1328 x 1328 and 512 tokens of text, by benchmarks/rank_step.py on an H100.
+    ("degrees", "measured"),
+    [({"ulysses_size": 2}, 0.35), ({"tp_size": 2}, 0.50), ({"tp_size": 8}, 0.52)],
+)
+def test_qwen_images_activations_agree_with_what_a_gpu_needed(degrees, measured):
+    layout, tokens = ParallelismConfig(**degrees), 83 * 83 + 512
+    got = transformer_activation_bytes(QWEN, reference_config(QWEN), layout, tokens) / GIB
+    assert got == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("side", "measured"), [(1024, 8.26), (1328, 13.89)])
+def test_qwen_images_vae_agrees_with_what_a_gpu_needed(side, measured):
+    config = {"base_dim": 96, "dim_mult": [1, 2, 4, 4]}
+    assert vae_activation_bytes(QWEN, config, side**2) / GIB == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(
