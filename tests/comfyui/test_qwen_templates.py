@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def references(qwen: ComfyServer, home: Path) -> dict[str, str]:
         like, zero = (PIPELINE, "qwen"), (ZERO, "qwen_zero")
         folder, file = zero if name in EDITS else like
         transformer = load_file(qwen.models / "diffusion_models" / f"{file}.safetensors")
+        if name in EDITS:  # one block, for three pictures of a megapixel each
+            transformer = {key: tensor for key, tensor in transformer.items() if not re.search(r"blocks\.[1-9]", key)}
         if "fp8mixed" in json.dumps(shipped(name)):
             stored, metadata = to_fp8(transformer, "metadata")
         else:
@@ -145,6 +148,9 @@ def references(qwen: ComfyServer, home: Path) -> dict[str, str]:
         made = models / pipelines[name]
         shutil.copytree(models / folder, made)
         save_file(dequantized(stored), made / "transformer" / "diffusion_pytorch_model.safetensors")
+        config = made / "transformer" / "config.json"
+        blocks = len({key.split(".")[1] for key in transformer if key.startswith("transformer_blocks")})
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": blocks}))
         weights = {
             f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1): tensor
             for key, tensor in dequantized(scaled).items()
@@ -176,7 +182,9 @@ def small(name: str) -> Prompt:
         if node["class_type"] == "PrimitiveInt":
             node["inputs"]["value"] = 1 if name in EDITS else 2
         if node["class_type"] == "PrimitiveFloat" and name in EDITS:
-            node["inputs"]["value"] = 1.0  # CFG: one evaluation of three pictures of a megapixel each
+            node["inputs"]["value"] = 1.0  # CFG: one evaluation, of the positive prompt
+        if node["class_type"] == "TextEncodeQwenImageEditPlus" and not node["inputs"]["prompt"]:
+            del node["inputs"]["vae"]  # so that the references of the other are encoded only
     return prompt
 
 

@@ -12,7 +12,9 @@ from .server import CHECKOUT, ComfyServer
 
 FOLDER = CHECKOUT / "workflows"
 API_FOLDER = FOLDER / "api"
-NAMES = sorted({file.stem for folder in (FOLDER, API_FOLDER) for file in folder.glob("*.json")})
+ALL = sorted({file.stem for folder in (FOLDER, API_FOLDER) for file in folder.glob("*.json")})
+NAMES = [name for name in ALL if name.startswith("flux2")]
+"""The others have subgraphs, which the front end itself has to flatten: see test_qwen_templates."""
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
@@ -105,7 +107,7 @@ def test_links_are_noted_at_both_ends(name):
         assert out["type"] in (kind, "*")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_picture_beside_it(name):
     pictures = [file for file in FOLDER.glob(f"{name}.*") if file.suffix in (".jpg", ".jpeg", ".png", ".webp")]
     assert len(pictures) == 1
