@@ -1,0 +1,140 @@
+"""Run by torchrun on two GPUs: errors of bf16 against fp32, on one GPU and on every layout of two, for each family.
+
+Rank 0 writes them as JSON to the file that is named: family -> layout ("one" for one GPU) -> relative error of the
+transformer; and what the block cache decided on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import Flux2Transformer2DModel, QwenImageTransformer2DModel
+
+from parallel_backend.cache.block_cache import BlockCache
+from parallel_backend.cache.config import CacheSettings, DBCacheConfig
+from parallel_backend.cache.decision import Evaluation
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import Conditioning, family_of_name
+from parallel_backend.mesh import SINGLE, ParallelMesh, build_mesh
+from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
+from tests.distributed import cases, qwen_cases
+
+LAYOUTS = {
+    "Ulysses-2": ParallelismConfig(ulysses_size=2),
+    "Ring-2": ParallelismConfig(ring_size=2),
+    "TP-2": ParallelismConfig(tp_size=2),
+}
+ONE = ParallelMesh(*[SINGLE] * 5, "cuda")
+STEPS = 10
+
+
+def flux2() -> Any:
+    """FLUX.2 with 8 heads of 128."""
+    return Flux2Transformer2DModel(
+        num_layers=2, num_single_layers=4, attention_head_dim=128, num_attention_heads=8, joint_attention_dim=512
+    )
+
+
+def qwen_image() -> Any:
+    """Qwen-Image with 8 heads of 128."""
+    return QwenImageTransformer2DModel(num_layers=4, num_attention_heads=8, joint_attention_dim=512)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"flux2": flux2, "qwen_image": qwen_image}
+
+
+def new_model(name: str, dtype: torch.dtype) -> Any:
+    """The same weights each time."""
+    torch.manual_seed(0)
+    return MODELS[name]().to("cuda", dtype).eval()
+
+
+def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Two pictures of odd sizes with a reference, and (for Qwen-Image) prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"flux2": ((128, 33, 31), (128, 9, 20)), "qwen_image": ((16, 1, 65, 62), (16, 1, 18, 41))}[name]
+    x, reference = (torch.randn(2, *shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    context = torch.randn(2, 77, 512, generator=generator).to("cuda", dtype)
+    tensors = {"guidance": torch.tensor([3.0, 4.0])}
+    if name == "qwen_image":
+        mask = torch.ones(2, 77, dtype=torch.int64)
+        mask[0, 60:], mask[1, 71:] = 0, 0
+        tensors = {"mask": mask}
+    conditioning = Conditioning(context, [reference], tensors)
+    return family_of_name(name).transformer_inputs(x, torch.tensor([0.7, 0.4], device="cuda"), conditioning)
+
+
+def predict(name: str, dtype: torch.dtype, layout: ParallelismConfig, mesh: ParallelMesh) -> torch.Tensor:
+    """The transformer's output in a layout."""
+    model = new_model(name, dtype)
+    parallelize_transformer(model, family_of_name(name), layout, mesh)
+    return model(**inputs_of(name, dtype), return_dict=False)[0].float()
+
+
+def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[bool]:
+    """What the block cache decides in a run whose inputs hardly change, then change."""
+    model, family = new_model(name, torch.bfloat16), family_of_name(name)
+    parallelize_transformer(model, family, layout, mesh)
+    cache = BlockCache(model, family.block_stacks, mesh.world)
+    settings = CacheSettings(DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.05))
+    made = []
+    for step in range(STEPS):
+        inputs = inputs_of(name, torch.bfloat16)
+        if step >= STEPS // 2:
+            inputs["hidden_states"] = -inputs["hidden_states"]
+        cache.plan(settings, Evaluation("run", "", float(step), STEPS))
+        model(**inputs, return_dict=False)
+        assert cache.last is not None
+        made.append(cache.last.computed)
+    return made
+
+
+def text_error(mesh: ParallelMesh) -> dict[str, float]:
+    """Errors of Qwen2.5-VL's context in bf16 on one GPU and on two, against fp32 on one."""
+    ids = torch.randint(3, 80, (2, 30), generator=torch.Generator().manual_seed(2)).cuda()
+    mask, family = torch.ones_like(ids), qwen_cases.QWEN
+
+    def context(dtype: torch.dtype, over: ParallelMesh) -> torch.Tensor:
+        model = qwen_cases.tiny_text_encoder(28, 4).to("cuda", dtype)
+        parallelize_text_encoder(model, family, over, "text_encoder")
+        return family.encode_text(family.text_model(model), ids, mask, ()).float()
+
+    exact = context(torch.float32, ONE)
+    one, two = context(torch.bfloat16, ONE), context(torch.bfloat16, mesh)
+    return {"one": cases.relative_error(one, exact), "two": cases.relative_error(two, exact)}
+
+
+def main(path: Path) -> None:
+    rank = int(os.environ["RANK"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl")
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for name in MODELS:
+            exact = predict(name, torch.float32, ParallelismConfig(), ONE)
+            one = predict(name, torch.bfloat16, ParallelismConfig(), ONE)
+            errors = {"one": cases.relative_error(one, exact)}
+            made: dict[str, list[list[bool]]] = {}
+            for label, layout in LAYOUTS.items():
+                mesh = build_mesh(layout, "cuda")
+                errors[label] = cases.relative_error(predict(name, torch.bfloat16, layout, mesh), exact)
+                errors[f"{label} fp32"] = cases.relative_error(predict(name, torch.float32, layout, mesh), exact)
+                everyone: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, decisions(name, layout, mesh))
+                made[label] = everyone
+            found[name] = {"errors": errors, "decisions": made}
+        found["text_encoder"] = text_error(build_mesh(LAYOUTS["TP-2"], "cuda"))
+    if rank == 0:
+        path.write_text(json.dumps(found, indent=2))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
