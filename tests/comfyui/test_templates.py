@@ -157,8 +157,10 @@ def write_models(server: ComfyServer, workflow: dict[str, Any]) -> None:
         elif path.parent.name == "text_encoders":
             write_text_encoder(path)
         elif path.parent.name == "vae":
-            others = list(path.parent.glob("*.safetensors"))
-            path.symlink_to(others[0]) if others else write_vae(path)
+            one = path.parent / "flux2-tiny.safetensors"
+            if not one.exists():
+                write_vae(one)
+            path.symlink_to(one)
 
 
 def picture(number: int) -> Image.Image:
