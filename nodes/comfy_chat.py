@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -16,13 +17,19 @@ from .comfy_patcher import RemotePart
 from .group import ModelHandle, check_interrupted
 
 TOKENS_KEY = "parallel_text_encoder"
+Conversation = Callable[[str], list[dict[str, Any]]]
 
 
 class ChatTokenizer:
-    """Turns a prompt into the ids of the conversation that the text encoder was trained on, without padding."""
+    """Turns a prompt into the ids of the conversation that the text encoder was trained on, without padding.
 
-    def __init__(self, source: PipelineFolder) -> None:
-        self.family = source.family
+    Args:
+        source: has the tokenizer.
+        conversation: of a prompt, as the tokenizer's chat template takes it.
+    """
+
+    def __init__(self, source: PipelineFolder, conversation: Conversation) -> None:
+        self.conversation = conversation
         self.tokenizer = load_tokenizer(source.path)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
@@ -33,7 +40,7 @@ class ChatTokenizer:
                 f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} too"
             )
         encoded = self.tokenizer.apply_chat_template(
-            self.family.messages(text), add_generation_prompt=False, tokenize=True, return_dict=True
+            self.conversation(text), add_generation_prompt=False, tokenize=True, return_dict=True
         )
         ids = encoded["input_ids"]
         return {TOKENS_KEY: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]]}
@@ -73,6 +80,6 @@ class RemoteTextEncoder(nn.Module):
         refuse_generation()
 
 
-def make_chat_clip(handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
+def make_chat_clip(handle: ModelHandle, source: PipelineFolder, conversation: Conversation) -> comfy.sd.CLIP:
     """The CLIP of a pipeline whose text encoder is in the workers, for prompts of text alone."""
-    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source))
+    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source, conversation))

@@ -15,6 +15,7 @@ from comfy.text_encoders.flux import Flux2TEModel, Flux2Tokenizer
 from torch import Tensor
 
 from ...parallel_backend.families import Conditioning
+from ...parallel_backend.families.flux2_pipeline import conversation
 from ...parallel_backend.loading.checkpoint import Checkpoint
 from ...parallel_backend.loading.pipeline_folder import PipelineFolder
 from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
@@ -105,7 +106,7 @@ class Flux2(ComfyFamily):
         return wrap_clip(_TextEncoder(spec, "mistral3_24b"), tokenizer)
 
     def clip_of_folder(self, handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
-        return make_chat_clip(handle, source)
+        return make_chat_clip(handle, source, conversation)
 
 
 class _Tokenizer(PromptOnly, Flux2Tokenizer):

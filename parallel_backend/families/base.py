@@ -203,27 +203,26 @@ class Family(ABC):
         """Tell a sharded text model's attention how many heads a rank holds."""
 
     has_vision_tower: bool = False
-    """Whether the text encoder can look at images. Then `build_vision`, `vision_keys` and `encode_images` are there."""
+    """Whether the text encoder can look at images; if not, the next three raise ValueError."""
 
     def build_vision(self, config: Mapping[str, Any]) -> Model:
         """The vision tower of a text encoder's configuration, with weights on the meta device."""
-        raise NotImplementedError
+        raise self._sees_nothing()
 
     def vision_keys(self, names: Sequence[str]) -> dict[str, str]:
         """From parameter names of the vision tower to the names in a checkpoint that has ``names``."""
-        raise NotImplementedError
+        raise self._sees_nothing()
 
     def encode_images(self, vision: Model, images: Sequence[VisionImage]) -> Tensor:
         """What stands in the prompt for all images' placeholder tokens, one after the other: ``[N, hidden]``."""
-        raise NotImplementedError
+        raise self._sees_nothing()
 
     @abstractmethod
     def text_keys(self, names: Sequence[str]) -> dict[str, str]:
         """From parameter names of the text model to the names in a checkpoint that has ``names``."""
 
-    @abstractmethod
-    def messages(self, prompt: str) -> list[dict[str, Any]]:
-        """The conversation that the tokenizer's chat template turns into the text encoder's input."""
+    def _sees_nothing(self) -> ValueError:
+        return ValueError(f"the text encoder of {self.title} does not look at images; give it a prompt alone")
 
     @abstractmethod
     def encode_text(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu, format_input
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from torch import Tensor, nn
 from transformers import AutoModel, Mistral3Config
 
@@ -210,9 +210,6 @@ class Flux2(Family):
 
     def text_keys(self, names: Sequence[str]) -> dict[str, str]:
         return keys_beside(names, "embed_tokens.weight", without="vision")
-
-    def messages(self, prompt: str) -> list[dict[str, Any]]:
-        return format_input([prompt])[0]
 
     def encode_text(
         self,

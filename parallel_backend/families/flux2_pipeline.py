@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +16,11 @@ MAX_TEXT_TOKENS = 512
 """Length that diffusers pads a prompt to."""
 REFERENCE_AREA = 1024 * 1024
 """Reference images with more pixels are made smaller."""
+
+
+def conversation(prompt: str) -> list[dict[str, Any]]:
+    """What the tokenizer's chat template turns into the text encoder's input."""
+    return format_input([prompt])[0]
 
 
 class Flux2Drawing(Drawing):
@@ -30,7 +36,7 @@ class Flux2Drawing(Drawing):
 
     def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
         tokens = tokenizer.apply_chat_template(
-            [self.family.messages(prompt)],
+            [conversation(prompt)],
             add_generation_prompt=False,
             tokenize=True,
             return_dict=True,

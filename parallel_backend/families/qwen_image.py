@@ -233,9 +233,6 @@ class QwenImage(Family):
     def encode_images(self, vision: Model, images: Sequence[VisionImage]) -> Tensor:
         return qwen_image_text.encode_images(vision, images)
 
-    def messages(self, prompt: str) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
     def encode_text(
         self,
         text_model: Model,

@@ -171,9 +171,6 @@ class Engine:
 
     def _encode_images(self, name: str, images: Sequence[VisionImage]) -> Tensor:
         """What the text encoder reads in the images' places. The tower is on the first device while it works."""
-        family = self._model(name).settings.family
-        if not family.has_vision_tower:
-            raise ValueError(f"the text encoder of {family.title} does not look at images; give it a prompt alone")
         vision = cast(VisionPart, self._part(name, "vision_tower"))
         self._bring(name, vision, sum(len(image.patches) for image in images))
         features = vision.encode(images)
