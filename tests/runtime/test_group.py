@@ -514,7 +514,7 @@ class TestEnvironment:
             assert launcher.private.stat().st_uid == os.getuid()
             assert [entry.name for entry in launcher.private.iterdir()] == ["control"]
         finally:
-            launcher.stop([])
+            launcher.stop()
         assert not launcher.private.exists()
         assert not group.group._launcher.private.exists()
 
@@ -524,13 +524,15 @@ class TestEnvironment:
         monkeypatch.setattr(tempfile, "tempdir", str(deep))
         launcher = Launcher(1, Devices("cpu"))
         launcher.start()
-        launcher.stop([])
+        launcher.stop()
         assert not launcher.private.exists()
 
     def test_the_ranks_logs_are_in_the_projects_home(self, group, own_home):
         assert own_home in group.group._launcher.logs.parents
         for rank in range(4):
-            assert list(group.group._launcher.logs.glob(f"*/attempt_*/{rank}/stderr.log")), rank
+            log = group.group._launcher.logs / f"rank-{rank}.log"
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert stat.S_IMODE(group.group._launcher.logs.stat().st_mode) == 0o700
 
 
 class TestBeforeAnyProcess:
@@ -609,25 +611,26 @@ class TestLife:
         held = fresh.report()["ranks"][0]["weight_bytes"]
         assert loading[-1] == (sum(held.values()),) * 2
 
-    def test_giving_up_while_starting_ends_the_processes(self, single_config):
+    def test_giving_up_while_starting_loses_nothing(self, single_config):
         group = WorkerGroup(single_config.group)
         states: list[str] = []
-        watched: list[Watched] = []
-
-        def on_state(state: str, done: float, total: float, detail: str) -> None:
-            states.append(state)
-            if not watched and group._launcher.process is not None:
-                watched.append(Watched([group._launcher.process.pid]))
 
         def check() -> None:
-            if watched:
+            if group._launcher.process is not None:
                 raise Cancelled
 
         with pytest.raises(Cancelled):
-            group.start(on_state, check)
-        with watched[0]:
-            assert watched[0].alive_after(10) == []
-        assert states[-1] == "failed"
+            group.start(lambda state, *_: states.append(state), check)
+        assert group.usable
+        assert not group.ready
+        process = group._launcher.process
+        group.start()
+        assert group.ready
+        assert group._launcher.process is process
+        assert "failed" not in states
+        with Watched(processes_of(group)) as watched:
+            group.close()
+            assert watched.alive_after(1) == []
         assert not group._launcher.private.exists()
 
 
@@ -637,8 +640,8 @@ class TestDeath:
     @staticmethod
     def assert_explained(caught: pytest.ExceptionInfo, rank: int) -> None:
         first = str(caught.value).splitlines()[0]
-        assert first.startswith(f"rank {rank} ended with exit code -9 (SIGKILL)")
-        assert "stderr.log" in first
+        assert first.startswith(f"rank {rank} ended, killed by signal 9 (SIGKILL)")
+        assert f"/rank-{rank}.log)" in first
 
     def test_a_rank_killed_while_idle(self, group, config, untouched):
         given = inputs()
