@@ -211,6 +211,22 @@ def oracle(untouched):
     return draw_untouched
 
 
+def listening_addresses(pids: list[int]) -> set[tuple[str, int]]:
+    """Address and port of every TCP socket on which one of the processes listens."""
+    links = [os.readlink(entry) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state != "0A" or f"socket:[{rest[5]}]" not in links:
+                continue
+            address, port = local.split(":")
+            # The kernel prints each 32-bit word of an address in its own byte order.
+            words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+            found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
+
+
 class TestDraw:
     """A whole picture, from prompt to pixels, against diffusers.Flux2Pipeline in one process."""
 
@@ -517,6 +533,11 @@ class TestEnvironment:
             launcher.stop()
         assert not launcher.private.exists()
         assert not group.group._launcher.private.exists()
+
+    def test_nothing_listens_beyond_this_machine(self, group):
+        listening = listening_addresses(processes_of(group.group))
+        assert len(listening) > 4  # the rendezvous, and each rank's own for gloo
+        assert {address for address, _ in listening} == {"127.0.0.1"}
 
     def test_a_temporary_folder_with_a_long_path(self, tmp_path, monkeypatch):
         deep = tmp_path / ("d" * 100)
