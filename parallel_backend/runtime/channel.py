@@ -20,10 +20,11 @@ from .messages import Message, decode, encode
 
 MAX_PACKET = 1 << 17
 _ALIGNMENT = 64
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 }
+"""Of tensors that can be sent, by name."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -48,8 +49,8 @@ def pack(tensors: Mapping[str, Tensor]) -> Parcel:
     size = 0
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise ValueError(f"tensor {name} has dtype {dtype}, which is not sent; one of {', '.join(_DTYPES)} is")
+        if dtype not in DTYPES:
+            raise ValueError(f"tensor {name} has dtype {dtype}, which is not sent; one of {', '.join(DTYPES)} is")
         specs.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     if not size:
@@ -69,7 +70,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Parcel:
 def unpack(descriptor: int | None, specs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Map the tensors of a parcel; what is written to them is not seen by other ranks. Takes the descriptor over."""
     if descriptor is None:
-        return {spec["name"]: torch.empty(spec["shape"], dtype=_DTYPES[spec["dtype"]]) for spec in specs}
+        return {spec["name"]: torch.empty(spec["shape"], dtype=DTYPES[spec["dtype"]]) for spec in specs}
     try:
         size = os.fstat(descriptor).st_size
         memory = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -79,7 +80,7 @@ def unpack(descriptor: int | None, specs: list[dict[str, Any]]) -> dict[str, Ten
 
 
 def _view(memory: mmap.mmap, spec: dict[str, Any]) -> Tensor:
-    dtype = _DTYPES[spec["dtype"]]
+    dtype = DTYPES[spec["dtype"]]
     count = 1
     for length in spec["shape"]:
         count *= length
