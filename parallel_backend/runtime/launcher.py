@@ -64,6 +64,7 @@ class Launcher:
             *("-m", "parallel_backend.runtime.worker", "--socket", str(address), "--device", self.devices.kind),
             *("--log-folder", str(self.logs)),
         ]
+        self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
