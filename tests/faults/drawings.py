@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.comfyui.cache_graphs import add_cache
 from tests.comfyui.graphs import (
     Graph,
     NodeId,
@@ -19,6 +20,7 @@ from tests.comfyui.graphs import (
     save_latent,
     saved_latent,
 )
+from tests.comfyui.qwen_models import PIPELINE as QWEN
 from tests.comfyui.server import ComfyServer, RunResult
 
 LAYOUT = {"ulysses": 2, "ring": 1, "tp": 1}
@@ -31,17 +33,31 @@ class Drawing:
 
     Args:
         text: the prompt; ComfyUI encodes it only where the last graph had another.
-        options: of the sampler, such as ``seed`` and ``steps``; ``width`` and ``height`` of the latent, in pixels.
         layout: degrees.
+        pipeline: folder of FLUX.2 or Qwen-Image.
+        cached: with a block cache.
+        options: of the sampler, such as ``seed`` and ``steps``; ``width`` and ``height`` of the latent, in pixels.
     """
 
-    def __init__(self, text: str, layout: dict[str, int] | None = None, pipeline: str = "tiny", **options: Any) -> None:
+    def __init__(
+        self,
+        text: str,
+        layout: dict[str, int] | None = None,
+        pipeline: str = "tiny",
+        cached: bool = False,
+        **options: Any,
+    ) -> None:
         self.graph = Graph()
         self.loader = add_loader(self.graph, pipeline, **(layout or LAYOUT))
         self.prompt = add_prompt(self.graph, self.loader, text)
         size = {name: options.pop(name) for name in ("width", "height") if name in options}
-        latent = add_latent(self.graph, **size)
+        if pipeline == QWEN:
+            latent = self.graph.add("EmptySD3LatentImage", **({"width": 128, "height": 128, "batch_size": 1} | size))
+        else:
+            latent = add_latent(self.graph, **size)
         options = {"steps": STEPS, "positive": self.prompt, "latent_image": latent} | options
+        if cached:
+            options["model"] = add_cache(self.graph, (self.loader, 0))
         self.sampler = add_sampler(self.graph, self.loader, **options)
         self.latent = save_latent(self.graph, self.sampler)
         self.picture = self.graph.add("VAEDecode", samples=self.sampler, vae=(self.loader, 2))
