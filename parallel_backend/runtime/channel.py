@@ -1,100 +1,50 @@
-"""One connection between client and rank: messages over an AF_UNIX socket, tensors in anonymous shared memory.
+"""One connection between client and rank: messages over an AF_UNIX socket, tensors in shared memory beside them.
 
-The memory is a memfd whose descriptor is passed along (SCM_RIGHTS). It has no name, so nothing is left behind, whoever
-dies and when.
+The memory's descriptor is passed along (SCM_RIGHTS). Whatever comes in is checked: what is no message, or does not fit
+its tensors, is a `BadMessageError` and leaves no descriptor behind.
 """
 
 from __future__ import annotations
 
-import mmap
+import array
 import os
 import socket
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from .messages import Message, decode, encode
+from .messages import BadMessageError, Message, decode, encode
+from .parcel import Parcel, pack, unpack
 
 MAX_PACKET = 1 << 17
-_ALIGNMENT = 64
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
-}
-"""Of tensors that can be sent, by name."""
+SEND_SECONDS = 30.0
+"""How long a message waits for room in the buffer of an end that does not read: a stopped process."""
+_ANCILLARY = socket.CMSG_LEN(array.array("i").itemsize)
+"""Bytes of control data with one descriptor."""
 
 
 class ChannelClosedError(ConnectionError):
     """The other end is gone."""
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """Tensors in shared memory, ready to be sent to any number of ranks; close it after the last one."""
-
-    descriptor: int | None
-    tensors: list[dict[str, Any]]
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-
-
-def pack(tensors: Mapping[str, Tensor]) -> Parcel:
-    """Copy tensors (from any device) into one piece of shared memory."""
-    specs: list[dict[str, Any]] = []
-    size = 0
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ValueError(f"tensor {name} has dtype {dtype}, which is not sent; one of {', '.join(DTYPES)} is")
-        specs.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    if not size:
-        return Parcel(None, specs)
-    descriptor = os.memfd_create("hybrid-dit", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, size)
-        memory = mmap.mmap(descriptor, size)
-        for spec, tensor in zip(specs, tensors.values(), strict=True):
-            _view(memory, spec).copy_(tensor)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return Parcel(descriptor, specs)
-
-
-def unpack(descriptor: int | None, specs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Map the tensors of a parcel; what is written to them is not seen by other ranks. Takes the descriptor over."""
-    if descriptor is None:
-        return {spec["name"]: torch.empty(spec["shape"], dtype=DTYPES[spec["dtype"]]) for spec in specs}
-    try:
-        size = os.fstat(descriptor).st_size
-        memory = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
-        os.close(descriptor)
-    return {spec["name"]: _view(memory, spec) for spec in specs}
-
-
-def _view(memory: mmap.mmap, spec: dict[str, Any]) -> Tensor:
-    dtype = DTYPES[spec["dtype"]]
-    count = 1
-    for length in spec["shape"]:
-        count *= length
-    if not count:
-        return torch.empty(spec["shape"], dtype=dtype)
-    # The tensor keeps the mapping alive.
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=spec["offset"]).view(spec["shape"])
+class ChannelStuckError(ChannelClosedError):
+    """The other end is there and takes nothing; the channel is to be given up."""
 
 
 class Channel:
-    """A connected SOCK_SEQPACKET socket that carries messages and parcels. Not for several threads at once."""
+    """A connected SOCK_SEQPACKET socket that carries messages and parcels. Not for several threads at once.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
+    Args:
+        connection: blocking.
+        send_seconds: most that `send` may wait; 0 is forever.
+    """
+
+    def __init__(self, connection: socket.socket, send_seconds: float = SEND_SECONDS) -> None:
+        self.socket, self.send_seconds = connection, send_seconds
+        seconds, rest = divmod(send_seconds, 1)
+        timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -103,7 +53,9 @@ class Channel:
         """Send one message.
 
         Raises:
+            ValueError: it is too long.
             ChannelClosedError: the other end is gone.
+            ChannelStuckError: it takes nothing.
         """
         data = encode(message, parcel.tensors if parcel else [])
         if len(data) > MAX_PACKET:
@@ -111,11 +63,15 @@ class Channel:
         descriptors = [parcel.descriptor] if parcel and parcel.descriptor is not None else []
         try:
             socket.send_fds(self.socket, [data], descriptors)
+        except BlockingIOError:
+            raise ChannelStuckError(
+                f"the other end has taken no message for {self.send_seconds:g} s: it hangs or was stopped"
+            ) from None
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
 
     def send_tensors(self, message: Message, tensors: Mapping[str, Tensor]) -> None:
-        """Send one message with tensors to this one rank."""
+        """Send one message with tensors to this one rank; raises what `pack` and `send` do."""
         parcel = pack(tensors)
         try:
             self.send(message, parcel)
@@ -127,20 +83,43 @@ class Channel:
 
         Raises:
             ChannelClosedError: the other end is gone.
+            BadMessageError: it sent something else; the next message can be received all the same.
         """
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.socket, MAX_PACKET, 1)
+            # Not recv_fds, which leaves out the flags in some versions of Python.
+            data, ancillary, flags, _ = self.socket.recvmsg(MAX_PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
-        if not data:
+        descriptors = _descriptors(ancillary)
+        if not data and not descriptors and not flags & ~(socket.MSG_EOR | socket.MSG_CMSG_CLOEXEC):
             raise ChannelClosedError("the other end is gone")
         try:
-            message, specs = decode(data)
-        except ValueError:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise BadMessageError(f"a packet over {MAX_PACKET} bytes, or with more than one descriptor")
+            message, described = decode(data)
+        except BadMessageError:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
-        return message, unpack(descriptors[0] if descriptors else None, specs)
+        return message, unpack(descriptors[0] if descriptors else None, described)
 
     def close(self) -> None:
         self.socket.close()
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Process id and user id of who connected an AF_UNIX socket, as the kernel noted them at that time."""
+    form = "iII"
+    pid, uid, _ = struct.unpack(
+        form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form))
+    )
+    return pid, uid
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Descriptors that came with a packet; each is ours to close."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)

@@ -21,12 +21,13 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from ..paths import new_log_folder
 from .agent import kill_ranks, watch_client
 from .board import Board, connect
 from .channel import Channel, ChannelClosedError
 from .hosts import Hosts
 from .joining import Joined, Offer, Say, in_time, join
-from .launcher import describe_end, inherited_environment, listen, new_log_folder, static_rendezvous, torchrun_arguments
+from .launcher import describe_end, inherited_environment, listen, static_rendezvous, torchrun_arguments
 from .messages import Failed, Progress
 from .network import interface_variables
 from .notices import HostNotice

@@ -10,11 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from ..paths import home
+from ..paths import new_log_folder, new_private_folder
 from .devices import Devices
 from .hosts import ALONE, Hosts
 from .network import IFNAME_VARIABLES, interface_variables, own_address
@@ -23,8 +21,6 @@ from .rank_log import log_file
 
 SOCKET = "control"
 """Name of the socket in its folder."""
-KEPT_LOGS = 10
-"""Log folders of earlier groups that are kept."""
 
 # Of the client's environment the workers must not see: allocator settings (cudaMallocAsync runs out of memory under
 # NCCL), and the variables of a distributed job that the client itself may be part of.
@@ -65,6 +61,7 @@ class Launcher:
             *rendezvous,
             *torchrun_arguments(self.private, self.logs, self.ranks, self.devices.kind),
         ]
+        self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -225,22 +222,3 @@ def _check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", error)
             raise ValueError(f"port {port} cannot be used ({reason}); leave the port at 0 to take a free one") from None
-
-
-def new_private_folder() -> Path:
-    """A folder that nobody else can enter (mode 0700), with a path short enough for a socket's address."""
-    folder = tempfile.mkdtemp(prefix="hybrid-dit-")
-    if len(folder) > 90:  # an AF_UNIX address has 107 bytes
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="hybrid-dit-", dir="/tmp")
-    return Path(folder)
-
-
-def new_log_folder() -> Path:
-    """A folder for the logs of a new group, in the place of the oldest one."""
-    root = home() / "logs"
-    root.mkdir(parents=True, exist_ok=True)
-    root.chmod(0o700)  # a prompt's text may be in a traceback
-    for old in sorted(root.iterdir())[: -KEPT_LOGS + 1]:
-        shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=root, prefix=time.strftime("%Y%m%d-%H%M%S-")))

@@ -6,9 +6,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .field_checks import Fields
+
 MAX_TEXT = 5_000
 """Characters of a free text (such as a traceback) that a message carries: a packet has a limit, a character takes up to
 12 bytes of JSON, and `Failed` has two texts."""
+
+
+class BadMessageError(ValueError):
+    """What arrived is no message, or its tensors are not as it says: the other end is broken, or not ours."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,8 @@ Message = (
     | Done
     | Failed
 )
-_TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}  # type: ignore[attr-defined]
+_KINDS = {kind.__name__: (kind, Fields.of(kind)) for kind in Message.__args__}  # type: ignore[attr-defined]
+_PARTS = {"type", "fields", "tensors"}
 
 
 def encode(message: Message, tensors: list[dict[str, Any]]) -> bytes:
@@ -196,14 +203,19 @@ def encode(message: Message, tensors: list[dict[str, Any]]) -> bytes:
     return json.dumps({"type": type(message).__name__, "fields": fields, "tensors": tensors}).encode()
 
 
-def decode(data: bytes) -> tuple[Message, list[dict[str, Any]]]:
-    """The way back.
+def decode(data: bytes) -> tuple[Message, list[Any]]:
+    """The way back: a message whose fields are as its class states, and a list that `channel` takes apart.
 
     Raises:
-        ValueError: the bytes are not a known message.
+        BadMessageError: the bytes are something else.
     """
     try:
         content = json.loads(data)
-        return _TYPES[content["type"]](**content["fields"]), content["tensors"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not a message of this version: {data[:200]!r} ({error!r})") from None
+        kind, known = _KINDS[content["type"]]
+        fields, tensors = content["fields"], content["tensors"]
+        if content.keys() != _PARTS or type(fields) is not dict or type(tensors) is not list:
+            raise ValueError("it is not made of type, fields and tensors")
+        known.verify(fields)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise BadMessageError(f"not a message of this version: {data[:200]!r} ({error!r})") from None
+    return kind(**fields), tensors

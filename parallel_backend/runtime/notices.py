@@ -9,9 +9,10 @@ import secrets
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .. import __version__
+from .field_checks import Fields
 from .hosts import Hosts
 
 MAX_TEXT = 3000
@@ -106,19 +107,16 @@ def _code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+_FIELDS = {kind: Fields.of(kind) for kind in (Card, HostNotice)}
 _Kind = TypeVar("_Kind", Card, HostNotice)
 
 
 def _read(kind: type[_Kind], text: str | bytes) -> _Kind:
     try:
-        fields: dict[str, Any] = json.loads(text)
-        made = kind(**fields)
-        for name, value in asdict(made).items():
-            if type(value) is not type(getattr(_SAMPLES[kind], name)):
-                raise TypeError(f"{name} is {value!r}")
-        return made
-    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        fields = json.loads(text)
+        if type(fields) is not dict:
+            raise ValueError(f"a {type(fields).__name__}")
+        _FIELDS[kind].verify(fields)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a {kind.__name__} of this version: {text[:200]!r} ({error})") from None
-
-
-_SAMPLES: dict[type, Any] = {Card: Card("", 1, 1, "", {}), HostNotice: HostNotice()}
+    return kind(**fields)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .channel import DTYPES, Channel, ChannelClosedError
+from .channel import Channel, ChannelClosedError
 from .messages import Failed, Message, decode, encode
+from .parcel import ALIGNMENT, arrange, checked
 
 PATIENCE = timedelta(days=365)
 """Nobody may ask for anything for long."""
-_ALIGNMENT = 64
+_LENGTH = 8
+"""Bytes of the length of a text."""
 
 
 class Relay:
@@ -87,39 +88,29 @@ class Relay:
 
 
 def _pack(message: Message, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A message and its tensors as one piece of bytes: the text's length, the text, and each tensor's content."""
-    specs: list[dict[str, Any]] = []
-    size = 0
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
-        size += _aligned(tensor.nbytes)
-    text = encode(message, specs)
-    start = _aligned(8 + len(text))
+    """A message and its tensors as one piece of bytes: the text's length, the text, and the tensors' memory."""
+    specs, size = arrange(tensors)
+    text = encode(message, [vars(spec) for spec in specs])
+    start = _start(len(text))
     parcel = torch.empty(start + size, dtype=torch.uint8)
-    parcel[:8] = torch.tensor([len(text)]).view(torch.uint8)
-    parcel[8 : 8 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    parcel[:_LENGTH] = torch.tensor([len(text)]).view(torch.uint8)
+    parcel[_LENGTH : _LENGTH + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    memory = parcel[start:].numpy()
     for spec, tensor in zip(specs, tensors.values(), strict=True):
-        _view(parcel[start:], spec).copy_(tensor)
+        spec.view(memory).copy_(tensor)
     return parcel
 
 
 def _unpack(parcel: Tensor) -> tuple[Message, dict[str, Tensor]]:
-    length = int(parcel[:8].view(torch.int64))
-    message, specs = decode(_bytes(parcel[8 : 8 + length]))
-    content = parcel[_aligned(8 + length) :]
-    return message, {spec["name"]: _view(content, spec) for spec in specs}
+    length = int(parcel[:_LENGTH].view(torch.int64))
+    message, described = decode(_bytes(parcel[_LENGTH : _LENGTH + length]))
+    memory = parcel[_start(length) :].numpy()
+    return message, {name: spec.view(memory) for name, spec in checked(described)[0].items()}
 
 
-def _view(content: Tensor, spec: dict[str, Any]) -> Tensor:
-    """The place of a tensor in the content of a parcel."""
-    dtype = DTYPES[spec["dtype"]]
-    size = torch.Size(spec["shape"]).numel() * dtype.itemsize
-    return content[spec["offset"] : spec["offset"] + size].view(dtype).view(spec["shape"])
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def _start(length: int) -> int:
+    """Where the tensors' memory begins after a text."""
+    return -(-(_LENGTH + length) // ALIGNMENT) * ALIGNMENT
 
 
 def _bytes(data: Tensor) -> bytes:
