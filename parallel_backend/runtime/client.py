@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..loading.checkpoint import open_checkpoint
+from ..loading.content import content_digest
 from ..memory import GIB
 from .channel import Channel, ChannelClosedError, pack
 from .deadlines import SILENCE_SECONDS, Owed
@@ -123,6 +124,8 @@ class WorkerGroup:
         while len(self._channels) < len(self._local) or not self._others.all_up():
             state = (len(self._channels) + self._others.ranks_up(), self.config.ranks, self._others.wanted())
             if state != told:
+                if state[2] and (told is None or told[2] != state[2]):
+                    log.warning("%s", state[2])
                 on_state("starting", *state)
                 told = state
             check()
@@ -200,6 +203,7 @@ class WorkerGroup:
             config.fp8,
             config.encoder_memory,
             orphans,
+            content_digest(model.source.path) if config.hosts.several else "",
         )
         began = time.perf_counter()
         with model.advised("transformer"):

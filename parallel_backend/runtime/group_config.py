@@ -92,7 +92,21 @@ class ModelConfig:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         source = open_checkpoint(Path(path))
         source.check(layout)
-        resolved = resolve_devices(devices, hosts.ranks_each(layout.world_size))
+        resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
         return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts)
+
+
+def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devices:
+    """The devices of this host for its share of a layout's ranks.
+
+    Raises:
+        ValueError: see `Hosts.ranks_each` and `resolve_devices`.
+    """
+    ranks = hosts.ranks_each(layout.world_size)
+    try:
+        return resolve_devices(devices, ranks)
+    except ValueError as error:
+        share = f"; of {layout.world_size} ranks, each of {hosts.count} hosts has {ranks}" if hosts.several else ""
+        raise ValueError(f"{error}{share}") from None

@@ -116,7 +116,7 @@ class Keeper:
             self.notice = replace(self.notice, state="up" if all_up else "joined", ranks_up=len(self._channels))
             self._tell(self.notice)
             if all_up:
-                self.say(f"all {len(self.ranks)} rank(s) here are up")
+                self.say("up")
                 self._reception.close()
                 shutil.rmtree(self.private, ignore_errors=True)
 
@@ -203,7 +203,8 @@ def main() -> None:
     log_to(logs / "torchrun.log")
     ranks = hosts.ranks_of(offer.host, joined.card.ranks)
     where = "the CPU" if joined.devices.kind == "cpu" else f"GPU {', '.join(joined.devices.visible)}"
-    say(f"joined a group: rank {ranks[0]} to {ranks[-1]} of {joined.card.ranks} here, on {where}; logs in {logs}")
+    which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    say(f"joined a group of {joined.card.ranks} ranks: {which} on {where}; logs in {logs}")
     environment = {**inherited_environment(len(ranks), joined.devices), **interface_variables(joined.address)}
     os.environ.clear()
     os.environ.update(environment)

@@ -151,6 +151,7 @@ def perform(
                 request.fp8,
                 request.encoder_memory,
                 request.orphans,
+                request.content,
             )
             return {}, {}
         case Offload():
