@@ -6,6 +6,7 @@ store is open to everybody who reaches its port: nothing on the board is more th
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -103,13 +104,17 @@ class Board:
         return view
 
 
-def connect(address: str, port: int, timeout: float = STORE_SECONDS) -> TCPStore:
+def connect(address: str, port: int) -> TCPStore:
     """A connection to the store of a group.
 
     Raises:
-        RuntimeError: there is none.
+        OSError: nobody listens there.
+        RuntimeError: somebody does, who is no store.
     """
-    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    # torch would try for seconds, and print its stack when it gives up.
+    with socket.create_connection((address, port), STORE_SECONDS):
+        pass
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_SECONDS))
 
 
 def read_card(store: Store) -> Card:

@@ -136,8 +136,7 @@ class WorkerGroup:
             if trouble is not None:
                 raise WorkersFailedError(trouble)
             if not self._launcher.running():
-                trouble = self._others.verdict(check)
-                raise WorkersFailedError(trouble or f"the workers did not start: {self._launcher.explain(None)}")
+                raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}")
         on_state("starting", self.config.ranks, self.config.ranks, "")
         self._reception.close()
         self._launcher.all_connected()
@@ -349,8 +348,8 @@ class WorkerGroup:
                 if trouble is not None:
                     self._end(trouble)
                 if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
-                    deadline = time.monotonic() + STRAGGLER_SECONDS
-                if deadline is not None and time.monotonic() > deadline:
+                    deadline = time.monotonic() + (self._others.patience or STRAGGLER_SECONDS)
+                if deadline is not None and time.monotonic() > deadline and not self._others.in_doubt():
                     break
                 overdue = self._owed.overdue()
                 if overdue is not None:
@@ -359,9 +358,6 @@ class WorkerGroup:
         failures = [answer for answer in answers.values() if isinstance(answer, Failed)]
         if not failures:
             return [answer for _, answer in sorted(answers.items()) if isinstance(answer, Done)], tensors
-        trouble = self._others.verdict(check) if len(answers) < self.config.ranks else None
-        if trouble is not None:
-            self._end(trouble)
         self._failed(failures)
 
     # --- what goes wrong ---------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ class Keeper:
         """Have the first host know how this one is; whether its store has taken it."""
         try:
             in_time(lambda: self._board.tell(self.offer.host, notice))
-        except RuntimeError:
+        except (OSError, RuntimeError):
             return False
         return True
 
@@ -210,7 +210,7 @@ def main() -> None:
     os.environ.update(environment)
     try:
         keeper = Keeper(joined, offer, arguments.private, logs, say)
-    except RuntimeError:
+    except (OSError, RuntimeError):
         say("the first host has ended the group")
         return
     watching = threading.Thread(target=keeper.run, name="keeper", daemon=True)

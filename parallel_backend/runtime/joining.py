@@ -73,8 +73,6 @@ def _wait_for_store(hosts: Hosts, say: Say) -> tuple[str, Store]:
     while True:
         try:
             address = resolve(hosts.address)
-            with socket.create_connection((address, hosts.port), STORE_SECONDS):
-                pass
             return address, in_time(functools.partial(connect, address, hosts.port))
         except (OSError, RuntimeError, ValueError) as error:
             reason = "" if isinstance(error, ConnectionRefusedError) else f" ({_first_line(error)})"
@@ -155,7 +153,7 @@ def in_time(ask: Callable[[], _Answer]) -> _Answer:
 
     Raises:
         RuntimeError: it does not, within twice the time that it may take.
-        ValueError: see what is asked.
+        OSError, ValueError: see what is asked.
     """
     answers: list[_Answer] = []
     errors: list[Exception] = []
@@ -163,7 +161,7 @@ def in_time(ask: Callable[[], _Answer]) -> _Answer:
     def work() -> None:
         try:
             answers.append(ask())
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True)

@@ -44,6 +44,8 @@ class OtherHosts:
         self._closed = threading.Event()
         self._read_at = self._began = time.monotonic()
         self._left: dict[int, float] = {}
+        self.patience = VERDICT_SECONDS if hosts.several else 0.0
+        """How long to wait for what they have to say where something fails here."""
 
     def start(self, address: str) -> None:
         """Begin to read, at the address where the agent has the group's store."""
@@ -61,7 +63,7 @@ class OtherHosts:
         board: Board | None = None
         while not self._closed.wait(POLL_SECONDS):
             # Where the store is gone, so is the agent, which the client notices by itself.
-            with contextlib.suppress(RuntimeError, ValueError):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
                 board = board or Board(connect(address, self._hosts.port), card)
                 self._note(board.read(), time.monotonic())
 
@@ -71,7 +73,9 @@ class OtherHosts:
             for host, beat in view.beats.items():
                 if view.hosts[host].state == "left":
                     self._left.setdefault(host, now)
-                elif self._notices[host].state and self._heard.get(host, ("", 0.0))[0] != (beat or "0"):
+                elif view.hosts[host].state in ("joined", "up") and self._heard.get(host, ("", 0.0))[0] != (
+                    beat or "0"
+                ):
                     self._heard[host] = (beat or "0", now)
             messages: list[Failed | Progress] = [*view.failed, *view.progress]
             for message in messages:
@@ -115,7 +119,7 @@ class OtherHosts:
         for host, notice in notices.items():
             if self._silence(host) > LOST_SECONDS:
                 return f"{self.name(host)} has not been heard of for {LOST_SECONDS:.0f} s"
-            if self._read_at - self._left.get(host, self._read_at) > VERDICT_SECONDS and not self._in_doubt():
+            if self._read_at - self._left.get(host, self._read_at) > VERDICT_SECONDS and not self.in_doubt():
                 return f"{self.name(host)}: {notice.text}"
         if self._read_at - self._began > JOIN_SECONDS and self.wanted():
             return f"after {JOIN_SECONDS:.0f} s still {self.wanted()}"
@@ -131,8 +135,8 @@ class OtherHosts:
         Args:
             check: called again and again meanwhile; may raise to give up.
         """
-        until = time.monotonic() + VERDICT_SECONDS
-        while self._card is not None and (time.monotonic() < until or self._in_doubt()):
+        until = time.monotonic() + self.patience
+        while time.monotonic() < until or self.in_doubt():
             trouble = self.trouble()
             if trouble is not None:
                 return trouble
@@ -140,13 +144,17 @@ class OtherHosts:
             time.sleep(0.05)
         return None
 
-    def _in_doubt(self) -> bool:
+    def in_doubt(self) -> bool:
+        """Whether one of them is silent, and may turn out to be lost."""
+        if time.monotonic() - self._read_at > DOUBT_SECONDS:  # the board is gone, and tells nothing any more
+            return False
         return any(self._silence(host) > DOUBT_SECONDS for host in self._notices)
 
     def _silence(self, host: int) -> float:
-        """Seconds without a beat of a host, up to when the board was read; none where it has not joined."""
+        """Seconds without a beat of a host that should give some, up to when the board was read."""
         with self._lock:
-            return self._read_at - self._heard[host][1] if host in self._heard else 0.0
+            beating = host in self._heard and self._notices[host].state in ("joined", "up")
+            return self._read_at - self._heard[host][1] if beating else 0.0
 
     def name(self, host: int) -> str:
         """How a host is called in messages, with the ranks on it."""

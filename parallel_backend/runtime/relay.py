@@ -75,16 +75,16 @@ class Relay:
 
     def _gather(self, data: Tensor) -> list[Tensor]:
         """Bytes of every rank, on rank 0."""
-        sizes = torch.empty(self.ranks, dtype=torch.int64)
+        sizes = torch.empty(self.ranks, 1, dtype=torch.int64)
         try:
-            dist.all_gather_into_tensor(sizes, torch.tensor([len(data)]), group=self.group)
+            dist.all_gather(list(sizes.unbind()), torch.tensor([len(data)]), group=self.group)
             padded = data.new_zeros(int(sizes.max()))
             padded[: len(data)] = data
             gathered = [torch.empty_like(padded) for _ in range(self.ranks)] if self.rank == 0 else None
             dist.gather(padded, gathered, 0, group=self.group)
         except RuntimeError as error:
             raise ChannelClosedError(f"another rank is gone ({error})") from error
-        return [part[:size] for part, size in zip(gathered or [], sizes.tolist(), strict=False)]
+        return [part[:size] for part, size in zip(gathered or [], sizes.flatten().tolist(), strict=False)]
 
 
 def _pack(message: Message, tensors: Mapping[str, Tensor]) -> Tensor:
