@@ -22,12 +22,13 @@ from torch import Tensor
 
 from ..loading.checkpoint import open_checkpoint
 from ..memory import GIB
-from .channel import Channel, ChannelClosedError, pack
+from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
 from .deadlines import SILENCE_SECONDS, Owed
 from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
-from .messages import Done, Failed, Load, Notice, Progress, Unload
+from .messages import BadMessageError, Done, Failed, Load, Notice, Progress, Unload
+from .parcel import pack
 from .reception import Reception
 from .remote_model import Check, RemoteModel
 
@@ -277,6 +278,8 @@ class WorkerGroup:
                 for rank, channel in self._channels.items():
                     try:
                         channel.send(request, parcel)
+                    except ChannelStuckError:
+                        self._hung({rank}, SEND_SECONDS)
                     except ChannelClosedError:
                         self._lost(rank)
             finally:
@@ -298,7 +301,7 @@ class WorkerGroup:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
                         self._lost(key.data)
-                    except ValueError as error:
+                    except BadMessageError as error:
                         self._end(f"rank {key.data} sent what is no message: {error}", key.data)
                     if isinstance(message, Progress):
                         self._owed.progressed()
@@ -335,7 +338,7 @@ class WorkerGroup:
             raise ValueError(first.error)
         # Ranks that have not begun the same collectives would take each other's next messages for what they are not.
         begun = {failed.collectives for failed in failures}
-        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and -1 not in begun))
+        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and None not in begun))
         text = f"rank {first.rank} failed: {first.error}"
         if first.out_of_memory is not None:
             asked, free = (size / GIB for size in first.out_of_memory)
