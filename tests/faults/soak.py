@@ -48,8 +48,8 @@ FAULTS = tuple(
         ("kill", "raise", "oom", CANCEL, "exit", "stop"),
         ("predict", "load", "collective", "encode_text", "decode", "start"),
     )
-    # A rank that has not connected cannot raise; one that is stopped there or while it loads is waited for.
-    if not (moment == "start" and kind in ("raise", "oom", "stop")) and (kind, moment) != ("stop", "load")
+    # Before it connects a rank asks for nothing, and nobody knows it.
+    if moment != "start" or kind not in ("raise", "oom", "stop")
 )
 
 
