@@ -23,11 +23,9 @@ from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor
 from .file_shapes import count_blocks, shape_of
-from .qwen_image_pipeline import DRAWINGS, QwenImageDrawing
+from .qwen_image_pipeline import DRAWINGS, PATCH, QwenImageDrawing
 from .qwen_image_positions import LatentImages, QwenEntrance
 
-PATCH = 2
-"""Latent positions to a token, along each side."""
 MARK = "transformer_blocks.0.img_mod.1.weight"
 ZERO_MARK = "__index_timestep_zero__"
 """An empty tensor in files of models that take references as at timestep 0 (Qwen-Image-Edit-2511)."""
