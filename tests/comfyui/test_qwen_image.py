@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from tests.errors import relative_error
+
 from .conftest import EXAMPLE_IMAGE
-from .graphs import Graph, NodeId, add_layout, add_loader, add_reference, relative_error, run_well, save_latent
+from .graphs import Graph, NodeId, add_layout, add_loader, add_reference, run_well, save_latent
 from .graphs import saved_latent as latent_of
 from .qwen_models import PIPELINE, ZERO
 from .test_errors import failure, rejection
