@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.errors import relative_error
 
 from .server import ComfyServer, RunResult
 
@@ -106,12 +107,6 @@ def latents_of_both(
     result = run_well(server, graph)
     ours, reference = (saved_latent(server, result, save) for save in saves)
     return ours, reference
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in the 2-norm."""
-    assert value.shape == reference.shape
-    return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference)).item()
 
 
 _seeds = itertools.count(1000)
