@@ -114,6 +114,13 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference)).item()
 
 
+def unload(server: ComfyServer) -> None:
+    """End all worker groups."""
+    graph = Graph()
+    graph.add("HybridDiT_UnloadWorkers", after=add_latent(graph))
+    run_well(server, graph)
+
+
 _seeds = itertools.count(1000)
 
 

@@ -91,13 +91,6 @@ class Ended:
             self.at = time.time()
 
 
-def unload(server: ComfyServer) -> None:
-    """End all worker groups."""
-    graph = Graph()
-    graph.add("HybridDiT_UnloadWorkers", after=add_latent(graph))
-    run_well(server, graph)
-
-
 def node_of(drawing: Drawing, moment: str) -> set[NodeId]:
     """The nodes on which a fault at a moment shows."""
     return {

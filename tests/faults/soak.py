@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from parallel_backend.demo_model import DEMO_FOLDER_NAME
+from tests.comfyui.graphs import unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.qwen_models import PIPELINE as QWEN
 from tests.comfyui.server import ComfyServer
 
 from .conftest import STEP_DEADLINE
-from .drawings import Drawing, Ended, unload
+from .drawings import Drawing, Ended
 from .injection import Order, Orders
 from .leaks import holdings, resident_kib, slope
 from .test_cancel import Canceller

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from tests.comfyui.graphs import run_well
+from tests.comfyui.graphs import run_well, unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.server import ComfyServer
 
-from .drawings import Drawing, Ended, other_drawing, unload
+from .drawings import Drawing, Ended, other_drawing
 from .injection import Order, Orders
 
 CANCEL_SECONDS = 0.2

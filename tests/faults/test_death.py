@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.comfyui.graphs import run_well
+from tests.comfyui.graphs import run_well, unload
 from tests.comfyui.processes import Watch, group_processes, worker_ranks
 from tests.comfyui.server import ComfyServer
 
 from .conftest import STEP_DEADLINE
-from .drawings import Drawing, Ended, node_of, other_drawing, unload
+from .drawings import Drawing, Ended, node_of, other_drawing
 from .injection import EXIT_CODE, INJECTED, Order, Orders
 from .leaks import holdings
 
