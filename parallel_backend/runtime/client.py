@@ -23,7 +23,7 @@ from torch import Tensor
 from ..loading.checkpoint import open_checkpoint
 from ..memory import GIB
 from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
-from .deadlines import SILENCE_SECONDS, Owed
+from .deadlines import SILENCE_SECONDS, Owed, Stopped, process_state
 from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
@@ -57,6 +57,7 @@ class WorkerGroup:
         self._pids: dict[int, int] = {}
         self._ids = itertools.count(1)
         self._owed = Owed()
+        self._stopped = Stopped()
         self._reception: Reception | None = None
         self._ending: threading.Thread | None = None
 
@@ -319,7 +320,7 @@ class WorkerGroup:
                     deadline = time.monotonic() + STRAGGLER_SECONDS
                 if deadline is not None and time.monotonic() > deadline:
                     break
-                overdue = self._owed.overdue()
+                overdue = self._owed.overdue() or self._stopped.overdue(self._pids)
                 if overdue is not None:
                     self._hung(*overdue)
                 check()
@@ -361,7 +362,7 @@ class WorkerGroup:
 
     def _hung(self, ranks: set[int], limit: float) -> NoReturn:
         """Ranks have not answered in time. Those that can still do so write to their logs where they are."""
-        states = {rank: _process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
+        states = {rank: process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
         stopped = sorted(rank for rank, state in states.items() if state == "T")
         for rank in set(states) - set(stopped):
             with suppress(ProcessLookupError):
@@ -380,13 +381,6 @@ class WorkerGroup:
 
 
 _FRESH = "The workers were stopped; the next run starts a fresh group."
-
-
-def _process_state(pid: int) -> str:
-    """The letter that the system has for a process's state, such as T for a stopped one."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-    return ""
 
 
 def _listed(ranks: Any) -> str:

@@ -47,11 +47,13 @@ FAULTS = tuple(
     (kind, moment)
     for kind, moment in itertools.product(
         ("kill", "raise", "oom", CANCEL, "exit", "stop"),
-        ("predict", "load", "collective", "encode_text", "decode", "start"),
+        ("predict", "load", "collective", "encode_text", "decode", "start", "rendezvous", "between"),
     )
-    # A rank that has not connected cannot raise; one that is stopped there or while it loads is waited for.
-    if not (moment == "start" and kind in ("raise", "oom", "stop")) and (kind, moment) != ("stop", "load")
+    # Before it connects a rank asks for nothing, and nobody knows it; and where it is not at work it ends either way.
+    if (moment != "start" or kind not in ("oom", "stop"))
+    and (moment not in ("rendezvous", "between") or kind in ("kill", "raise", "stop"))
 )
+"""As many as come to 200 prompts."""
 
 
 @dataclass
@@ -134,10 +136,11 @@ def _with_fault(
 ) -> None:
     """Run a graph with a fault in it; what is not as promised is noted."""
     kind, moment = fault
-    if moment in ("start", "load"):
+    if moment in ("start", "rendezvous", "load"):
         unload(server)
     rank = 0 if moment == "decode" else number % 2
-    orders.give(Order(rank, moment, kind, nth={"predict": 3, "collective": 15}.get(moment, 1), seconds=3.0))
+    nth = {"predict": 3, "between": 3, "collective": 15}.get(moment, 1)
+    orders.give(Order(rank, moment, kind, nth, seconds=3.0))
     ended = Ended()
     if kind == CANCEL:
         with Canceller(server, orders) as canceller:
