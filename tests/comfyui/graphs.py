@@ -109,6 +109,13 @@ def latents_of_both(
     return ours, reference
 
 
+def unload(server: ComfyServer) -> None:
+    """End all worker groups."""
+    graph = Graph()
+    graph.add("HybridDiT_UnloadWorkers", after=add_latent(graph))
+    run_well(server, graph)
+
+
 _seeds = itertools.count(1000)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
+from PIL.Image import Image
 
-from tests.comfyui.conftest import REFERENCE_PACK, comfyui, home  # noqa: F401  (fixtures)
+from tests.comfyui.conftest import EXAMPLE_IMAGE, REFERENCE_PACK, comfyui, example_image, home  # noqa: F401  (fixtures)
 from tests.comfyui.server import ComfyServer
 
 from . import injection
@@ -59,9 +60,10 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: Path, home: Path, orders: Orders) -> Iterator[ComfyServer]:  # noqa: F811
+def server(comfyui: Path, home: Path, orders: Orders, example_image: Image) -> Iterator[ComfyServer]:  # noqa: F811
     """The session's server."""
     with faulty_server(comfyui, home, orders) as server:
+        server.add_input_image(EXAMPLE_IMAGE, example_image)
         yield server
 
 
