@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from ..config import ParallelismConfig
 from ..families import Family, family_of_pipeline
 from ..families.drawing import Drawing
 from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
+
+MAX_ERROR = 500
+"""Characters of another library's error that are passed on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class PipelineFolder:
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
+        with self._building("transformer"):
+            self.family.build_transformer(self.transformer_config)
         self.family.check_layout(self.transformer_config, layout)
         for component in self.components:
             self.weights(component)
@@ -54,13 +61,15 @@ class PipelineFolder:
 
         The models are built without memory for their weights, and of the files only headers are read.
         """
-        models = {
-            "transformer": self.family.build_transformer(self.transformer_config),
-            "text_encoder": self.family.build_text_model(self.text_config),
-            "vae": self.family.build_vae(self.vae_config),
-        }
-        if "vision_tower" in self.components:
-            models["vision_tower"] = self.family.build_vision(self.text_config)
+        models = {}
+        with self._building("transformer"):
+            models["transformer"] = self.family.build_transformer(self.transformer_config)
+        with self._building("text_encoder"):
+            models["text_encoder"] = self.family.build_text_model(self.text_config)
+            if "vision_tower" in self.components:
+                models["vision_tower"] = self.family.build_vision(self.text_config)
+        with self._building("vae"):
+            models["vae"] = self.family.build_vae(self.vae_config)
         for component, model in models.items():
             weights = self.weights(component)
             state = model.state_dict()
@@ -71,6 +80,16 @@ class PipelineFolder:
                 unused = [weight.pieces[0][0] for name, weight in weights.items() if name not in state]
                 if unused:
                     check_unused([tensor.key for tensor in unused], unused[0].file, type(model).__name__)
+
+    @contextmanager
+    def _building(self, component: str) -> Iterator[None]:
+        """Errors of diffusers and transformers, of any kind, become ones that name the file that is at fault."""
+        try:
+            yield
+        except Exception as error:
+            file = self.path / component / "config.json"
+            what = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+            raise ValueError(f"{file} describes no model that can be built ({what}); download it again") from None
 
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
@@ -106,7 +125,8 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         ("text_encoder", family.text_encoder_class),
         ("vae", family.vae_class),
     ):
-        stated = (index.get(component) or [None, None])[1]
+        stated = index.get(component)
+        stated = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
         if stated != expected:
             raise ValueError(f"{path} has {stated or 'no class'} as its {component}; {family.title} needs a {expected}")
         configs[component] = _read_json(path / component / "config.json", f"the pipeline's {component} is incomplete")

@@ -23,13 +23,14 @@ from torch import Tensor
 from ..loading.checkpoint import open_checkpoint
 from ..loading.content import content_digest
 from ..memory import GIB
-from .channel import Channel, ChannelClosedError, pack
-from .deadlines import SILENCE_SECONDS, Owed
+from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
+from .deadlines import SILENCE_SECONDS, Owed, Stopped, process_state
 from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
-from .messages import Done, Failed, Load, Notice, Progress, Unload
+from .messages import BadMessageError, Done, Failed, Load, Notice, Progress, Unload
 from .other_hosts import OtherHosts
+from .parcel import pack
 from .reception import Reception
 from .remote_model import Check, RemoteModel
 
@@ -62,6 +63,7 @@ class WorkerGroup:
         self._pids: dict[int, int] = {}
         self._ids = itertools.count(1)
         self._owed = Owed()
+        self._stopped = Stopped()
         self._reception: Reception | None = None
         self._ending: threading.Thread | None = None
 
@@ -299,6 +301,8 @@ class WorkerGroup:
                 for rank, channel in self._told().items():
                     try:
                         channel.send(request, parcel)
+                    except ChannelStuckError:
+                        self._hung({rank}, SEND_SECONDS)
                     except ChannelClosedError:
                         self._lost(rank, check)
             finally:
@@ -326,7 +330,7 @@ class WorkerGroup:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
                         self._lost(key.data, check)
-                    except ValueError as error:
+                    except BadMessageError as error:
                         self._end(f"rank {key.data} sent what is no message: {error}", key.data)
                     if isinstance(message, Progress):
                         progressed(message)
@@ -351,7 +355,7 @@ class WorkerGroup:
                     deadline = time.monotonic() + (self._others.patience or STRAGGLER_SECONDS)
                 if deadline is not None and time.monotonic() > deadline and not self._others.in_doubt():
                     break
-                overdue = self._owed.overdue()
+                overdue = self._owed.overdue() or self._stopped.overdue(self._pids)
                 if overdue is not None:
                     self._hung(*overdue)
                 check()
@@ -370,7 +374,7 @@ class WorkerGroup:
             raise ValueError(first.error)
         # Ranks that have not begun the same collectives would take each other's next messages for what they are not.
         begun = {failed.collectives for failed in failures}
-        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and -1 not in begun))
+        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and None not in begun))
         text = f"rank {first.rank} failed: {first.error}"
         if first.out_of_memory is not None:
             asked, free = (size / GIB for size in first.out_of_memory)
@@ -397,7 +401,7 @@ class WorkerGroup:
 
     def _hung(self, ranks: set[int], limit: float) -> NoReturn:
         """Ranks have not answered in time. Those that can still do so write to their logs where they are."""
-        states = {rank: _process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
+        states = {rank: process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
         stopped = sorted(rank for rank, state in states.items() if state == "T")
         for rank in set(states) - set(stopped):
             with suppress(ProcessLookupError):
@@ -420,13 +424,6 @@ class WorkerGroup:
 
 
 _FRESH = "The workers were stopped; the next run starts a fresh group."
-
-
-def _process_state(pid: int) -> str:
-    """The letter that the system has for a process's state, such as T for a stopped one."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-    return ""
 
 
 def _listed(ranks: Any) -> str:

@@ -232,10 +232,10 @@ class Engine:
         output = part.module(**inputs, return_dict=False)[0]
         return family.prediction(output, x), part.cache.last
 
-    def collectives_begun(self) -> int:
-        """How many collectives this rank has begun on the groups of all its models; -1 where it cannot be known."""
+    def collectives_begun(self) -> int | None:
+        """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""
         if self.device.type == "cuda" and any(layout.ring_size > 1 for layout in self._meshes):
-            return -1  # NCCL does not count what is sent from rank to rank
+            return None  # NCCL does not count what is sent from rank to rank
         axes = (axis for mesh in self._meshes.values() for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
         groups = {axis.group for axis in (self.room.axis, *axes) if axis.group is not None}
         return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]

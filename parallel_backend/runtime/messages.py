@@ -166,7 +166,7 @@ class Failed:
     """A request failed. ``bad_input`` says that the request was at fault and that the rank is as good as before.
 
     ``out_of_memory`` has the bytes that were asked for (0: not known) and those that were free. Ranks whose
-    ``collectives`` (begun so far) are equal have stopped at the same place; -1: not known.
+    ``collectives`` (begun so far) are equal have stopped at the same place; None: not known.
     """
 
     id: int
@@ -175,7 +175,7 @@ class Failed:
     bad_input: bool
     traceback: str = ""
     out_of_memory: list[int] | None = None
-    collectives: int = -1
+    collectives: int | None = None
 
 
 Message = (

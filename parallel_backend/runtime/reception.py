@@ -6,12 +6,11 @@ import logging
 import os
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from .channel import Channel, ChannelClosedError
+from .channel import Channel, ChannelClosedError, peer
 from .messages import Hello
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class Reception:
 
     def _greet(self, channel: Channel) -> Hello | str:
         """The rank behind a connection on which something has arrived, or why there is none."""
-        pid, user, _ = struct.unpack("3i", channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, user = peer(channel.socket)
         if user != os.geteuid():
             return f"it belongs to user {user}"
         try:
