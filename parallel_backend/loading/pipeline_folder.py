@@ -94,11 +94,15 @@ class PipelineFolder:
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
         digest = hashlib.sha256()
-        for file in sorted(self.path.glob("**/*")):
-            if file.suffix in (".json", ".safetensors", ".jinja"):
-                status = file.stat()
-                digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        for file in files_of_folder(self.path):
+            status = file.stat()
+            digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def files_of_folder(path: Path) -> list[Path]:
+    """The files of a pipeline folder that say what it computes, sorted."""
+    return [file for file in sorted(path.glob("**/*")) if file.suffix in (".json", ".safetensors", ".jinja")]
 
 
 def open_pipeline_folder(path: Path) -> PipelineFolder:
