@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.comfyui.server import ComfyServer, RunResult
 LAYOUT = {"ulysses": 2, "ring": 1, "tp": 1}
 """Two ranks: the quickest to start."""
 STEPS = 4
+_seeds = itertools.count(1000)
 
 
 class Drawing:
@@ -80,9 +82,9 @@ class Drawing:
         return torch.cat([latent.flatten(), picture.float()])
 
 
-def other_drawing(server: ComfyServer, text: str = "something else") -> None:
-    """Draw something else, so that ComfyUI's cache has no part of another drawing but the loader."""
-    Drawing(text, seed=99, steps=1, width=64, height=64).run_well(server)
+def other_drawing(server: ComfyServer) -> None:
+    """Draw something new, so that a group is up and ComfyUI's cache has no part of another drawing but the loader."""
+    Drawing("something else", seed=next(_seeds), steps=1, width=64, height=64).run_well(server)
 
 
 class Ended:
