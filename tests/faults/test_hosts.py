@@ -188,7 +188,7 @@ def test_client_killed(hosts, worker, folder, tmp_path):
     ]
     client = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=out)
     try:
-        worker.wait_for(" up\n", 60, said)
+        worker.wait_for(" up\n", 120, said)
         with Watched(hosts.processes(RANK)) as watched:
             client.kill()
             assert not watched.alive_after(GONE_SECONDS)
