@@ -234,7 +234,7 @@ def test_the_exit_status_reaches_the_shell(pipeline, tmp_path):
 def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys, gpus, expected):
     asked = []
 
-    def create(folder, layout, devices, dtype):
+    def create(folder, layout, devices, dtype, hosts):
         asked.append(devices)
         raise ValueError("that is enough")
 
@@ -243,6 +243,25 @@ def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys
     assert main(["demo", "--model", str(pipeline)]) == 2
     assert asked == [expected]
     assert ("4 ranks are more than the 3 GPU(s) here" in capsys.readouterr().out) == (gpus == 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--nnodes", "2"], "2 hosts need an rdzv_endpoint"),
+        (["demo", "--nnodes", "3", "--rdzv-endpoint", "192.0.2.1:29500"], "4 rank(s) cannot be shared out evenly"),
+        (["demo", "--rdzv-endpoint", "192.0.2.1:29500"], "of no use to 1 host"),
+        (["demo", "--nnodes", "2", "--rdzv-endpoint", "192.0.2.1:29500"], "cannot listen at the rdzv_endpoint"),
+        (["worker", "--nnodes", "2", "--rdzv-endpoint", "192.0.2.1"], "cannot read the rdzv_endpoint '192.0.2.1'"),
+        (["worker", "--nnodes", "1", "--rdzv-endpoint", "192.0.2.1:29500"], "of no use to 1 host"),
+        (["worker", "--nnodes", "3", "--rdzv-endpoint", "192.0.2.1:29500"], "give it --node-rank"),
+    ],
+)
+def test_hosts_that_cannot_work(pipeline, arguments, words, capsys):
+    """Before anything is started; 192.0.2.1 is nobody's address."""
+    options = ["--model", str(pipeline), "--devices", "cpu"] if arguments[0] == "demo" else []
+    assert main([*arguments, *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_without_memfd_the_system_is_named(pipeline, monkeypatch, capsys):
