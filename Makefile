@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(READY)
 	$(BIN)/python -m parallel_backend demo --devices cpu --out demo.png --report demo.json
 
 test: lint
 	$(BIN)/python -m pytest
+
+# 200 prompts on a real ComfyUI server with a fault in every fifth; soak.json has what came of it.
+soak: $(READY)
+	HYBRID_DIT_SOAK=200 HYBRID_DIT_SOAK_REPORT=soak.json HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -s tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,4 +27,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo.png demo.json
+	rm -rf $(VENV) demo.png demo.json soak.json

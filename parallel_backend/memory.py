@@ -103,10 +103,17 @@ def weight_bytes(
     text_degree = family.text_degree(text_config, layout.world_size)
     family.check_layout(_full_config(family, _key(transformer_config)), layout)
     return WeightBytes(
-        transformer=_transformer_numel(family, _key(transformer_config), layout.tp_size) * dtype_bytes,
+        transformer=transformer_bytes(family, transformer_config, layout, dtype_bytes),
         text_encoder=_text_numel(family, _key(text_config), text_degree) * dtype_bytes,
         vae=_numel(_default_vae(family)) * _VAE_DTYPE_BYTES,
     )
+
+
+def transformer_bytes(
+    family: Family, config: Mapping[str, Any], layout: ParallelismConfig, dtype_bytes: int = 2
+) -> int:
+    """Bytes of the transformer's weights that a rank holds; arguments as of `weight_bytes`."""
+    return _transformer_numel(family, _key(config), layout.tp_size) * dtype_bytes
 
 
 def transformer_activation_bytes(

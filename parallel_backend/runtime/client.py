@@ -5,37 +5,41 @@ Both the ComfyUI nodes and the command line use this. Nothing here knows of eith
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
 import selectors
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from ..loading.checkpoint import open_checkpoint
-from .channel import Channel, ChannelClosedError, pack
+from ..memory import GIB
+from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
+from .deadlines import SILENCE_SECONDS, Owed
+from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
-from .messages import Done, Failed, Hello, Load, Notice, Progress, Unload
+from .messages import BadMessageError, Done, Failed, Load, Notice, Progress, Unload
+from .parcel import pack
+from .reception import Reception
 from .remote_model import Check, RemoteModel
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-STRAGGLER_SECONDS = 5.0
+STRAGGLER_SECONDS = 2.0
 """How long the other ranks may take to answer after one has failed, before the group is given up."""
 
 OnState = Callable[[str, float, float, str], None]
 """Told a state, how far it is, of how much, and what more there is to say."""
-
-
-class WorkersFailedError(RuntimeError):
-    """The group is gone; the next use starts a fresh one."""
 
 
 class WorkerGroup:
@@ -43,7 +47,7 @@ class WorkerGroup:
 
     def __init__(self, config: GroupConfig, port: int = 0) -> None:
         self.config = config
-        self.state = "starting"
+        self.state = "new"
         self.start_seconds = 0.0
         self.models: dict[ModelConfig, RemoteModel] = {}
         self.lock = threading.RLock()
@@ -52,59 +56,75 @@ class WorkerGroup:
         self._channels: dict[int, Channel] = {}
         self._pids: dict[int, int] = {}
         self._ids = itertools.count(1)
+        self._owed = Owed()
+        self._reception: Reception | None = None
+        self._ending: threading.Thread | None = None
 
     @property
     def ready(self) -> bool:
         """Whether requests can be sent."""
         return self.state == "ready" and self._launcher.running()
 
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be sent, or will be once its ranks are up."""
+        return self.state in ("starting", "ready") and self._launcher.running()
+
     def next_id(self) -> int:
         """A number for a request or a name, used once."""
         return next(self._ids)
 
+    @contextlib.contextmanager
+    def held(self, check: Check) -> Iterator[None]:
+        """Hold the lock; ``check`` is called while somebody else has it, and may raise to give up."""
+        while not self.lock.acquire(timeout=POLL_SECONDS):
+            check()
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def start(self, on_state: OnState = lambda *_: None, check: Check = lambda: None) -> None:
-        """Start the ranks.
+        """Start the ranks; nothing where they are up.
 
         Args:
             on_state: told the state and how far it is: ``("starting", ranks up, ranks, "")`` or
                 ``("failed", 0, 1, "")``.
-            check: called every 50 ms; may raise to give up, which ends the processes.
+            check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
 
         Raises:
             WorkersFailedError: a rank ended.
+            ValueError: the port is taken.
         """
-        with self.lock:
+        with self.held(check):
             try:
-                began = time.perf_counter()
-                self._launcher.start()
-                self._accept(on_state, check)
-                self.start_seconds = time.perf_counter() - began
-                self.state = "ready"
-            except BaseException:
+                if self.state == "new":
+                    self._launcher.start()
+                    self.state = "starting"
+                    self._reception = Reception(self._launcher.listener, self.config.ranks)
+                    self._began = time.perf_counter()
+                if self.state == "starting":
+                    self._receive_ranks(on_state, check)
+                    self.start_seconds = time.perf_counter() - self._began
+                    self.state = "ready"
+            except (WorkersFailedError, ValueError, OSError):
                 self.close(state="failed")
                 on_state("failed", 0, 1, "")
                 raise
 
-    def _accept(self, on_state: OnState, check: Check) -> None:
+    def _receive_ranks(self, on_state: OnState, check: Check) -> None:
+        assert self._reception is not None
         ranks = self.config.ranks
-        self._launcher.listener.settimeout(POLL_SECONDS)
-        on_state("starting", 0, ranks, "")
+        on_state("starting", len(self._channels), ranks, "")
         while len(self._channels) < ranks:
             check()
-            try:
-                connection, _ = self._launcher.listener.accept()
-            except TimeoutError:
-                if not self._launcher.running():
-                    raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}") from None
-                continue
-            connection.setblocking(True)
-            channel = Channel(connection)
-            hello, _ = channel.receive()
-            if not isinstance(hello, Hello):
-                raise WorkersFailedError(f"a worker began with {type(hello).__name__} instead of Hello")
-            self._channels[hello.rank] = channel
-            self._pids[hello.rank] = hello.pid
-            on_state("starting", len(self._channels), ranks, "")
+            for hello, channel in self._reception.arrivals(POLL_SECONDS):
+                self._channels[hello.rank] = channel
+                self._pids[hello.rank] = hello.pid
+                on_state("starting", len(self._channels), ranks, "")
+            if not self._launcher.running():
+                raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}")
+        self._reception.close()
         self._launcher.all_connected()
 
     def load(
@@ -128,7 +148,7 @@ class WorkerGroup:
             ValueError: the checkpoint is damaged or does not fit; the models that are there stay.
         """
         assert config.group == self.config
-        with self.lock:
+        with self.held(check):
             model = self.models.get(config)
             if model is not None and model.loaded:
                 return model
@@ -139,7 +159,7 @@ class WorkerGroup:
                     # Known from when it is asked for: where check() gives up, the ranks load it all the same.
                     model = self.models[config] = RemoteModel(self, config, source, f"m{self.next_id()}")
                 self._load(model, on_state, check, [m.name for c, m in list(self.models.items()) if orphans(c)])
-            except (ValueError, RuntimeError):
+            except (ValueError, WorkersFailedError, RequestFailedError):
                 self.models.pop(config, None)
                 on_state("failed", 0, 1, "")
                 raise
@@ -170,7 +190,8 @@ class WorkerGroup:
             orphans,
         )
         began = time.perf_counter()
-        self.call(request, {}, check, on_progress)
+        with model.advised("transformer"):
+            self.call(request, {}, check, on_progress)
         model.seconds["load"] += time.perf_counter() - began
         model.loaded = True
 
@@ -186,18 +207,45 @@ class WorkerGroup:
 
         Requests are carried out in order, and answers that nobody waits for are dropped.
         """
+        self._owed.sent(request.id, set(range(self.config.ranks)), SILENCE_SECONDS)
         for channel in list(self._channels.values()):
             with suppress(ChannelClosedError):  # a rank that is gone keeps nothing; the next request says so
                 channel.send(request)
 
-    def close(self, state: str = "closed") -> None:
-        """End the group. Safe to call at any time, more than once."""
+    def close(self, state: str = "closed", wait: bool = True) -> None:
+        """End the group. Safe to call at any time, more than once.
+
+        Args:
+            state: what is said of it to those that still use it.
+            wait: until its processes are gone; else see `ended`.
+        """
         self.state = state
+        if self._reception is not None:
+            self._reception.close()
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
         self.models.clear()
-        self._launcher.stop(list(self._pids.values()))
+        if wait:
+            self.ended(float("inf"))
+            self._launcher.stop()
+        elif self._ending is None:
+            self._ending = threading.Thread(target=self._launcher.stop, name="end of a worker group", daemon=True)
+            self._ending.start()
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether a closed group's processes are gone; waits so long for it."""
+        if self._ending is not None:
+            self._ending.join(min(seconds, threading.TIMEOUT_MAX))
+        return self._ending is None or not self._ending.is_alive()
+
+    def forget(self) -> None:
+        """Close what a forked child has of this, and leave the processes alone."""
+        self.state = "another process's"
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._launcher.forget()
 
     def call(
         self,
@@ -205,18 +253,35 @@ class WorkerGroup:
         tensors: Mapping[str, Tensor],
         check: Check = lambda: None,
         on_progress: Callable[[Progress], None] = lambda _: None,
+        limit: float | None = SILENCE_SECONDS,
     ) -> tuple[list[Done], dict[str, Tensor]]:
-        """Send a request to every rank and wait for every answer: the answers in rank order, and rank 0's tensors."""
-        with self.lock:
+        """Send a request to every rank and wait for every answer: the answers in rank order, and rank 0's tensors.
+
+        Args:
+            request: what to do.
+            tensors: go along with it.
+            check: called every 50 ms; may raise to give up waiting. The ranks go on.
+            on_progress: told what ranks report meanwhile.
+            limit: seconds without a word from the ranks after which they count as hung; None: any time is fine.
+
+        Raises:
+            ValueError: the request was at fault.
+            RequestFailedError: all ranks failed at the same place.
+            WorkersFailedError: the group is gone.
+        """
+        with self.held(check):
             if not self._channels:
                 raise WorkersFailedError(f"the worker group is {self.state}")
             parcel = pack(tensors)
+            self._owed.sent(request.id, set(range(self.config.ranks)), limit)
             try:
                 for rank, channel in self._channels.items():
                     try:
                         channel.send(request, parcel)
+                    except ChannelStuckError:
+                        self._hung({rank}, SEND_SECONDS)
                     except ChannelClosedError:
-                        raise self._give_up(rank) from None
+                        self._lost(rank)
             finally:
                 parcel.close()
             return self._collect(request.id, check, on_progress)
@@ -230,38 +295,99 @@ class WorkerGroup:
         with selectors.DefaultSelector() as selector:
             for rank, channel in self._channels.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
-            while len(answers) < len(self._channels):
+            while len(answers) < self.config.ranks:
                 for key, _ in selector.select(POLL_SECONDS):
                     try:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
-                        raise self._give_up(key.data) from None
+                        self._lost(key.data)
+                    except BadMessageError as error:
+                        self._end(f"rank {key.data} sent what is no message: {error}", key.data)
                     if isinstance(message, Progress):
+                        self._owed.progressed()
                         on_progress(message)
                     elif isinstance(message, Notice):
                         log.info("workers: %s", message.text)
-                    elif isinstance(message, (Done, Failed)) and message.id == request_id:
-                        # Answers to a request that was given up are dropped.
-                        answers[message.rank] = message
-                        tensors.update(arrived)
+                    elif isinstance(message, (Done, Failed)) and message.rank in range(self.config.ranks):
+                        self._owed.answered(message.id, message.rank)
+                        if message.id == request_id:  # others were given up, and their answers are dropped
+                            answers[message.rank] = message
+                            tensors.update(arrived)
+                    else:
+                        self._end(f"rank {key.data} sent a {type(message).__name__} out of turn", key.data)
                 if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
                     deadline = time.monotonic() + STRAGGLER_SECONDS
                 if deadline is not None and time.monotonic() > deadline:
                     break
+                overdue = self._owed.overdue()
+                if overdue is not None:
+                    self._hung(*overdue)
                 check()
         failures = [answer for answer in answers.values() if isinstance(answer, Failed)]
         if not failures:
             return [answer for _, answer in sorted(answers.items()) if isinstance(answer, Done)], tensors
-        first = failures[0]
-        if len(failures) < len(self._channels):
-            # Some ranks went on without the failed one: nobody can say any more where each of them is.
-            self.close(state="failed")
-            raise WorkersFailedError(f"rank {first.rank} failed: {first.error}\n{first.traceback}")
-        if first.bad_input:
-            raise ValueError(first.error)
-        raise RuntimeError(f"rank {first.rank} failed: {first.error}\n{first.traceback}")
+        self._failed(failures)
 
-    def _give_up(self, rank: int) -> WorkersFailedError:
-        explanation = self._launcher.explain(rank)
-        self.close(state="failed")
-        return WorkersFailedError(f"{explanation}\nThe other workers were stopped; the next run starts a fresh group.")
+    # --- what goes wrong ---------------------------------------------------------------------------------------------
+
+    def _failed(self, failures: list[Failed]) -> NoReturn:
+        """Raise what ranks failed of, the one that ran out of memory first; the group goes unless they agree."""
+        all_failed = len(failures) == self.config.ranks
+        first = min(failures, key=lambda failed: (failed.out_of_memory is None, failed.bad_input, failed.rank))
+        if all_failed and all(failed.bad_input for failed in failures):
+            raise ValueError(first.error)
+        # Ranks that have not begun the same collectives would take each other's next messages for what they are not.
+        begun = {failed.collectives for failed in failures}
+        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and None not in begun))
+        text = f"rank {first.rank} failed: {first.error}"
+        if first.out_of_memory is not None:
+            asked, free = (size / GIB for size in first.out_of_memory)
+            wanted = f"{asked:.2f} GiB" if asked else "more"
+            text = f"rank {first.rank} ran out of memory: it asked for {wanted} where {free:.2f} GiB were free"
+        text += f"\n(log: {self._launcher.log_of(first.rank)})"
+        details = f"\n{first.traceback}"
+        if not same_place:
+            text += f"\n{_FRESH}"
+            self.close(state="failed", wait=False)
+        if first.out_of_memory is not None:
+            raise OutOfMemoryError(text, details)
+        raise RequestFailedError(text + details) if same_place else WorkersFailedError(text + details)
+
+    def _lost(self, rank: int) -> NoReturn:
+        """A rank's connection is closed: it has ended."""
+        self.close(state="failed", wait=False)
+        self.ended(3.0)  # then torchrun has said how
+        raise WorkersFailedError(f"{self._launcher.explain(rank)}\n{_FRESH}")
+
+    def _hung(self, ranks: set[int], limit: float) -> NoReturn:
+        """Ranks have not answered in time. Those that can still do so write to their logs where they are."""
+        states = {rank: _process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
+        stopped = sorted(rank for rank, state in states.items() if state == "T")
+        for rank in set(states) - set(stopped):
+            with suppress(ProcessLookupError):
+                os.kill(self._pids[rank], signal.SIGUSR1)
+        time.sleep(0.2)
+        who = f"rank {_listed(ranks)} did not answer within {limit:.0f} s"
+        if stopped:
+            who = f"rank {_listed(stopped)} is stopped (SIGSTOP), and the group did not answer within {limit:.0f} s"
+        where = "the logs say where each rank was" if len(states) > len(stopped) else "its log may say more"
+        self._end(f"{who}; {where}", min(stopped or ranks))
+
+    def _end(self, text: str, rank: int) -> NoReturn:
+        """End the group and raise."""
+        self.close(state="failed", wait=False)
+        raise WorkersFailedError(f"{text}\n(log: {self._launcher.log_of(rank)})\n{_FRESH}")
+
+
+_FRESH = "The workers were stopped; the next run starts a fresh group."
+
+
+def _process_state(pid: int) -> str:
+    """The letter that the system has for a process's state, such as T for a stopped one."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return ""
+
+
+def _listed(ranks: Any) -> str:
+    return ", ".join(map(str, sorted(ranks)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -52,14 +53,22 @@ class Engine:
         device: of this rank.
         notify: told what users should find in the log.
         room: for tests, another view of the memory that there is.
+        on_progress: told of the reading of parts that come back.
     """
 
-    def __init__(self, device: torch.device, notify: Callable[[str], None] = print, room: Room | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        notify: Callable[[str], None] = print,
+        room: Room | None = None,
+        on_progress: OnProgress = lambda *_: None,
+    ) -> None:
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         world = Axis(dist.group.WORLD, ranks, self.rank) if ranks > 1 else SINGLE
         self.room = room or Room(device, world, notify)
+        self.on_progress = on_progress
         self.models: dict[str, HostedModel] = {}
         self._meshes: dict[ParallelismConfig, ParallelMesh] = {}
         self._used: OrderedDict[tuple[str, str], Part] = OrderedDict()
@@ -219,6 +228,21 @@ class Engine:
         output = part.module(**inputs, return_dict=False)[0]
         return family.prediction(output, x), part.cache.last
 
+    def collectives_begun(self) -> int | None:
+        """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""
+        if self.device.type == "cuda" and any(layout.ring_size > 1 for layout in self._meshes):
+            return None  # NCCL does not count what is sent from rank to rank
+        axes = (axis for mesh in self._meshes.values() for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
+        groups = {axis.group for axis in (self.room.axis, *axes) if axis.group is not None}
+        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+
+    def recover(self) -> None:
+        """After a request that failed: give back memory that it held, and make room anew next time."""
+        gc.collect()  # the traceback is gone, and with it the last that referred to what was half done
+        self._granted = (None, 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def end_run(self, name: str, run: str) -> None:
         """Free what the cache keeps of a run; nothing where the model is gone."""
         model = self.models.get(name)
@@ -288,7 +312,7 @@ class Engine:
         if part.place is Place.HOST:
             part.to_device()
         elif part.place is Place.FILE:
-            part.load(lambda count: None)
+            part.load(_Counter(part.nbytes, self.on_progress).add)
         self._granted = (part, size)
 
     def _make_room(self, part: Part, weights: int, workspace: int) -> None:

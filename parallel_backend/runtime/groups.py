@@ -8,11 +8,14 @@ import os
 import threading
 from collections import Counter
 
-from .client import OnState, WorkerGroup, WorkersFailedError
+from .client import POLL_SECONDS, OnState, WorkerGroup
+from .errors import RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .remote_model import Check, RemoteModel
 
 _groups: dict[GroupConfig, WorkerGroup] = {}
+_ending: list[WorkerGroup] = []
+"""Groups whose processes may still be there, and hold memory."""
 _groups_lock = threading.RLock()
 _users: Counter[ModelConfig] = Counter()
 CPU_GROUPS = 2
@@ -29,26 +32,29 @@ def acquire_model(
     """
     with _groups_lock:
         group = _groups.get(config.group)
-        if group is None or not group.ready:
-            group = _start(config.group, on_state, check, port)
+        if group is None or not group.usable:
+            group = _make_way(config.group, check, port)
+        group.start(on_state, check)  # nothing where it is up
         _groups[config.group] = _groups.pop(config.group)  # the last one used stands last
         return group.load(config, on_state, check, orphans=lambda other: other != config and not _users[other])
 
 
-def _start(config: GroupConfig, on_state: OnState, check: Check, port: int) -> WorkerGroup:
-    """A fresh group, in the place of those in the way."""
-    if config in _groups:
-        _groups.pop(config).close()
-    for other in [other for other in _groups if other.devices.overlaps(config.devices)]:
-        _groups.pop(other).close()
-    on_cpu = [other for other in _groups if other.devices.kind == "cpu"]
+def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:
+    """A new group, not started, in the place of those in the way, whose processes are gone."""
+    in_the_way = [other for other in _groups if other == config or other.devices.overlaps(config.devices)]
     if config.devices.kind == "cpu":
-        for other in on_cpu[: len(on_cpu) - CPU_GROUPS + 1]:
-            _groups.pop(other).close()
-    group = WorkerGroup(config, port)
-    group.start(on_state, check)
-    _groups[config] = group
-    return group
+        on_cpu = [other for other in _groups if other.devices.kind == "cpu" and other != config]
+        in_the_way += on_cpu[: len(on_cpu) - CPU_GROUPS + 1]
+    for other in in_the_way:
+        group = _groups.pop(other)
+        group.close(wait=False)
+        _ending.append(group)
+    while _ending:
+        if _ending[0].ended(POLL_SECONDS):
+            _ending.pop(0)
+        check()
+    _groups[config] = WorkerGroup(config, port)
+    return _groups[config]
 
 
 def find_model(config: ModelConfig) -> RemoteModel | None:
@@ -85,7 +91,7 @@ def _unload_unused(config: ModelConfig) -> None:
         return
     with model.group.lock:
         if not _users[config] and model.offloaded:
-            with contextlib.suppress(WorkersFailedError):  # then it is freed all the same
+            with contextlib.suppress(WorkersFailedError, RequestFailedError):  # then it is freed all the same
                 model.group.unload(config)
 
 
@@ -93,14 +99,19 @@ def close_groups() -> int:
     """End every group; how many there were."""
     with _groups_lock:
         count = len(_groups)
-        for group in _groups.values():
-            group.close()
+        _ending.extend(_groups.values())
         _groups.clear()
+        for group in _ending:
+            group.close(wait=False)  # all at once
+        while _ending:
+            _ending.pop().close()
         return count
 
 
 def _forget_groups() -> None:
-    # A forked child has neither the parent's ranks nor the right to end them.
+    # A forked child has neither the parent's ranks nor the right to end them, nor to keep them alive.
+    for group in _groups.values():
+        group.forget()
     _groups.clear()
 
 

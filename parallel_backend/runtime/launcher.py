@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..paths import home
 from .devices import Devices
+from .rank_log import log_file
 
 KEPT_LOGS = 10
 """Log folders of earlier groups that are kept."""
@@ -53,25 +54,26 @@ class Launcher:
         address = self.private / "control"
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(address))
+        address.chmod(0o600)
         self.listener.listen(self.ranks)
-        rendezvous = ["--standalone"]
-        if self.port:
-            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self.port}", "--rdzv-id=hybrid-dit"]
         command = [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *rendezvous,
+            *(sys.executable, "-m", "parallel_backend.runtime.agent", "--private", str(self.private)),
+            *(f"--loopback-port={self.port}", "--"),
             *(f"--nproc-per-node={self.ranks}", "--max-restarts=0", "--monitor-interval=0.2"),
-            *(f"--log-dir={self.logs}", "--redirects=3"),
+            f"--log-dir={self.logs}",
             *("-m", "parallel_backend.runtime.worker", "--socket", str(address), "--device", self.devices.kind),
+            *("--log-folder", str(self.logs)),
         ]
-        with (self.logs / "torchrun.log").open("wb") as log:
+        self._agent_log.touch(0o600)
+        with self._agent_log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 env=self._environment(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # never written to: its end tells the agent that the client is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal is the client's to handle
+                umask=0o077,
             )
 
     def _environment(self) -> dict[str, str]:
@@ -81,6 +83,8 @@ class Launcher:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.ranks)))
         env["PYTHONUNBUFFERED"] = "1"
         env["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices.visible)
+        # What ranks of one host have to say to each other outside of shared memory stays on it.
+        env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = "lo"
         return env
 
     def all_connected(self) -> None:
@@ -92,58 +96,75 @@ class Launcher:
         """Whether torchrun has not ended."""
         return self.process is not None and self.process.poll() is None
 
-    def explain(self, rank: int | None) -> str:
-        """What can be said of a failure: rank, exit code and the last lines of its log."""
-        deadline = time.monotonic() + 3
-        while self.running() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        report = self._read(self.logs / "torchrun.log")
-        cause = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
-        exit_code = ""
-        if cause:
-            rank, code = int(cause.group(1)), int(cause.group(2))
-            exit_code = f" with exit code {code}"
-            if code < 0:
-                with contextlib.suppress(ValueError):
-                    exit_code += f" ({signal.Signals(-code).name})"
-        who = "the worker launcher" if rank is None else f"rank {rank}"
-        log = self.logs / "torchrun.log"
-        if rank is not None:
-            log = max(self.logs.glob(f"*/attempt_*/{rank}/stderr.log"), default=log)
-        tail = "\n".join(self._read(log).strip().splitlines()[-12:])
-        return f"{who} ended{exit_code}; the end of its log ({log}):\n{tail or '(empty)'}"
+    def forget(self) -> None:
+        """Close what a forked child has of this, and leave the processes alone."""
+        self.listener.close()
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
 
-    @staticmethod
-    def _read(file: Path) -> str:
-        try:
-            return file.read_text(errors="replace")
-        except OSError:
-            return ""
-
-    def stop(self, pids: list[int], grace: float = 5.0) -> None:
+    def stop(self, grace: float = 1.5) -> None:
         """End all processes. The ranks end by themselves once their sockets are closed; whatever lingers is killed.
 
         Args:
-            pids: the ranks' process ids, as far as they are known.
             grace: seconds to wait before killing.
         """
         if self.process is None:
             return
         self.all_connected()
-        deadline = time.monotonic() + (grace if pids else 0)
-        while self.running() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if self.running():
-            # torchrun is their parent and has not ended, so these ids cannot be anybody else's by now.
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.terminate()
-            try:
-                self.process.wait(grace)
-            except subprocess.TimeoutExpired:
+        assert self.process.stdin is not None
+        if not self._ended_within(grace):
+            self.process.stdin.close()  # the agent kills the ranks, stopped ones too
+            if not self._ended_within(grace):
                 self.process.kill()
-                self.process.wait()
+        self.process.wait()
+        self.process.stdin.close()
+
+    def _ended_within(self, seconds: float) -> bool:
+        assert self.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+            return True
+        return False
+
+    # --- what can be said of a failure -------------------------------------------------------------------------------
+
+    @property
+    def _agent_log(self) -> Path:
+        return self.logs / "torchrun.log"
+
+    def log_of(self, rank: int | None) -> Path:
+        """The log to look into: a rank's own, or torchrun's where the rank did not come so far."""
+        own = None if rank is None else log_file(self.logs, rank)
+        return own if own is not None and own.exists() else self._agent_log
+
+    def explain(self, rank: int | None) -> str:
+        """Why processes ended, once they have: rank, exit code or signal, and the last lines of its log.
+
+        Args:
+            rank: the one whose connection was lost, if any; torchrun knows better which one was first.
+        """
+        report = _read(self._agent_log)
+        cause = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
+        how = ""
+        if cause:
+            rank, code = int(cause.group(1)), int(cause.group(2))
+            how = f" with exit code {code}"
+            if code < 0:
+                with contextlib.suppress(ValueError):
+                    how = f", killed by signal {-code} ({signal.Signals(-code).name})"
+            if code == -signal.SIGKILL:
+                how += "; where nobody did that, the system ran out of memory"
+        who = "the worker launcher" if rank is None else f"rank {rank}"
+        log = self.log_of(rank)
+        tail = "\n".join(_read(log).strip().splitlines()[-12:])
+        return f"{who} ended{how}; the end of its log ({log}):\n{tail or '(empty)'}"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _check_port(port: int) -> None:
@@ -168,6 +189,7 @@ def _new_private_folder() -> Path:
 def _new_log_folder() -> Path:
     root = home() / "logs"
     root.mkdir(parents=True, exist_ok=True)
+    root.chmod(0o700)  # a prompt's text may be in a traceback
     for old in sorted(root.iterdir())[: -KEPT_LOGS + 1]:
         shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(dir=root, prefix=time.strftime("%Y%m%d-%H%M%S-")))

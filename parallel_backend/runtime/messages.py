@@ -161,13 +161,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A request failed. ``bad_input`` says that the request was at fault and that the rank is as good as before."""
+    """A request failed. ``bad_input`` says that the request was at fault and that the rank is as good as before.
+
+    ``out_of_memory`` has the bytes that were asked for (0: not known) and those that were free. Ranks whose
+    ``collectives`` (begun so far) are equal have stopped at the same place; None: not known.
+    """
 
     id: int
     rank: int
     error: str
     bad_input: bool
     traceback: str = ""
+    out_of_memory: list[int] | None = None
+    collectives: int | None = None
 
 
 Message = (

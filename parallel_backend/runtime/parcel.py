@@ -45,9 +45,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            raise ValueError(
-                f"tensor {self.name} has dtype {self.dtype}, which is not sent; one of {', '.join(_DTYPES)} is"
-            )
+            known = ", ".join(_DTYPES)
+            raise ValueError(f"tensor {self.name} has dtype {self.dtype}, which is not sent; one of {known} is")
         # Without the dims of 0, too: torch multiplies the others for an empty tensor's strides.
         most = math.prod(max(1, length) for length in self.shape) * _DTYPES[self.dtype].itemsize
         if len(self.shape) > MAX_DIMS or most >= 2**63:

@@ -16,8 +16,11 @@ from ..cache.decision import Decision, Evaluation
 from ..cache.run import CacheRun
 from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint
+from .deadlines import SILENCE_SECONDS, StepTimes
+from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import ModelConfig
 from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
+from .out_of_memory import advice
 from .report import make_report
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class RemoteModel:
         self.reset_timings()
         self.last_run: CacheRun | None = None
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._step_times = StepTimes()
 
     @property
     def ready(self) -> bool:
@@ -72,7 +76,7 @@ class RemoteModel:
         Raises:
             ValueError: images for a text encoder that cannot look at them, or that do not fit the ids.
         """
-        with self._timed("text"):
+        with self._timed("text", check):
             request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
             tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
             return self._use("text_encoder", request, {"ids": ids, "mask": mask, **tensors}, check)[1]["context"]
@@ -100,6 +104,7 @@ class RemoteModel:
 
         Raises:
             ValueError: tensors or options that the family does not know.
+            WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
         """
         family = self.source.family
         unknown = [
@@ -108,7 +113,7 @@ class RemoteModel:
         ]
         if unknown:
             raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
-        with self._timed("steps"):
+        with self._timed("steps", check):
             names: list[str] = []
             for tensor in (conditioning.context, *conditioning.references):
                 names.append(self._name(tensor, names, check))
@@ -118,10 +123,14 @@ class RemoteModel:
                 run, evaluation = cache
                 plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
             request = Predict(self.group.next_id(), self.name, names[0], names[1:], dict(conditioning.options), plan)
+            shape = (x.shape, *(tensor.shape for tensor in (conditioning.context, *conditioning.references)))
             began = time.perf_counter()
-            answers, results = self._use("transformer", request, tensors, check)
-            if cache is not None:
-                run.note(evaluation, Decision(**answers[0].data), time.perf_counter() - began)
+            answers, results = self._use("transformer", request, tensors, check, self._step_times.limit(shape))
+            decision = None if cache is None else Decision(**answers[0].data)
+            if decision is None or decision.computed:
+                self._step_times.add(shape, max(answer.seconds for answer in answers))
+            if decision is not None:
+                run.note(evaluation, decision, time.perf_counter() - began)
                 self.last_run = run
             return results["prediction"]
 
@@ -136,13 +145,13 @@ class RemoteModel:
 
     def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
         """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`."""
-        with self._timed("decode"):
+        with self._timed("decode", check):
             request = DecodeLatent(self.group.next_id(), self.name)
             return self._use("vae", request, {"latent": latent}, check)[1]["image"]
 
     def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
         """Latent (fp32) from an image in -1..1."""
-        with self.group.lock:
+        with self.group.held(check):
             request = EncodeImage(self.group.next_id(), self.name)
             return self._use("vae", request, {"image": image}, check)[1]["latent"]
 
@@ -158,17 +167,31 @@ class RemoteModel:
         """Begin the report's timings of text, steps and decoding anew."""
         self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "decode")})
 
+    @contextmanager
+    def advised(self, component: str) -> Iterator[None]:
+        """Where a component runs out of memory within, the error says what would help."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            raise error.with_advice(advice(self.config, self.source, component)) from None
+
     def _use(
-        self, component: str, request: Any, tensors: Mapping[str, Tensor], check: Check
+        self,
+        component: str,
+        request: Any,
+        tensors: Mapping[str, Tensor],
+        check: Check,
+        limit: float | None = SILENCE_SECONDS,
     ) -> tuple[list[Done], dict[str, Tensor]]:
         """A request that brings a component onto the devices."""
         self.offloaded.discard(component)
-        return self.group.call(request, tensors, check)
+        with self.advised(component):
+            return self.group.call(request, tensors, check, limit=limit)
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, check: Check) -> Iterator[None]:
         """Holds the group's lock and notes the seconds of what succeeded."""
-        with self.group.lock:
+        with self.group.held(check):
             began = time.perf_counter()
             yield
             self.seconds[name].append(time.perf_counter() - began)
@@ -195,7 +218,7 @@ class RemoteModel:
         self._kept[name] = tensor.clone()
         try:
             self.group.call(Keep(number, self.name, forget), {name: tensor}, check)
-        except (ValueError, RuntimeError):
+        except (ValueError, WorkersFailedError, RequestFailedError):
             self._kept.pop(name, None)
             raise
         return name

@@ -6,7 +6,6 @@ It connects to the client's socket, does what it is told one request after the o
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import select
 import socket
@@ -15,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ from .messages import (
     Stats,
     Unload,
 )
+from .out_of_memory import out_of_memory
+from .rank_log import log_file, log_to
 
 
 def main() -> None:
@@ -49,9 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", required=True, help="the client's AF_UNIX socket")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--log-folder", type=Path, required=True, help="folder of the group's logs")
     arguments = parser.parse_args()
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    log_to(log_file(arguments.log_folder, rank))
+    print(f"rank {rank} on {arguments.device}, process {os.getpid()}", flush=True)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(arguments.socket)
     channel = Channel(connection)
@@ -71,7 +76,10 @@ def main() -> None:
             if rank == 0:
                 channel.send(Notice(text))
 
-        serve(channel, Engine(device, notify))
+        def on_progress(done: int, total: int) -> None:
+            channel.send(Progress(rank, done, total))
+
+        serve(channel, Engine(device, notify, on_progress=on_progress))
     except ChannelClosedError:
         os._exit(0)
 
@@ -100,11 +108,9 @@ def serve(channel: Channel, engine: Engine) -> None:
         except ChannelClosedError:
             raise
         except Exception as error:
-            text = traceback.format_exc()
-            print(text, flush=True)
-            failed = Failed(request_id, engine.rank, _describe(error), isinstance(error, ValueError), text)
+            failed = _failure(request_id, engine, error)
         if failed is not None:
-            gc.collect()  # the traceback is gone, and with it the last that referred to what was half done
+            engine.recover()
             channel.send(failed)
             continue
         done = Done(request_id, engine.rank, time.perf_counter() - started, data)
@@ -125,7 +131,7 @@ def perform(
                 request.path,
                 ParallelismConfig(request.ulysses, request.ring, request.tp),
                 getattr(torch, request.dtype),
-                lambda done, total: channel.send(Progress(engine.rank, done, total)),
+                engine.on_progress,
                 request.fp8,
                 request.encoder_memory,
                 request.orphans,
@@ -172,10 +178,14 @@ def perform(
     raise ValueError(f"a worker does not take a {type(request).__name__}")
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+def _failure(request_id: int, engine: Engine, error: Exception) -> Failed:
+    text = traceback.format_exc()
+    print(text, flush=True)
+    memory = out_of_memory(error, engine.room.available)
+    bad_input = isinstance(error, ValueError)
+    described = str(error) if bad_input else f"{type(error).__name__}: {error}"
+    collectives = engine.collectives_begun()
+    return Failed(request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives)
 
 
 if __name__ == "__main__":

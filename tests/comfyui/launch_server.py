@@ -28,6 +28,8 @@ from typing import Any
 
 SCRATCH_VARIABLE = "HYBRID_DIT_LAUNCH_SCRATCH"
 """Environment variable: the folder for ``sitecustomize.py``. Without it, a temporary folder is made."""
+HOOKS_VARIABLE = "HYBRID_DIT_TEST_HOOKS"
+"""Environment variable: a further Python file whose ``install`` the child processes call."""
 
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -105,9 +107,11 @@ def install_import_hooks() -> None:
 def export_import_hooks(folder: Path) -> None:
     """Make the Python processes that this one starts install the hooks too, by a ``sitecustomize.py`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
+    hooks = os.environ.get(HOOKS_VARIABLE)
     (folder / "sitecustomize.py").write_text(
         "import runpy\n\n"
         f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='launch_server')['install_import_hooks']()\n"
+        + (f"runpy.run_path({hooks!r}, run_name='hooks')['install']()\n" if hooks else "")
     )
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), inherited] if inherited else [str(folder)])

@@ -12,7 +12,7 @@ from pathlib import Path
 from .server import ComfyServer
 
 WORKER_MODULE = "parallel_backend.runtime.worker"
-LAUNCHER_MODULE = "torch.distributed.run"
+LAUNCHER_MODULE = "parallel_backend.runtime.agent"
 
 
 def worker_ranks(server: ComfyServer) -> dict[int, int]:

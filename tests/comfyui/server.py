@@ -152,7 +152,7 @@ class ComfyServer:
         self.log = self.base / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._arguments = list(arguments)
-        self._environment = dict(environment or {})
+        self.environment = dict(environment or {})
         self._links = {Path(pack).name: Path(pack).resolve() for pack in packs}
         if checkout is not None:
             self._links[PACK_NAME] = Path(checkout).resolve()
@@ -211,7 +211,7 @@ class ComfyServer:
     def start(self, timeout: float = 120.0) -> ComfyServer:
         """Start the server and wait until it answers; raises ServerDied with the end of its log."""
         self._prepare_base()
-        environment = {**os.environ, "HYBRID_DIT_LAUNCH_SCRATCH": str(self.base / "launch"), **self._environment}
+        environment = {**os.environ, "HYBRID_DIT_LAUNCH_SCRATCH": str(self.base / "launch"), **self.environment}
         # pytest's own environment is not ComfyUI's.
         environment.pop("PYTHONHOME", None)
         environment.pop("VIRTUAL_ENV", None)

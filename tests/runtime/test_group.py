@@ -211,6 +211,22 @@ def oracle(untouched):
     return draw_untouched
 
 
+def listening_addresses(pids: list[int]) -> set[tuple[str, int]]:
+    """Address and port of every TCP socket on which one of the processes listens."""
+    links = [os.readlink(entry) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state != "0A" or f"socket:[{rest[5]}]" not in links:
+                continue
+            address, port = local.split(":")
+            # The kernel prints each 32-bit word of an address in its own byte order.
+            words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+            found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
+
+
 class TestDraw:
     """A whole picture, from prompt to pixels, against diffusers.Flux2Pipeline in one process."""
 
@@ -514,9 +530,14 @@ class TestEnvironment:
             assert launcher.private.stat().st_uid == os.getuid()
             assert [entry.name for entry in launcher.private.iterdir()] == ["control"]
         finally:
-            launcher.stop([])
+            launcher.stop()
         assert not launcher.private.exists()
         assert not group.group._launcher.private.exists()
+
+    def test_nothing_listens_beyond_this_machine(self, group):
+        listening = listening_addresses(processes_of(group.group))
+        assert len(listening) > 4  # the rendezvous, and each rank's own for gloo
+        assert {address for address, _ in listening} == {"127.0.0.1"}
 
     def test_a_temporary_folder_with_a_long_path(self, tmp_path, monkeypatch):
         deep = tmp_path / ("d" * 100)
@@ -524,13 +545,15 @@ class TestEnvironment:
         monkeypatch.setattr(tempfile, "tempdir", str(deep))
         launcher = Launcher(1, Devices("cpu"))
         launcher.start()
-        launcher.stop([])
+        launcher.stop()
         assert not launcher.private.exists()
 
     def test_the_ranks_logs_are_in_the_projects_home(self, group, own_home):
         assert own_home in group.group._launcher.logs.parents
         for rank in range(4):
-            assert list(group.group._launcher.logs.glob(f"*/attempt_*/{rank}/stderr.log")), rank
+            log = group.group._launcher.logs / f"rank-{rank}.log"
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert stat.S_IMODE(group.group._launcher.logs.stat().st_mode) == 0o700
 
 
 class TestBeforeAnyProcess:
@@ -609,25 +632,26 @@ class TestLife:
         held = fresh.report()["ranks"][0]["weight_bytes"]
         assert loading[-1] == (sum(held.values()),) * 2
 
-    def test_giving_up_while_starting_ends_the_processes(self, single_config):
+    def test_giving_up_while_starting_loses_nothing(self, single_config):
         group = WorkerGroup(single_config.group)
         states: list[str] = []
-        watched: list[Watched] = []
-
-        def on_state(state: str, done: float, total: float, detail: str) -> None:
-            states.append(state)
-            if not watched and group._launcher.process is not None:
-                watched.append(Watched([group._launcher.process.pid]))
 
         def check() -> None:
-            if watched:
+            if group._launcher.process is not None:
                 raise Cancelled
 
         with pytest.raises(Cancelled):
-            group.start(on_state, check)
-        with watched[0]:
-            assert watched[0].alive_after(10) == []
-        assert states[-1] == "failed"
+            group.start(lambda state, *_: states.append(state), check)
+        assert group.usable
+        assert not group.ready
+        process = group._launcher.process
+        group.start()
+        assert group.ready
+        assert group._launcher.process is process
+        assert "failed" not in states
+        with Watched(processes_of(group)) as watched:
+            group.close()
+            assert watched.alive_after(1) == []
         assert not group._launcher.private.exists()
 
 
@@ -637,8 +661,8 @@ class TestDeath:
     @staticmethod
     def assert_explained(caught: pytest.ExceptionInfo, rank: int) -> None:
         first = str(caught.value).splitlines()[0]
-        assert first.startswith(f"rank {rank} ended with exit code -9 (SIGKILL)")
-        assert "stderr.log" in first
+        assert first.startswith(f"rank {rank} ended, killed by signal 9 (SIGKILL)")
+        assert f"/rank-{rank}.log)" in first
 
     def test_a_rank_killed_while_idle(self, group, config, untouched):
         given = inputs()

@@ -1,0 +1,107 @@
+"""When the ranks of a group count as hung: which requests they owe an answer to, and how long each may take."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+VARIABLE = "HYBRID_DIT_STEP_DEADLINE"
+LEAST_SECONDS = 60.0
+TIMES_MEDIAN = 20
+SILENCE_SECONDS = 600.0
+"""How long the ranks may say nothing while they load, encode or decode; what is being read reports its progress."""
+KEPT_SHAPES = 32
+KEPT_STEPS = 50
+
+
+def least_seconds() -> float:
+    """The shortest deadline of a step, from the environment; 0: none at all.
+
+    Raises:
+        ValueError: the variable holds no number of seconds.
+    """
+    text = os.environ.get(VARIABLE, str(LEAST_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(
+            f"{VARIABLE} is {text!r}; it takes seconds, such as {LEAST_SECONDS:.0f}, after which a step counts as hung "
+            "(0: never)"
+        )
+    return seconds
+
+
+class StepTimes:
+    """What steps of each shape took, and so what the next one may take."""
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[Hashable, deque[float]] = OrderedDict()
+
+    def add(self, shape: Hashable, seconds: float) -> None:
+        """Note a computed step. Cached ones would make computed ones look slow."""
+        self._seconds.setdefault(shape, deque(maxlen=KEPT_STEPS)).append(seconds)
+        self._seconds.move_to_end(shape)
+        if len(self._seconds) > KEPT_SHAPES:
+            self._seconds.popitem(last=False)
+
+    def limit(self, shape: Hashable) -> float | None:
+        """Seconds that a step may take; None for the first one of its shape, which may compile."""
+        least = least_seconds()
+        if not least or shape not in self._seconds:
+            return None
+        return max(least, TIMES_MEDIAN * statistics.median(self._seconds[shape]))
+
+
+@dataclass
+class _Request:
+    limit: float | None
+    waiting: set[int] = field(default_factory=set)
+
+
+class Owed:
+    """The requests that ranks have not answered yet, in order. The first one's time runs from when it became the first.
+
+    A request may wait behind one that nobody waits for any more, such as a step that was cancelled.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._requests: OrderedDict[int, _Request] = OrderedDict()
+        self._since = clock()
+
+    def sent(self, request: int, ranks: set[int], limit: float | None) -> None:
+        """A request was sent; ``limit`` is in seconds, None: it may take as long as it wants."""
+        if not self._requests:
+            self._since = self._clock()
+        self._requests[request] = _Request(limit, ranks)
+
+    def answered(self, request: int, rank: int) -> None:
+        """A rank is done with a request."""
+        if request not in self._requests:
+            return
+        self._requests[request].waiting.discard(rank)
+        while self._requests and not next(iter(self._requests.values())).waiting:
+            self._requests.popitem(last=False)
+            self._since = self._clock()
+
+    def progressed(self) -> None:
+        """A rank showed that it is at work: the first request's time begins anew."""
+        self._since = self._clock()
+
+    def overdue(self) -> tuple[set[int], float] | None:
+        """The ranks that have not answered in time, and how many seconds that was; None where all is well."""
+        if not self._requests:
+            return None
+        first = next(iter(self._requests.values()))
+        if first.limit is None or self._clock() - self._since <= first.limit:
+            return None
+        return first.waiting, first.limit

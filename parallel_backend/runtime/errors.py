@@ -1,0 +1,28 @@
+"""What using a worker group may raise beside ValueError, which says that the request was at fault."""
+
+from __future__ import annotations
+
+
+class WorkersFailedError(RuntimeError):
+    """The group is gone; the next use starts a fresh one."""
+
+
+class RequestFailedError(RuntimeError):
+    """The ranks failed to carry out a request, all at the same place; the group is as good as before."""
+
+
+class OutOfMemoryError(WorkersFailedError, RequestFailedError):
+    """A rank ran out of memory; the text says whether the group is gone.
+
+    Args:
+        text: what happened.
+        details: what is less important, at the end.
+    """
+
+    def __init__(self, text: str, details: str = "") -> None:
+        super().__init__(text + details)
+        self._text, self._details = text, details
+
+    def with_advice(self, advice: str) -> OutOfMemoryError:
+        """The same, and what to do about it."""
+        return OutOfMemoryError(f"{self._text}\n{advice}", self._details)

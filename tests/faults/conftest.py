@@ -1,0 +1,69 @@
+"""A ComfyUI server whose ranks take orders for faults, for the whole session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.comfyui.conftest import REFERENCE_PACK, comfyui, home  # noqa: F401  (fixtures)
+from tests.comfyui.server import ComfyServer
+
+from . import injection
+from .injection import Orders
+
+HERE = Path(__file__).resolve().parent
+
+# The same inputs each time in the short form; the long one looks for new ones.
+settings.register_profile("short", max_examples=200, derandomize=True, database=None, deadline=None)
+settings.register_profile("long", max_examples=3000, database=None, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+TEST_SECONDS = 180
+STEP_DEADLINE = 8.0
+"""Seconds; the tiny model's steps take a few hundredths of one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # noqa: F811
+    """A server whose ranks take orders, not started. It has a folder for temporary files of its own."""
+    temporary = Path(tempfile.mkdtemp(prefix="faults-", dir=orders.folder))
+    return ComfyServer(
+        comfyui=comfyui,
+        diffusers_folder=home / "models",
+        packs=[REFERENCE_PACK],
+        environment={
+            "HYBRID_DIT_HOME": str(home),
+            "HYBRID_DIT_STEP_DEADLINE": str(STEP_DEADLINE),
+            "HYBRID_DIT_TEST_HOOKS": injection.__file__,
+            injection.FOLDER: str(orders.folder),
+            "TMPDIR": str(temporary),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
+    """Where faults are ordered from the session's server."""
+    return Orders(tmp_path_factory.mktemp("orders"))
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, home: Path, orders: Orders) -> Iterator[ComfyServer]:  # noqa: F811
+    """The session's server."""
+    with faulty_server(comfyui, home, orders) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_order_is_left(orders: Orders) -> Iterator[None]:
+    yield
+    orders.withdraw()

@@ -1,0 +1,96 @@
+"""Cancel at every point of a picture: it returns at once, and the next prompt has everything that is there already."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.comfyui.graphs import run_well
+from tests.comfyui.processes import worker_ranks
+from tests.comfyui.server import ComfyServer
+
+from .drawings import Drawing, Ended, other_drawing, unload
+from .injection import Order, Orders
+
+CANCEL_SECONDS = 0.2
+"""From Cancel to the end of the run."""
+TRIES = 3
+"""The machine has other things to do at times: the best of so many counts."""
+SLEEP = 4.0
+TEXT = "a green triangle"
+
+
+@pytest.fixture(scope="module")
+def drawing(server: ComfyServer) -> Drawing:
+    return Drawing(TEXT, seed=6)
+
+
+@pytest.fixture(scope="module")
+def expected(server: ComfyServer, drawing: Drawing) -> torch.Tensor:
+    other_drawing(server)
+    return drawing.run_well(server)
+
+
+@pytest.mark.parametrize("moment", ["start", "load", "encode_text", "predict", "collective", "decode"])
+def test_cancel(moment: str, server: ComfyServer, orders: Orders, drawing: Drawing, expected):
+    found = []
+    for _ in range(TRIES):
+        found.append(cancelled(moment, server, orders, drawing))
+        assert torch.equal(drawing.drawn(server, run_well(server, drawing.graph)), expected)
+        if found[-1] < CANCEL_SECONDS:
+            break
+    print(f"Cancel in {moment}: {min(found) * 1000:.0f} ms")
+    assert min(found) < CANCEL_SECONDS
+
+
+def cancelled(moment: str, server: ComfyServer, orders: Orders, drawing: Drawing) -> float:
+    """Cancel while one rank takes its time at a moment; the seconds until the run had ended."""
+    fresh = moment in ("start", "load")
+    if fresh:
+        unload(server)
+    else:
+        other_drawing(server)
+        ranks = worker_ranks(server)
+    orders.give(Order(1, moment, "sleep", seconds=SLEEP))
+    ended = Ended()
+    with Canceller(server, orders) as canceller:
+        result = server.run(drawing.graph, on_message=ended, timeout=60)
+    assert result.interrupted
+    assert result.error is None
+    if fresh:
+        ranks = worker_ranks(server)
+    again = run_well(server, drawing.graph)
+    assert worker_ranks(server) == ranks if not fresh else set(ranks) <= set(worker_ranks(server))
+    states = [text.partition(":")[0] for _, text in again.texts]
+    if not fresh:
+        assert "loading" not in states
+        assert "starting" not in states
+    other_drawing(server)
+    assert ended.at is not None
+    return ended.at - canceller.pressed
+
+
+class Canceller:
+    """Presses Cancel once an order is being carried out, in a thread of its own."""
+
+    def __init__(self, server: ComfyServer, orders: Orders) -> None:
+        self.server, self.orders, self.pressed = server, orders, 0.0
+        self._thread = threading.Thread(target=self._press)
+
+    def __enter__(self) -> Canceller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def _press(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.orders.carried_out() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the others are waiting by now
+        self.pressed = time.time()
+        self.server.interrupt()

@@ -1,0 +1,142 @@
+"""A rank that dies, fails or hangs at any moment: one clear error, soon; no rank survives; the next prompt works."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.comfyui.graphs import run_well
+from tests.comfyui.processes import Watch, group_processes, worker_ranks
+from tests.comfyui.server import ComfyServer
+
+from .conftest import STEP_DEADLINE
+from .drawings import Drawing, Ended, node_of, other_drawing, unload
+from .injection import EXIT_CODE, INJECTED, Order, Orders
+from .leaks import holdings
+
+FAIL_SECONDS = 5.0
+"""From the fault to the error."""
+GONE_SECONDS = 10.0
+"""From the fault to the end of the other ranks."""
+TEXT = "a red circle on a blue square"
+
+WORDS = {
+    "kill": [r"rank {rank} ended, killed by signal 9 \(SIGKILL\)"],
+    "exit": [rf"rank {{rank}} ended with exit code {EXIT_CODE}"],
+    "raise": [rf"rank {{rank}} failed: RuntimeError: {INJECTED}", "Traceback"],
+    "oom": [r"rank {rank} ran out of memory: it asked for 2\.50 GiB where 1\.25 GiB were free", "What would help: "],
+    "stop": [r"rank {rank} is stopped \(SIGSTOP\), and the group did not answer within 8 s"],
+}
+CASES = [
+    Order(1, "start", "kill"),
+    Order(0, "load", "exit"),
+    Order(1, "encode_text", "raise"),
+    Order(0, "predict", "oom", nth=2),
+    Order(1, "predict", "stop", nth=3),
+    Order(0, "collective", "kill", nth=30),
+    Order(0, "decode", "raise"),
+]
+"""Every kind and every moment once; the soak test has every kind at every moment."""
+
+
+@pytest.fixture(scope="module")
+def drawing(server: ComfyServer) -> Drawing:
+    return Drawing(TEXT, seed=5)
+
+
+@pytest.fixture(scope="module")
+def expected(server: ComfyServer, drawing: Drawing) -> torch.Tensor:
+    """What is drawn where nothing goes wrong."""
+    other_drawing(server)
+    return drawing.run_well(server)
+
+
+@pytest.fixture(scope="module")
+def before(server: ComfyServer, expected: torch.Tensor):
+    """What the server holds while a group is up and nothing has gone wrong."""
+    other_drawing(server)
+    return holdings(server)
+
+
+@pytest.mark.parametrize("order", CASES, ids=lambda order: f"{order.kind}-{order.moment}-rank-{order.rank}")
+def test_rank(order: Order, server: ComfyServer, orders: Orders, drawing: Drawing, expected, before):
+    if order.moment in ("start", "load"):
+        unload(server)
+    other = group_processes(server)
+    if order.moment not in ("start", "load"):
+        other_drawing(server)  # starts a group where there is none
+        other = group_processes(server)
+        assert len(other) == 3
+    orders.give(order)
+    ended = Ended()
+    with Watch(other) as watch:
+        result = server.run(drawing.graph, on_message=ended, timeout=90)
+        fault = orders.carried_out()
+        assert fault is not None, "the moment never came"
+        assert not watch.wait(fault + GONE_SECONDS + (STEP_DEADLINE if order.kind == "stop" else 0) - time.time())
+
+    assert result.error is not None
+    assert ended.at is not None
+    took = ended.at - fault - (STEP_DEADLINE if order.kind == "stop" else 0)
+    print(f"{order.kind} in {order.moment} of rank {order.rank}: told after {took:.2f} s")
+    assert took < FAIL_SECONDS
+    assert [message["type"] for message in result.messages].count("execution_error") == 1
+    text = result.error["exception_message"]
+    assert result.error["node_id"] in set(map(str, node_of(drawing, order.moment))), text
+    for words in WORDS[order.kind]:
+        assert re.search(words.format(rank=order.rank), text), text
+    check_log(text, order)
+
+    again = run_well(server, drawing.graph)
+    assert torch.equal(drawing.drawn(server, again), expected)
+    assert sorted(worker_ranks(server).values()) == [0, 1]
+    assert not holdings(server).more_than(before, slack=2)
+    assert holdings(server).processes == before.processes
+    assert holdings(server).temporary == before.temporary
+
+
+def check_log(text: str, order: Order) -> None:
+    """The error points to a log, which only the user can read, and which has what there is to know."""
+    (log,) = re.findall(r"\((?:log: )?(/\S+\.log)\)", text)
+    log = Path(log)
+    if order.moment != "start":  # the rank had not come so far as to have one
+        assert log.name == f"rank-{order.rank}.log"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
+    if order.kind == "raise":
+        assert INJECTED in log.read_text()
+
+
+def test_killed_between_two_prompts(server, drawing, expected):
+    other_drawing(server)
+    (victim,) = (pid for pid, rank in worker_ranks(server).items() if rank == 0)
+    with Watch(group_processes(server)) as watch:
+        os.kill(victim, signal.SIGKILL)
+        assert not watch.wait(GONE_SECONDS)
+    # Nobody waited for it, so nobody gets an error.
+    assert torch.equal(drawing.run_well(server), expected)
+
+
+def test_real_shortage_of_memory(server, drawing, expected):
+    """A rank may allocate no more: torch's own error, no ordered one."""
+    other_drawing(server)
+    (victim,) = (pid for pid, rank in worker_ranks(server).items() if rank == 1)
+    status = Path(f"/proc/{victim}/status").read_text()
+    size = int(re.search(r"VmSize:\s+(\d+) kB", status).group(1)) * 1024
+    resource.prlimit(victim, resource.RLIMIT_AS, (size + 2**27, size + 2**27))
+    large = Drawing(TEXT, seed=5, width=2048, height=2048)
+    result = server.run(large.graph, timeout=120)
+    assert result.error is not None
+    text = result.error["exception_message"]
+    assert re.search(r"rank 1 ran out of memory: it asked for \d+\.\d\d GiB where \d+\.\d\d GiB were free", text), text
+    assert "What would help: draw a smaller picture" in text
+    assert "TP-2 on 2 devices" in text
+    assert torch.equal(drawing.run_well(server), expected)

@@ -1,0 +1,97 @@
+"""When ranks count as hung: what a step may take, and what they owe an answer to."""
+
+import pytest
+
+from parallel_backend.runtime.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, least_seconds
+
+
+class TestStepTimes:
+    def test_the_first_step_of_a_shape_may_take_any_time(self):
+        times = StepTimes()
+        assert times.limit("small") is None
+        times.add("small", 1.0)
+        assert times.limit("small") == LEAST_SECONDS
+        assert times.limit("large") is None
+
+    def test_twenty_times_the_median(self):
+        times = StepTimes()
+        for seconds in (4.0, 5.0, 600.0):
+            times.add("large", seconds)
+        assert times.limit("large") == 100.0
+
+    def test_the_least_is_adjustable(self, monkeypatch):
+        times = StepTimes()
+        times.add("small", 0.1)
+        monkeypatch.setenv(VARIABLE, "7.5")
+        assert times.limit("small") == 7.5
+        monkeypatch.setenv(VARIABLE, "0")
+        assert times.limit("small") is None
+
+    @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan", ""])
+    def test_a_deadline_that_is_no_number(self, text, monkeypatch):
+        monkeypatch.setenv(VARIABLE, text)
+        with pytest.raises(ValueError, match=f"{VARIABLE} is '{text}'; it takes seconds"):
+            least_seconds()
+
+    def test_only_so_many_shapes_are_remembered(self):
+        times = StepTimes()
+        for shape in range(100):
+            times.add(shape, 1.0)
+        assert times.limit(0) is None
+        assert times.limit(99) == LEAST_SECONDS
+
+
+class TestOwed:
+    @pytest.fixture
+    def now(self):
+        return [1000.0]
+
+    @pytest.fixture
+    def owed(self, now):
+        return Owed(clock=lambda: now[0])
+
+    def test_ranks_that_have_not_answered_in_time(self, owed, now):
+        owed.sent(1, {0, 1, 2}, 10.0)
+        owed.answered(1, 1)
+        now[0] += 10.0
+        assert owed.overdue() is None
+        now[0] += 0.1
+        assert owed.overdue() == ({0, 2}, 10.0)
+
+    def test_waiting_behind_a_cancelled_step_is_no_fault(self, owed, now):
+        owed.sent(1, {0, 1}, None)
+        owed.sent(2, {0, 1}, 10.0)
+        now[0] += 500.0
+        assert owed.overdue() is None
+        for rank in (0, 1):
+            owed.answered(1, rank)
+        now[0] += 9.0
+        assert owed.overdue() is None
+        now[0] += 2.0
+        assert owed.overdue() == ({0, 1}, 10.0)
+
+    def test_a_cancelled_step_that_hangs_is_found_by_the_next(self, owed, now):
+        owed.sent(1, {0, 1}, 10.0)
+        now[0] += 8.0
+        owed.sent(2, {0, 1}, 60.0)
+        now[0] += 3.0
+        assert owed.overdue() == ({0, 1}, 10.0)
+
+    def test_idle_time_does_not_count(self, owed, now):
+        owed.sent(1, {0}, 10.0)
+        owed.answered(1, 0)
+        now[0] += 1000.0
+        assert owed.overdue() is None
+        owed.sent(2, {0}, 10.0)
+        assert owed.overdue() is None
+
+    def test_progress_begins_the_time_anew(self, owed, now):
+        owed.sent(1, {0}, 10.0)
+        now[0] += 9.0
+        owed.progressed()
+        now[0] += 9.0
+        assert owed.overdue() is None
+
+    def test_answers_to_nothing_are_ignored(self, owed):
+        owed.answered(99, 0)
+        assert owed.overdue() is None
