@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from torch import Tensor, nn
-from transformers import AutoModel, Mistral3Config
+from transformers import Mistral3Config
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
@@ -19,7 +19,7 @@ from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
 from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
-from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
+from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
 from .flux2_pipeline import Flux2Drawing
 
@@ -196,8 +196,7 @@ class Flux2(Family):
         full.num_hidden_layers = used
         if getattr(full, "layer_types", None):
             full.layer_types = full.layer_types[:used]
-        with torch.device("meta"):
-            model = AutoModel.from_config(full)
+        model = build_decoder(full)
         # Frequencies are computed, not stored: they must be real. They stay in fp32 whatever the weights are.
         model.rotary_emb = type(model.rotary_emb)(full)
         if used < available:
@@ -242,7 +241,9 @@ class Flux2(Family):
             return AutoencoderKLFlux2.from_config(dict(config))
 
     def load_vae(self, folder: Path) -> Model:
-        return AutoencoderKLFlux2.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+        return AutoencoderKLFlux2.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        ).eval()
 
     def vae_width(self, config: Mapping[str, Any]) -> int:
         # Five tensors of the widest full-size layer: a residual block's input, its norm, the activation of that and

@@ -260,7 +260,9 @@ class QwenImage(Family):
             return AutoencoderKLQwenImage.from_config(dict(config))
 
     def load_vae(self, folder: Path) -> Model:
-        return AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+        return AutoencoderKLQwenImage.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        ).eval()
 
     def vae_width(self, config: Mapping[str, Any]) -> int:
         # On an H100, decoding took 8.3 GiB for 1024 x 1024 and 13.9 for 1328 x 1328 with 96 features: convolutions in
