@@ -76,8 +76,10 @@ class NodeState:
         layout = self.config.layout
         degrees = f"ulysses {layout.ulysses_size} x ring {layout.ring_size} x tp {layout.tp_size}"
         where = f"{degrees} on {self.config.devices.kind}"
+        if self.config.hosts.several:
+            where += f" of {self.config.hosts.count} hosts"
         if state == "starting":
-            text = f"starting: {done:.0f} of {total:.0f} processes up"
+            text = f"starting: {done:.0f} of {total:.0f} processes up" + (f"\n{detail}" if detail else "")
             fraction = 0.5 * done / total
         elif state == "loading":
             text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB, {detail}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
-from ..parallel_backend.runtime.devices import resolve_devices
+from ..parallel_backend.runtime.group_config import check_devices
+from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
 
 CATEGORY = "model/loaders/parallel"
 MAX_DEGREE = 64
@@ -19,6 +20,7 @@ class Layout:
 
     degrees: ParallelismConfig
     devices: str
+    hosts: Hosts = ALONE
 
 
 LayoutSocket = io.Custom("HYBRID_DIT_LAYOUT")
@@ -69,24 +71,53 @@ class ParallelLayout(io.ComfyNode):
                     tooltip="'auto' takes the first GPUs (or the CPU where there is none), 'cpu' the CPU, "
                     "'0,1,2,3' those GPUs.",
                 ),
+                io.Int.Input(
+                    "nnodes",
+                    default=1,
+                    min=1,
+                    max=MAX_DEGREE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Number of hosts that share the ranks out evenly; the command 'python -m parallel_backend "
+                    "worker' runs on each of the others.",
+                ),
+                io.String.Input(
+                    "rdzv_endpoint",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For several hosts: address and port of this one, as the others reach it, such as "
+                    f"{EXAMPLE}. Empty for one host.",
+                ),
             ],
             outputs=[LayoutSocket.Output("layout", tooltip="Goes into a parallel loader.")],
         )
 
     @classmethod
-    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None):
+    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None, nnodes=1, rdzv_endpoint=""):
         # Linked values are not known yet; what is known is checked before the prompt is accepted.
-        if None in (ulysses, ring, tp, devices):
+        if None in (ulysses, ring, tp, devices, nnodes, rdzv_endpoint):
             return True
         try:
-            degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
-            resolve_devices(devices, degrees.world_size)
+            make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, ulysses: int, ring: int, tp: int, devices: str) -> io.NodeOutput:
-        degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
-        resolve_devices(devices, degrees.world_size)
-        return io.NodeOutput(Layout(degrees, devices))
+    def execute(
+        cls, ulysses: int, ring: int, tp: int, devices: str, nnodes: int = 1, rdzv_endpoint: str = ""
+    ) -> io.NodeOutput:
+        return io.NodeOutput(make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint))
+
+
+def make_layout(ulysses: int, ring: int, tp: int, devices: str, nnodes: int, rdzv_endpoint: str) -> Layout:
+    """A layout of the node's inputs.
+
+    Raises:
+        ValueError: they cannot work, with the remedy.
+    """
+    degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
+    hosts = Hosts(nnodes, rdzv_endpoint)
+    check_devices(devices, degrees, hosts)
+    return Layout(degrees, devices, hosts)

@@ -281,7 +281,10 @@ def load(
     """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
     layout = layout or Layout(ParallelismConfig(), "auto")
     try:
-        handle = ModelHandle(ModelConfig.create(find(), layout.degrees, layout.devices, dtype, fp8, encoder_memory))
+        config = ModelConfig.create(
+            find(), layout.degrees, layout.devices, dtype, fp8, encoder_memory, hosts=layout.hosts
+        )
+        handle = ModelHandle(config)
         source = handle.get().source
     except (ValueError, RuntimeError) as error:
         show_text(f"failed: {str(error).splitlines()[0]}")

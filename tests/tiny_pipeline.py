@@ -23,7 +23,7 @@ from parallel_backend.demo_model import (
 ATTENTION_SHARPNESS = 2.0
 
 # What people ask for; together with the system message it decides which words are one token.
-_CORPUS = """\
+CORPUS = """\
 a red circle on a blue square, a green triangle, a yellow ring, a white background
 a photo of a cat sitting on a wooden table, a dog running on the beach, a horse in a field, a bird in the sky
 a portrait of an old man with a long beard, a young woman with red hair, a child with a balloon, smiling
@@ -62,29 +62,26 @@ def make_tiny_pipeline(folder: Path) -> Path:
 
 def _build_tokenizer() -> Any:
     # Each word also at the start of a text, where it has no leading space.
-    words = sorted(set(_CORPUS.replace(",", " ").split()))
-    return new_tokenizer([SYSTEM_MESSAGE] * 4 + _CORPUS.splitlines() * 2 + words, vocab_size=2048)
+    words = sorted(set(CORPUS.replace(",", " ").split()))
+    return new_tokenizer([SYSTEM_MESSAGE] * 4 + CORPUS.splitlines() * 2 + words, vocab_size=2048)
 
 
 def _build_transformer() -> nn.Module:
     model = new_transformer(SIZE)
-    _init_unit_variance(model)
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-                module.weight.fill_(ATTENTION_SHARPNESS)
+    init_unit_variance(model)
+    sharpen_attention(model)
     return model.eval()
 
 
 def _build_text_encoder(tokenizer: Any) -> nn.Module:
     model = new_text_encoder(SIZE, tokenizer)
-    _init_unit_variance(model)
+    init_unit_variance(model)
     return model.eval()
 
 
 def _build_vae() -> nn.Module:
     model = new_vae(SIZE)
-    _init_unit_variance(model)
+    init_unit_variance(model)
     model.eval()
     with torch.no_grad():
         # The encoder gives latents of unit variance for a soft picture, the decoder a picture that uses, and does not
@@ -113,7 +110,7 @@ def _standardize_output(conv: Any, inputs: torch.Tensor, channels: slice, std: f
     conv.weight[channels] *= scale.view(-1, 1, 1, 1)
 
 
-def _init_unit_variance(model: nn.Module) -> None:
+def init_unit_variance(model: nn.Module) -> None:
     """Draw all weights so that unit variance in gives unit variance out of every linear and convolution."""
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -125,3 +122,11 @@ def _init_unit_variance(model: nn.Module) -> None:
                 parameter.normal_(0.0, 1.0)
             else:
                 parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+
+
+def sharpen_attention(transformer: nn.Module) -> None:
+    """Give the q and k norms of all attention modules the weight that lets few words be heard among many."""
+    with torch.no_grad():
+        for name, module in transformer.named_modules():
+            if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                module.weight.fill_(ATTENTION_SHARPNESS)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .tiny_pipeline import _CORPUS, ATTENTION_SHARPNESS, _init_unit_variance
+from .tiny_pipeline import CORPUS, init_unit_variance, sharpen_attention
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -73,11 +73,8 @@ def tiny_transformer(**changes: Any) -> QwenImageTransformer2DModel:
         "axes_dims_rope": (4, 14, 14),
     }
     model = QwenImageTransformer2DModel(**{**config, **changes})
-    _init_unit_variance(model)
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-                module.weight.fill_(ATTENTION_SHARPNESS)
+    init_unit_variance(model)
+    sharpen_attention(model)
     return model.eval()
 
 
@@ -110,14 +107,14 @@ def tiny_text_encoder(vocab: int, token_id: Any) -> Qwen2_5_VLForConditionalGene
         vision_end_token_id=token_id("<|vision_end|>"),
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    _init_unit_variance(model)
+    init_unit_variance(model)
     return model.eval()
 
 
 def tiny_vae() -> AutoencoderKLQwenImage:
     """Qwen-Image's VAE with a sixth of its channels, decoding to pictures within -1..1."""
     model = AutoencoderKLQwenImage(base_dim=16, num_res_blocks=1)
-    _init_unit_variance(model)
+    init_unit_variance(model)
     with torch.no_grad():
         latent = torch.randn(2, 16, 1, 12, 12)
         model.decoder.conv_out.weight.mul_(0.4 / model.decode(latent).sample.std())
@@ -138,7 +135,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
         vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     texts = "Describe the image by detailing the color, shape, size, texture, quantity, text, objects and background\n"
-    learner.train_from_iterator([*_CORPUS.splitlines(), *[texts] * 4, "system\nuser\nassistant\n"], trainer)
+    learner.train_from_iterator([*CORPUS.splitlines(), *[texts] * 4, "system\nuser\nassistant\n"], trainer)
     learnt = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})

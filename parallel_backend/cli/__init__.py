@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "draw a picture with a small FLUX.2 on any layout, with no GPU and no download",
     "generate": "draw a picture with a model of any family, from a prompt and reference images",
+    "worker": "make this machine one of the hosts of a group that runs over several",
     "doctor": "say what this machine can run, and what to change",
     "families": "say which models are supported, how they can be split, and what checkpoints they come in",
 }

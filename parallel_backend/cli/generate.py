@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
+from ..runtime.hosts import Hosts
 from .progress import ProgressBar
 
 
@@ -55,6 +56,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
     add("tp", "degree of tensor parallelism", type=int, default=1)
     add("devices", "auto (GPUs if there are enough, else the CPU), cpu, or GPUs such as 0,1", default="auto")
     add("dtype", "auto, bfloat16, float16 or float32", default="auto")
+    add("nnodes", "number of hosts; on each other one, the command 'worker' has to run", type=int, default=1)
+    add("rdzv_endpoint", "ADDRESS:PORT of this host, where the others find it", otherwise="there are none")
     add("port", "TCP port of the rendezvous; 0 takes a free one", type=int, default=0)
     add(
         "cache",
@@ -71,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw the picture; exit status 0."""
     # Degrees and thresholds are checked before torch is imported.
     layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
+    hosts = Hosts(arguments.nnodes, arguments.rdzv_endpoint or "")
+    ranks = hosts.ranks_each(layout.world_size)
     cache = None if arguments.cache is None else parse_cache(arguments.cache)
     written = [path for path in (arguments.out, arguments.report) if path is not None]
     for path in written:
@@ -107,8 +112,9 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(map(open_image, arguments.image)),
     )
     drawn = check_request(open_pipeline_folder(folder), request)  # before anything is started
-    config = ModelConfig.create(folder, layout, _devices(arguments.devices, layout), arguments.dtype)
-    print(f"{layout.name}: {layout.describe()} on {config.devices.kind}, {config.dtype}")
+    config = ModelConfig.create(folder, layout, _devices(arguments.devices, ranks), arguments.dtype, hosts=hosts)
+    over = f" of {hosts.count} hosts" if hosts.several else ""
+    print(f"{layout.name}: {layout.describe()} on {config.devices.kind}{over}, {config.dtype}")
 
     bar = ProgressBar()
     model = acquire_model(config, bar.show, port=arguments.port)
@@ -139,13 +145,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _devices(asked: str, layout: ParallelismConfig) -> str:
+def _devices(asked: str, ranks: int) -> str:
     """The devices that are asked for, or the CPU where ``auto`` finds some GPUs, but too few."""
     import torch
 
-    if asked == "auto" and 0 < torch.cuda.device_count() < layout.world_size:
-        print(
-            f"{layout.world_size} ranks are more than the {torch.cuda.device_count()} GPU(s) here: they run on the CPU"
-        )
+    if asked == "auto" and 0 < torch.cuda.device_count() < ranks:
+        print(f"{ranks} ranks are more than the {torch.cuda.device_count()} GPU(s) here: they run on the CPU")
         return "cpu"
     return asked

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+import torch
 from torch import Tensor
 
 from ..cache.block_cache import BlockStack
@@ -257,13 +259,17 @@ class Family(ABC):
 
     # The VAE.
 
-    @abstractmethod
     def build_vae(self, config: Mapping[str, Any]) -> Model:
         """The VAE of a configuration, with weights on the meta device."""
+        with torch.device("meta"):
+            return getattr(diffusers, self.vae_class).from_config(dict(config))
 
-    @abstractmethod
     def load_vae(self, folder: Path) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
+        kind = getattr(diffusers, self.vae_class)
+        return kind.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        ).eval()
 
     @abstractmethod
     def vae_width(self, config: Mapping[str, Any]) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from torch import Tensor, nn
 from transformers import Mistral3Config
@@ -235,15 +234,6 @@ class Flux2(Family):
         return flux2_text_file.text_config_of(shapes)
 
     # The VAE.
-
-    def build_vae(self, config: Mapping[str, Any]) -> Model:
-        with torch.device("meta"):
-            return AutoencoderKLFlux2.from_config(dict(config))
-
-    def load_vae(self, folder: Path) -> Model:
-        return AutoencoderKLFlux2.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-        ).eval()
 
     def vae_width(self, config: Mapping[str, Any]) -> int:
         # Five tensors of the widest full-size layer: a residual block's input, its norm, the activation of that and

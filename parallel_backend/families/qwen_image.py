@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from torch.nn import functional
@@ -23,11 +22,9 @@ from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor
 from .file_shapes import count_blocks, shape_of
-from .qwen_image_pipeline import DRAWINGS, QwenImageDrawing
+from .qwen_image_pipeline import DRAWINGS, PATCH, QwenImageDrawing
 from .qwen_image_positions import LatentImages, QwenEntrance
 
-PATCH = 2
-"""Latent positions to a token, along each side."""
 MARK = "transformer_blocks.0.img_mod.1.weight"
 ZERO_MARK = "__index_timestep_zero__"
 """An empty tensor in files of models that take references as at timestep 0 (Qwen-Image-Edit-2511)."""
@@ -254,15 +251,6 @@ class QwenImage(Family):
         return qwen_image_text.file_config(shapes)
 
     # The VAE.
-
-    def build_vae(self, config: Mapping[str, Any]) -> Model:
-        with torch.device("meta"):
-            return AutoencoderKLQwenImage.from_config(dict(config))
-
-    def load_vae(self, folder: Path) -> Model:
-        return AutoencoderKLQwenImage.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-        ).eval()
 
     def vae_width(self, config: Mapping[str, Any]) -> int:
         # On an H100, decoding took 8.3 GiB for 1024 x 1024 and 13.9 for 1328 x 1328 with 96 features: convolutions in

@@ -58,7 +58,7 @@ def read_object(file: Path, meaning: str) -> dict[str, Any]:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
         return parse_object(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); download it again") from None
+        raise ValueError(f"{file} is not valid JSON ({str(error)[:300]}); download it again") from None
 
 
 def read_config(file: Path, meaning: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def read_config(file: Path, meaning: str) -> dict[str, Any]:
     try:
         _check_numbers(config, "", MAX_DEPTH)
     except ValueError as error:
-        raise ValueError(f"{file} is no model's configuration: {error}") from None
+        raise ValueError(f"{file} is no model's configuration: {str(error)[:300]}") from None
     return config
 
 
@@ -96,7 +96,7 @@ def blamed(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if str(file) in text else f"{file}: {text}") from None
+        raise ValueError(text[:1000] if str(file) in text else f"{file}: {text[:1000]}") from None
     except MemoryError:
         raise
     except Exception as error:  # a class raises what it likes at a configuration that it does not expect

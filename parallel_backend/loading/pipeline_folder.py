@@ -38,8 +38,8 @@ class PipelineFolder:
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
         # What the others' configurations say is looked at when the models are built.
-        with blamed(self._config("transformer")):
-            self.family.check_layout(self.transformer_config, layout)
+        self._build_transformer()
+        self.family.check_layout(self.transformer_config, layout)
         for component in self.components:
             self.weights(component)
 
@@ -71,13 +71,16 @@ class PipelineFolder:
                 if unused:
                     check_unused([tensor.key for tensor in unused], unused[0].file, type(model).__name__)
 
-    def _build(self) -> dict[str, Model]:
-        """The models of the configurations, from which all is read that is needed of them later."""
-        family, models = self.family, {}
+    def _build_transformer(self) -> Model:
+        """The transformer of its configuration, from which all is read that is needed of it later."""
         with blamed(self._config("transformer")):
-            models["transformer"] = family.build_transformer(self.transformer_config)
-            family.transformer_plan(self.transformer_config)
-            family.activation_width(self.transformer_config, 1)
+            self.family.transformer_plan(self.transformer_config)
+            self.family.activation_width(self.transformer_config, 1)
+            return self.family.build_transformer(self.transformer_config)
+
+    def _build(self) -> dict[str, Model]:
+        """The models of all components, likewise."""
+        family, models = self.family, {"transformer": self._build_transformer()}
         with blamed(self._config("text_encoder")):
             models["text_encoder"] = family.build_text_model(self.text_config)
             if "vision_tower" in self.components:
@@ -96,11 +99,16 @@ class PipelineFolder:
     def fingerprint(self) -> str:
         """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
         digest = hashlib.sha256()
-        for file in sorted(self.path.glob("**/*")):
-            if file.suffix in (".json", ".safetensors", ".jinja") and file.is_file():
-                status = file.stat()
-                digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        for file in files_of_folder(self.path):
+            status = file.stat()
+            digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def files_of_folder(path: Path) -> list[Path]:
+    """The files of a pipeline folder that say what it computes, sorted."""
+    suffixes = (".json", ".safetensors", ".jinja")
+    return [file for file in sorted(path.glob("**/*")) if file.suffix in suffixes and file.is_file()]
 
 
 def open_pipeline_folder(path: Path) -> PipelineFolder:

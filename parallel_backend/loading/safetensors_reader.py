@@ -125,7 +125,8 @@ def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} has an unreadable safetensors header ({error!r}); download it again")
+    # An error of decoding has all of the header in it.
+    return ValueError(f"{file} has an unreadable safetensors header ({str(error)[:300]}); download it again")
 
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -213,7 +214,8 @@ def find_weight(name: str, shape: Sequence[int], weights: Mapping[str, Weight]) 
     """
     weight = weights.get(name)
     if weight is None:
-        files = ", ".join(sorted({tensor.file.name for known in weights.values() for tensor, _, _ in known.pieces}))
+        paths = sorted({tensor.file for known in weights.values() for tensor, _, _ in known.pieces})
+        files = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "no file"
         raise ValueError(f"the weights have no tensor {name} (looked in {files}); the checkpoint is incomplete")
     check_dtypes(weight)
     tensor, _, _ = weight.pieces[0]

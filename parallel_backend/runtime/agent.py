@@ -1,7 +1,7 @@
-"""torchrun with two promises more: alone on a host it listens on loopback only, and it ends when its client does.
+"""torchrun with two promises more: it listens at one address (alone on a host: loopback), and it ends with its client.
 
-``python -m parallel_backend.runtime.agent --private FOLDER [--loopback-port PORT] -- TORCHRUN-ARGUMENTS``; the client
-holds the other end of its standard input.
+``python -m parallel_backend.runtime.agent --private FOLDER (--loopback-port PORT | --card CARD --listen ADDRESS PORT)
+-- TORCHRUN-ARGUMENTS``; the client holds the other end of its standard input.
 """
 
 from __future__ import annotations
@@ -26,17 +26,32 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import handler_registry
 from torch.distributed.run import main as torchrun
 
+from .board import Board
+from .notices import Card
+
 LOOPBACK = "hybrid-dit-loopback"
 """Name of the rendezvous of a group on this machine alone."""
 ADDRESS = "127.0.0.1"
 STORE_TIMEOUT = timedelta(minutes=5)
 
 
-class LoopbackRendezvous(RendezvousHandler):
-    """A group of one host: nobody to wait for, and a store that nobody else can reach.
+def serve_store(address: str, port: int) -> TCPStore:
+    """A store at one address of this machine, which the rendezvous of this process at the same port share.
 
-    torchrun's own rendezvous let their store listen on every interface of the machine, whatever the endpoint says.
+    torchrun's own let their store listen on every interface of the machine, whatever the endpoint says.
     """
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(1024)
+    return TCPStore(
+        address, listener.getsockname()[1], is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False,
+        multi_tenant=True, master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+class LoopbackRendezvous(RendezvousHandler):
+    """A group of one host: nobody to wait for, and a store that nobody else can reach."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
@@ -52,15 +67,8 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None:
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((ADDRESS, self._port))
-            listener.listen(1024)
-            self._port = listener.getsockname()[1]
-            self._store = TCPStore(
-                ADDRESS, self._port, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False,
-                multi_tenant=True, master_listen_fd=listener.detach(),
-            )  # fmt: skip
+            self._store = serve_store(ADDRESS, self._port)
+            self._port = self._store.port
         store = PrefixStore(self._run_id, self._store)
         return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(ADDRESS, self._port))
 
@@ -80,6 +88,14 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
+def watch_client(private: Path) -> None:
+    """Have `end_with_client` wait for the end of this process's standard input."""
+    client = os.dup(0)  # not inherited by the ranks
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    threading.Thread(target=end_with_client, args=(client, private), daemon=True).start()
+
+
 def end_with_client(descriptor: int, private: Path) -> None:
     """Kill the ranks and end once the client is gone or has given the group up, at whatever stage they are.
 
@@ -88,10 +104,15 @@ def end_with_client(descriptor: int, private: Path) -> None:
     while os.read(descriptor, 1):
         pass
     shutil.rmtree(private, ignore_errors=True)
+    kill_ranks()
+    os._exit(1)
+
+
+def kill_ranks() -> None:
+    """Kill what torchrun has started in this process."""
     for pid in _children(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # torchrun starts each rank in a group of its own
-    os._exit(1)
 
 
 def _children(parent: int) -> list[int]:
@@ -114,16 +135,19 @@ def main() -> None:
         "--private", type=Path, required=True, help="the control socket's folder, removed with the client"
     )
     parser.add_argument("--loopback-port", type=int, help="rendezvous on this machine alone, at a port; 0: a free one")
+    parser.add_argument("--card", help="of a group over several hosts, of which this is the first one")
+    parser.add_argument("--listen", nargs=2, metavar=("ADDRESS", "PORT"), help="where that group's store is")
     parser.add_argument("torchrun", nargs="*", help="torchrun's arguments, after --")
     arguments = parser.parse_args()
-    client = os.dup(0)  # not inherited by the ranks
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    threading.Thread(target=end_with_client, args=(client, arguments.private), daemon=True).start()
+    watch_client(arguments.private)
     rendezvous = []
     if arguments.loopback_port is not None:
         handler_registry.register(LOOPBACK, LoopbackRendezvous)
         rendezvous = [f"--rdzv-backend={LOOPBACK}", f"--rdzv-conf=port={arguments.loopback_port}"]
+    if arguments.card is not None:
+        address, port = arguments.listen
+        store = serve_store(address, int(port))  # as long as this variable is there
+        Board.publish(store, Card.from_json(arguments.card))
     torchrun([*rendezvous, *arguments.torchrun])
 
 

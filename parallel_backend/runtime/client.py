@@ -21,13 +21,15 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..loading.checkpoint import open_checkpoint
+from ..loading.content import content_digest
 from ..memory import GIB
 from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
-from .deadlines import SILENCE_SECONDS, Owed
+from .deadlines import SILENCE_SECONDS, Owed, Stopped, process_state
 from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
 from .messages import BadMessageError, Done, Failed, Load, Notice, Progress, Unload
+from .other_hosts import OtherHosts
 from .parcel import pack
 from .reception import Reception
 from .remote_model import Check, RemoteModel
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 STRAGGLER_SECONDS = 2.0
 """How long the other ranks may take to answer after one has failed, before the group is given up."""
+FAILURE_SECONDS = 1.5
+"""How long torchrun may take to notice that a rank of its host has failed."""
 
 OnState = Callable[[str, float, float, str], None]
 """Told a state, how far it is, of how much, and what more there is to say."""
@@ -47,28 +51,31 @@ class WorkerGroup:
 
     def __init__(self, config: GroupConfig, port: int = 0) -> None:
         self.config = config
+        self._local = config.hosts.ranks_of(0, config.ranks)
         self.state = "new"
         self.start_seconds = 0.0
         self.models: dict[ModelConfig, RemoteModel] = {}
         self.lock = threading.RLock()
         """Held by whoever waits for an answer."""
-        self._launcher = Launcher(config.ranks, config.devices, port)
+        self._launcher = Launcher(len(self._local), config.devices, port, config.hosts)
+        self._others = OtherHosts(config.hosts, self._launcher.card)
         self._channels: dict[int, Channel] = {}
         self._pids: dict[int, int] = {}
         self._ids = itertools.count(1)
         self._owed = Owed()
+        self._stopped = Stopped()
         self._reception: Reception | None = None
         self._ending: threading.Thread | None = None
 
     @property
     def ready(self) -> bool:
         """Whether requests can be sent."""
-        return self.state == "ready" and self._launcher.running()
+        return self.state == "ready" and self.usable
 
     @property
     def usable(self) -> bool:
         """Whether requests can be sent, or will be once its ranks are up."""
-        return self.state in ("starting", "ready") and self._launcher.running()
+        return self.state in ("starting", "ready") and self._launcher.running() and not self._others.broken()
 
     def next_id(self) -> int:
         """A number for a request or a name, used once."""
@@ -88,20 +95,21 @@ class WorkerGroup:
         """Start the ranks; nothing where they are up.
 
         Args:
-            on_state: told the state and how far it is: ``("starting", ranks up, ranks, "")`` or
+            on_state: told the state and how far it is: ``("starting", ranks up, ranks, what is missing)`` or
                 ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
 
         Raises:
-            WorkersFailedError: a rank ended.
-            ValueError: the port is taken.
+            WorkersFailedError: a rank ended, or another host cannot take part or has not joined.
+            ValueError: the port is taken, or the endpoint is no address of this host.
         """
         with self.held(check):
             try:
                 if self.state == "new":
                     self._launcher.start()
                     self.state = "starting"
-                    self._reception = Reception(self._launcher.listener, self.config.ranks)
+                    self._reception = Reception(self._launcher.listener, self._local)
+                    self._others.start(self._launcher.address)
                     self._began = time.perf_counter()
                 if self.state == "starting":
                     self._receive_ranks(on_state, check)
@@ -114,16 +122,24 @@ class WorkerGroup:
 
     def _receive_ranks(self, on_state: OnState, check: Check) -> None:
         assert self._reception is not None
-        ranks = self.config.ranks
-        on_state("starting", len(self._channels), ranks, "")
-        while len(self._channels) < ranks:
+        told = None
+        while len(self._channels) < len(self._local) or not self._others.all_up():
+            state = (len(self._channels) + self._others.ranks_up(), self.config.ranks, self._others.wanted())
+            if state != told:
+                if state[2] and (told is None or told[2] != state[2]):
+                    log.warning("%s", state[2])
+                on_state("starting", *state)
+                told = state
             check()
             for hello, channel in self._reception.arrivals(POLL_SECONDS):
                 self._channels[hello.rank] = channel
                 self._pids[hello.rank] = hello.pid
-                on_state("starting", len(self._channels), ranks, "")
+            trouble = self._others.trouble()
+            if trouble is not None:
+                raise WorkersFailedError(trouble)
             if not self._launcher.running():
                 raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}")
+        on_state("starting", self.config.ranks, self.config.ranks, "")
         self._reception.close()
         self._launcher.all_connected()
 
@@ -168,7 +184,7 @@ class WorkerGroup:
 
     def _load(self, model: RemoteModel, on_state: OnState, check: Check, orphans: list[str]) -> None:
         config = model.config
-        progress = dict.fromkeys(self._channels, (0, 1))
+        progress = dict.fromkeys(range(config.layout.world_size), (0, 1))
 
         def on_progress(message: Progress) -> None:
             progress[message.rank] = (message.done, message.total)
@@ -188,6 +204,7 @@ class WorkerGroup:
             config.fp8,
             config.encoder_memory,
             orphans,
+            content_digest(model.source.path) if config.hosts.several else "",
         )
         began = time.perf_counter()
         with model.advised("transformer"):
@@ -208,9 +225,13 @@ class WorkerGroup:
         Requests are carried out in order, and answers that nobody waits for are dropped.
         """
         self._owed.sent(request.id, set(range(self.config.ranks)), SILENCE_SECONDS)
-        for channel in list(self._channels.values()):
+        for channel in list(self._told().values()):
             with suppress(ChannelClosedError):  # a rank that is gone keeps nothing; the next request says so
                 channel.send(request)
+
+    def _told(self) -> dict[int, Channel]:
+        """The ranks that requests are sent to: over several hosts, rank 0 passes them on."""
+        return {0: self._channels[0]} if self.config.hosts.several and self._channels else self._channels
 
     def close(self, state: str = "closed", wait: bool = True) -> None:
         """End the group. Safe to call at any time, more than once.
@@ -220,6 +241,7 @@ class WorkerGroup:
             wait: until its processes are gone; else see `ended`.
         """
         self.state = state
+        self._others.close()
         if self._reception is not None:
             self._reception.close()
         for channel in self._channels.values():
@@ -242,6 +264,7 @@ class WorkerGroup:
     def forget(self) -> None:
         """Close what a forked child has of this, and leave the processes alone."""
         self.state = "another process's"
+        self._others.close()
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -275,13 +298,13 @@ class WorkerGroup:
             parcel = pack(tensors)
             self._owed.sent(request.id, set(range(self.config.ranks)), limit)
             try:
-                for rank, channel in self._channels.items():
+                for rank, channel in self._told().items():
                     try:
                         channel.send(request, parcel)
                     except ChannelStuckError:
                         self._hung({rank}, SEND_SECONDS)
                     except ChannelClosedError:
-                        self._lost(rank)
+                        self._lost(rank, check)
             finally:
                 parcel.close()
             return self._collect(request.id, check, on_progress)
@@ -292,6 +315,12 @@ class WorkerGroup:
         answers: dict[int, Done | Failed] = {}
         tensors: dict[str, Tensor] = {}
         deadline: float | None = None
+
+        def progressed(message: Progress) -> None:
+            self._owed.progressed()
+            if message.rank in range(self.config.ranks):
+                on_progress(message)
+
         with selectors.DefaultSelector() as selector:
             for rank, channel in self._channels.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
@@ -300,12 +329,11 @@ class WorkerGroup:
                     try:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
-                        self._lost(key.data)
+                        self._lost(key.data, check)
                     except BadMessageError as error:
                         self._end(f"rank {key.data} sent what is no message: {error}", key.data)
                     if isinstance(message, Progress):
-                        self._owed.progressed()
-                        on_progress(message)
+                        progressed(message)
                     elif isinstance(message, Notice):
                         log.info("workers: %s", message.text)
                     elif isinstance(message, (Done, Failed)) and message.rank in range(self.config.ranks):
@@ -315,11 +343,19 @@ class WorkerGroup:
                             tensors.update(arrived)
                     else:
                         self._end(f"rank {key.data} sent a {type(message).__name__} out of turn", key.data)
+                for news in self._others.news():
+                    if isinstance(news, Progress):
+                        progressed(news)
+                    elif news.id == request_id and news.rank in range(self.config.ranks):
+                        answers.setdefault(news.rank, news)
+                trouble = self._others.trouble()
+                if trouble is not None:
+                    self._end(trouble)
                 if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
-                    deadline = time.monotonic() + STRAGGLER_SECONDS
-                if deadline is not None and time.monotonic() > deadline:
+                    deadline = time.monotonic() + (self._others.patience or STRAGGLER_SECONDS)
+                if deadline is not None and time.monotonic() > deadline and not self._others.in_doubt():
                     break
-                overdue = self._owed.overdue()
+                overdue = self._owed.overdue() or self._stopped.overdue(self._pids)
                 if overdue is not None:
                     self._hung(*overdue)
                 check()
@@ -344,7 +380,7 @@ class WorkerGroup:
             asked, free = (size / GIB for size in first.out_of_memory)
             wanted = f"{asked:.2f} GiB" if asked else "more"
             text = f"rank {first.rank} ran out of memory: it asked for {wanted} where {free:.2f} GiB were free"
-        text += f"\n(log: {self._launcher.log_of(first.rank)})"
+        text += f"\n(log: {self._log_of(first.rank)})"
         details = f"\n{first.traceback}"
         if not same_place:
             text += f"\n{_FRESH}"
@@ -353,15 +389,19 @@ class WorkerGroup:
             raise OutOfMemoryError(text, details)
         raise RequestFailedError(text + details) if same_place else WorkersFailedError(text + details)
 
-    def _lost(self, rank: int) -> NoReturn:
+    def _lost(self, rank: int, check: Check) -> NoReturn:
         """A rank's connection is closed: it has ended."""
+        if self.config.hosts.several and self._launcher.first_to_fail(FAILURE_SECONDS) is None:
+            trouble = self._others.verdict(check)
+            if trouble is not None:
+                self._end(trouble)
         self.close(state="failed", wait=False)
         self.ended(3.0)  # then torchrun has said how
         raise WorkersFailedError(f"{self._launcher.explain(rank)}\n{_FRESH}")
 
     def _hung(self, ranks: set[int], limit: float) -> NoReturn:
         """Ranks have not answered in time. Those that can still do so write to their logs where they are."""
-        states = {rank: _process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
+        states = {rank: process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
         stopped = sorted(rank for rank, state in states.items() if state == "T")
         for rank in set(states) - set(stopped):
             with suppress(ProcessLookupError):
@@ -373,20 +413,17 @@ class WorkerGroup:
         where = "the logs say where each rank was" if len(states) > len(stopped) else "its log may say more"
         self._end(f"{who}; {where}", min(stopped or ranks))
 
-    def _end(self, text: str, rank: int) -> NoReturn:
-        """End the group and raise."""
+    def _end(self, text: str, rank: int | None = None) -> NoReturn:
+        """End the group and raise; a rank's log is named."""
         self.close(state="failed", wait=False)
-        raise WorkersFailedError(f"{text}\n(log: {self._launcher.log_of(rank)})\n{_FRESH}")
+        log_of = "" if rank is None else f"\n(log: {self._log_of(rank)})"
+        raise WorkersFailedError(f"{text}{log_of}\n{_FRESH}")
+
+    def _log_of(self, rank: int) -> str:
+        return self._others.log_of(rank) or str(self._launcher.log_of(rank))
 
 
 _FRESH = "The workers were stopped; the next run starts a fresh group."
-
-
-def _process_state(pid: int) -> str:
-    """The letter that the system has for a process's state, such as T for a stopped one."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-    return ""
 
 
 def _listed(ranks: Any) -> str:

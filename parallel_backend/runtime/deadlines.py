@@ -6,7 +6,8 @@ import os
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 VARIABLE = "HYBRID_DIT_STEP_DEADLINE"
@@ -14,6 +15,7 @@ LEAST_SECONDS = 60.0
 TIMES_MEDIAN = 20
 SILENCE_SECONDS = 600.0
 """How long the ranks may say nothing while they load, encode or decode; what is being read reports its progress."""
+CHECK_SECONDS = 1.0
 KEPT_SHAPES = 32
 KEPT_STEPS = 50
 
@@ -105,3 +107,39 @@ class Owed:
         if first.limit is None or self._clock() - self._since <= first.limit:
             return None
         return first.waiting, first.limit
+
+
+class Stopped:
+    """Processes that somebody has stopped (SIGSTOP, a debugger), and since when: they answer to nothing.
+
+    Args:
+        clock: seconds.
+        state: of a process, as /proc has it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, state: Callable[[int], str] | None = None) -> None:
+        self._clock, self._state = clock, state or process_state
+        self._since: dict[int, float] = {}
+        self._looked = -CHECK_SECONDS
+
+    def overdue(self, pids: Mapping[int, int]) -> tuple[set[int], float] | None:
+        """The ranks that have been stopped for as long as a step may take at least, and how long that is.
+
+        Args:
+            pids: of the ranks on this machine. It is looked at once a second, however often this is called.
+        """
+        least = least_seconds()
+        if not least or self._clock() - self._looked < CHECK_SECONDS:
+            return None
+        self._looked = self._clock()
+        stopped = {rank for rank, pid in pids.items() if self._state(pid) == "T"}
+        self._since = {rank: self._since.get(rank, self._looked) for rank in stopped}
+        overdue = {rank for rank, since in self._since.items() if self._looked - since >= least}
+        return (overdue, least) if overdue else None
+
+
+def process_state(pid: int) -> str:
+    """The letter that the system has for a process's state, such as T for a stopped one; none for one that is gone."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return ""

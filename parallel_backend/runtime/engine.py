@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig
 from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.content import content_digest
 from ..memory import GIB
 from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
 from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
@@ -85,6 +87,7 @@ class Engine:
         fp8: str = "cast",
         encoder_memory: str = "auto",
         orphans: Sequence[str] = (),
+        content: str = "",
     ) -> None:
         """Read this rank's shards of a checkpoint; nothing where the model is there already.
 
@@ -96,6 +99,7 @@ class Engine:
             on_progress: told a few times a second at most.
             fp8, encoder_memory: see `ModelConfig`.
             orphans: models that nobody refers to any more.
+            content: the `content_digest` that the checkpoint must have, where there are several hosts.
 
         Raises:
             ValueError: the checkpoint is damaged or does not fit. Nothing of it stays, the other models do.
@@ -107,7 +111,7 @@ class Engine:
                     part.drop()  # on a device it may wait until that room is needed, but host memory is scarce
         if name in self.models:
             return
-        model = self._build(path, layout, dtype, fp8, encoder_memory)
+        model = self._build(path, layout, dtype, fp8, encoder_memory, content)
         count = _Counter(sum(p.nbytes for p in model.parts.values() if not p.on_demand), on_progress)
         self.models[name] = model
         try:
@@ -123,14 +127,14 @@ class Engine:
         count.finish()
 
     def _build(
-        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str
+        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str, content: str
     ) -> HostedModel:
         if layout not in self._meshes:
             self._meshes[layout] = build_mesh(layout, self.device.type)
         mesh = self._meshes[layout]
         source: Checkpoint | ValueError
         try:
-            source = open_checkpoint(Path(path))
+            source = _open(Path(path), content)
         except ValueError as error:
             source = error
         raise_together(source if isinstance(source, ValueError) else None, self.room.axis)
@@ -276,6 +280,7 @@ class Engine:
         transformer = parts.get("transformer")
         return {
             "rank": self.rank,
+            "host": socket.gethostname(),
             "device": str(self.device),
             "device_name": device,
             "weight_bytes": {component: part.nbytes for component, part in held.items()},
@@ -320,6 +325,25 @@ class Engine:
         others = [(other, self.models[name].orphan) for (name, _), other in self._used.items() if other is not part]
         others.sort(key=lambda pair: not pair[1])
         self.room.make(weights, workspace, f"the {part.label}", others)
+
+
+def _open(path: Path, content: str) -> Checkpoint:
+    """A checkpoint, with the content that it has on the first host, if there are others.
+
+    Raises:
+        ValueError: it is not there, not whole, or another one; the text names the host.
+    """
+    if not content:
+        return open_checkpoint(path)
+    try:
+        source = open_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(
+            f"on the host {socket.gethostname()}: {error}; checkpoints must be at the same path on all hosts"
+        ) from None
+    if content_digest(source.path) != content:
+        raise ValueError(f"on the host {socket.gethostname()}, {path} is another checkpoint than on the first host")
+    return source
 
 
 class _Counter:

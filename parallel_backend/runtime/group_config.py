@@ -10,6 +10,7 @@ from ..config import ParallelismConfig
 from ..loading.checkpoint import open_checkpoint
 from ..loading.weight_loader import FP8_MODES
 from .devices import Devices, resolve_devices
+from .hosts import ALONE, Hosts
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ENCODER_MEMORY = ("auto", "device", "host")
@@ -18,10 +19,19 @@ ENCODER_MEMORY = ("auto", "device", "host")
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """What a group of processes is keyed by: so many ranks on those devices."""
+    """What a group of processes is keyed by: so many ranks, on those devices of each host.
+
+    ``ranks`` are those on all ``hosts``; ``devices`` are the first host's.
+    """
 
     devices: Devices
     ranks: int
+    hosts: Hosts = ALONE
+
+    def conflicts(self, other: GroupConfig) -> bool:
+        """Whether two groups cannot be there at the same time: they share a GPU or an endpoint."""
+        same_endpoint = self.hosts.several and self.hosts.endpoint == other.hosts.endpoint
+        return same_endpoint or self.devices.overlaps(other.devices)
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,12 @@ class ModelConfig:
     fingerprint: str
     fp8: str = "cast"
     encoder_memory: str = "auto"
+    hosts: Hosts = ALONE
 
     @property
     def group(self) -> GroupConfig:
         """The group that the model is loaded into; models of other layouts of as many ranks share it."""
-        return GroupConfig(self.devices, self.layout.world_size)
+        return GroupConfig(self.devices, self.layout.world_size, self.hosts)
 
     @classmethod
     def create(
@@ -54,16 +65,18 @@ class ModelConfig:
         dtype: str = "auto",
         fp8: str = "cast",
         encoder_memory: str = "auto",
+        hosts: Hosts = ALONE,
     ) -> ModelConfig:
         """Check everything that can be checked without starting a process.
 
         Args:
-            path: a diffusers pipeline folder, or a model in one safetensors file.
+            path: a diffusers pipeline folder, or a model in one safetensors file; the same on all hosts.
             layout: degrees.
-            devices: see `resolve_devices`.
+            devices: of this host, see `resolve_devices`.
             dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
             fp8: what becomes of weights that are stored in fp8, one of `FP8_MODES`; ``dtype`` is that of the others.
             encoder_memory: one of `ENCODER_MEMORY`.
+            hosts: that the ranks are shared out among.
 
         Raises:
             ValueError: a checkpoint, layout, device or dtype that cannot work, with the remedy.
@@ -79,7 +92,21 @@ class ModelConfig:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         source = open_checkpoint(Path(path))
         source.check(layout)
-        resolved = resolve_devices(devices, layout.world_size)
+        resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory)
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts)
+
+
+def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devices:
+    """The devices of this host for its share of a layout's ranks.
+
+    Raises:
+        ValueError: see `Hosts.ranks_each` and `resolve_devices`.
+    """
+    ranks = hosts.ranks_each(layout.world_size)
+    try:
+        return resolve_devices(devices, ranks)
+    except ValueError as error:
+        share = f"; of {layout.world_size} ranks, each of {hosts.count} hosts has {ranks}" if hosts.several else ""
+        raise ValueError(f"{error}{share}") from None

@@ -28,7 +28,7 @@ def acquire_model(
     """The model of a configuration, loaded into the group of its devices, which is started where it is not up.
 
     ``on_state`` and ``check`` are those of `WorkerGroup.start` and `WorkerGroup.load`; they are not called for a model
-    that is there. Groups that share a GPU with the one that is needed are closed first.
+    that is there. Groups that share a GPU or an endpoint with the one that is needed are closed first.
     """
     with _groups_lock:
         group = _groups.get(config.group)
@@ -41,7 +41,7 @@ def acquire_model(
 
 def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:
     """A new group, not started, in the place of those in the way, whose processes are gone."""
-    in_the_way = [other for other in _groups if other == config or other.devices.overlaps(config.devices)]
+    in_the_way = [other for other in _groups if other == config or other.conflicts(config)]
     if config.devices.kind == "cpu":
         on_cpu = [other for other in _groups if other.devices.kind == "cpu" and other != config]
         in_the_way += on_cpu[: len(on_cpu) - CPU_GROUPS + 1]

@@ -10,16 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from ..paths import home
+from ..paths import new_log_folder, new_private_folder
 from .devices import Devices
+from .hosts import ALONE, Hosts
+from .network import IFNAME_VARIABLES, interface_variables, own_address
+from .notices import Card
 from .rank_log import log_file
 
-KEPT_LOGS = 10
-"""Log folders of earlier groups that are kept."""
+SOCKET = "control"
+"""Name of the socket in its folder."""
 
 # Of the client's environment the workers must not see: allocator settings (cudaMallocAsync runs out of memory under
 # NCCL), and the variables of a distributed job that the client itself may be part of.
@@ -29,46 +30,42 @@ _DROPPED = re.compile(
 
 
 class Launcher:
-    """The processes of one group. ``start`` returns at once; ranks connect to ``listener`` as they come up.
+    """This host's processes of one group. ``start`` returns at once; ranks connect to ``listener`` as they come up.
 
     Args:
-        ranks: number of processes.
+        ranks: number of processes on this host.
         devices: what they run on.
-        port: TCP port of the rendezvous; 0 takes a free one.
+        port: TCP port of the rendezvous on this host alone; 0 takes a free one.
+        hosts: those of the group; this is the first one.
     """
 
-    def __init__(self, ranks: int, devices: Devices, port: int = 0) -> None:
-        self.ranks, self.devices, self.port = ranks, devices, port
+    def __init__(self, ranks: int, devices: Devices, port: int = 0, hosts: Hosts = ALONE) -> None:
+        self.ranks, self.devices, self.port, self.hosts = ranks, devices, port, hosts
+        self.card = Card.create(hosts, ranks * hosts.count, devices.kind) if hosts.several else None
         self.process: subprocess.Popen[bytes] | None = None
+        self.address = ""
+        """Of this host, where the others find it."""
 
     def start(self) -> None:
         """Open the socket and start torchrun.
 
         Raises:
-            ValueError: the port is taken.
+            ValueError: the port is taken, or the endpoint is no address of this host.
         """
-        if self.port:
-            _check_port(self.port)
-        self.logs = _new_log_folder()
-        self.private = _new_private_folder()
-        address = self.private / "control"
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.listener.bind(str(address))
-        address.chmod(0o600)
-        self.listener.listen(self.ranks)
+        rendezvous, environment = self._rendezvous()
+        self.logs = new_log_folder()
+        self.private = new_private_folder()
+        self.listener = listen(self.private, self.ranks)
         command = [
             *(sys.executable, "-m", "parallel_backend.runtime.agent", "--private", str(self.private)),
-            *(f"--loopback-port={self.port}", "--"),
-            *(f"--nproc-per-node={self.ranks}", "--max-restarts=0", "--monitor-interval=0.2"),
-            f"--log-dir={self.logs}",
-            *("-m", "parallel_backend.runtime.worker", "--socket", str(address), "--device", self.devices.kind),
-            *("--log-folder", str(self.logs)),
+            *rendezvous,
+            *torchrun_arguments(self.private, self.logs, self.ranks, self.devices.kind),
         ]
         self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                env=self._environment(),
+                env={**inherited_environment(self.ranks, self.devices), **environment},
                 stdin=subprocess.PIPE,  # never written to: its end tells the agent that the client is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -76,16 +73,18 @@ class Launcher:
                 umask=0o077,
             )
 
-    def _environment(self) -> dict[str, str]:
-        env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
-        package_root = str(Path(__file__).resolve().parents[2])
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.ranks)))
-        env["PYTHONUNBUFFERED"] = "1"
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices.visible)
-        # What ranks of one host have to say to each other outside of shared memory stays on it.
-        env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = "lo"
-        return env
+    def _rendezvous(self) -> tuple[list[str], dict[str, str]]:
+        """How the ranks find each other: arguments of the agent and the first of torchrun's, and environment."""
+        if self.card is None:
+            if self.port:
+                _check_port(self.port)
+            # What ranks of one host have to say to each other outside of shared memory stays on it.
+            return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo")
+        address = self.address = own_address(self.hosts)
+        listen_at = ("--card", self.card.to_json(), "--listen", address, str(self.hosts.port))
+        return [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)], interface_variables(
+            address
+        )
 
     def all_connected(self) -> None:
         """Take the socket's address away: nobody else is to come, and a client that is killed leaves nothing behind."""
@@ -112,7 +111,8 @@ class Launcher:
             return
         self.all_connected()
         assert self.process.stdin is not None
-        if not self._ended_within(grace):
+        # Where there are other hosts, torchrun waits for theirs, and they for this one's store to go.
+        if self.hosts.several or not self._ended_within(grace):
             self.process.stdin.close()  # the agent kills the ranks, stopped ones too
             if not self._ended_within(grace):
                 self.process.kill()
@@ -143,21 +143,68 @@ class Launcher:
         Args:
             rank: the one whose connection was lost, if any; torchrun knows better which one was first.
         """
-        report = _read(self._agent_log)
-        cause = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
-        how = ""
-        if cause:
-            rank, code = int(cause.group(1)), int(cause.group(2))
-            how = f" with exit code {code}"
-            if code < 0:
-                with contextlib.suppress(ValueError):
-                    how = f", killed by signal {-code} ({signal.Signals(-code).name})"
-            if code == -signal.SIGKILL:
-                how += "; where nobody did that, the system ran out of memory"
+        first = self.first_to_fail()
+        code = None
+        if first:
+            rank, code = first
         who = "the worker launcher" if rank is None else f"rank {rank}"
-        log = self.log_of(rank)
-        tail = "\n".join(_read(log).strip().splitlines()[-12:])
-        return f"{who} ended{how}; the end of its log ({log}):\n{tail or '(empty)'}"
+        return describe_end(who, code, self.log_of(rank))
+
+    def first_to_fail(self, seconds: float = 0.0) -> tuple[int, int] | None:
+        """The rank of this host that ended first, and its exit code, once torchrun has ended by that."""
+        if self.process is None or not self._ended_within(seconds):
+            return None
+        cause = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", _read(self._agent_log), re.DOTALL)
+        return (int(cause.group(1)), int(cause.group(2))) if cause else None
+
+
+def torchrun_arguments(private: Path, logs: Path, ranks: int, device: str) -> list[str]:
+    """What torchrun is to start on a host, and how: a number of ranks that connect to the socket in a folder."""
+    return [
+        *(f"--nproc-per-node={ranks}", "--max-restarts=0", "--monitor-interval=0.2", f"--log-dir={logs}"),
+        *("-m", "parallel_backend.runtime.worker", "--socket", str(private / SOCKET), "--device", device),
+        *("--log-folder", str(logs)),
+    ]
+
+
+def static_rendezvous(card: Card, host: int, address: str, port: int) -> list[str]:
+    """Arguments with which the torchrun of a host finds those of the others."""
+    return [
+        *(f"--nnodes={card.hosts}", f"--node-rank={host}", "--rdzv-backend=static", f"--rdzv-id={card.nonce}"),
+        *(f"--rdzv-endpoint={f'[{address}]' if ':' in address else address}:{port}", "--rdzv-conf=timeout=600"),
+    ]
+
+
+def listen(private: Path, ranks: int) -> socket.socket:
+    """The socket that a host's ranks connect to, in a folder of its own."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(private / SOCKET))
+    (private / SOCKET).chmod(0o600)
+    listener.listen(ranks)
+    return listener
+
+
+def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
+    """This process's environment as a number of ranks are to have it."""
+    env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
+    package_root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    env["PYTHONUNBUFFERED"] = "1"
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(devices.visible)
+    return env
+
+
+def describe_end(who: str, code: int | None, log: Path) -> str:
+    """That somebody ended, how, as far as an exit code tells, and the last lines of a log."""
+    how = "" if code is None else f" with exit code {code}"
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            how = f", killed by signal {-code} ({signal.Signals(-code).name})"
+    if code == -signal.SIGKILL:
+        how += "; where nobody did that, the system ran out of memory"
+    tail = "\n".join(_read(log).strip().splitlines()[-12:])
+    return f"{who} ended{how}; the end of its log ({log}):\n{tail or '(empty)'}"
 
 
 def _read(file: Path) -> str:
@@ -175,21 +222,3 @@ def _check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", error)
             raise ValueError(f"port {port} cannot be used ({reason}); leave the port at 0 to take a free one") from None
-
-
-def _new_private_folder() -> Path:
-    """A folder that nobody else can enter (mode 0700), with a path short enough for a socket's address."""
-    folder = tempfile.mkdtemp(prefix="hybrid-dit-")
-    if len(folder) > 90:  # an AF_UNIX address has 107 bytes
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="hybrid-dit-", dir="/tmp")
-    return Path(folder)
-
-
-def _new_log_folder() -> Path:
-    root = home() / "logs"
-    root.mkdir(parents=True, exist_ok=True)
-    root.chmod(0o700)  # a prompt's text may be in a traceback
-    for old in sorted(root.iterdir())[: -KEPT_LOGS + 1]:
-        shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=root, prefix=time.strftime("%Y%m%d-%H%M%S-")))

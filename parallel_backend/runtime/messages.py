@@ -31,6 +31,7 @@ class Load:
 
     Degrees are those of the layout, dtype is a torch dtype's name. ``fp8`` and ``encoder_memory`` are
     those of `ModelConfig`. ``orphans`` are models that nobody refers to any more: they go first where room is needed.
+    ``content`` is the `content_digest` that the checkpoint must have on all hosts; empty where there is one host.
     """
 
     id: int
@@ -43,6 +44,7 @@ class Load:
     fp8: str = "cast"
     encoder_memory: str = "auto"
     orphans: list[str] = field(default_factory=list)
+    content: str = ""
 
 
 @dataclass(frozen=True)

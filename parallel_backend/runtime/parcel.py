@@ -56,8 +56,8 @@ class Spec:
     def nbytes(self) -> int:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
-    def view(self, memory: mmap.mmap | None) -> Tensor:
-        """The tensor in the memory, which it keeps alive; no memory is needed where it is empty."""
+    def view(self, memory: Any) -> Tensor:
+        """The tensor in memory (anything with the buffer protocol), which it keeps alive; an empty one needs none."""
         dtype = _DTYPES[self.dtype]
         if memory is None or not self.nbytes:
             return torch.empty(self.shape, dtype=dtype)
@@ -83,15 +83,9 @@ def pack(tensors: Mapping[str, Tensor]) -> Parcel:
     """Copy tensors (from any device) into one piece of shared memory.
 
     Raises:
-        ValueError: a dtype that is not sent, or too many tensors.
+        ValueError: see `arrange`.
     """
-    if len(tensors) > MAX_TENSORS:
-        raise ValueError(f"{len(tensors)} tensors are sent at once; at most {MAX_TENSORS} can be")
-    specs: list[Spec] = []
-    size = 0
-    for name, tensor in tensors.items():
-        specs.append(Spec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    specs, size = arrange(tensors)
     plain = [vars(spec) for spec in specs]
     if not size:
         return Parcel(None, plain)
@@ -108,6 +102,22 @@ def pack(tensors: Mapping[str, Tensor]) -> Parcel:
     return Parcel(descriptor, plain)
 
 
+def arrange(tensors: Mapping[str, Tensor]) -> tuple[list[Spec], int]:
+    """Where each tensor goes in one piece of memory, and how many bytes that has.
+
+    Raises:
+        ValueError: a dtype that is not sent, or too many tensors.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors are sent at once; at most {MAX_TENSORS} can be")
+    specs: list[Spec] = []
+    size = 0
+    for name, tensor in tensors.items():
+        specs.append(Spec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return specs, size
+
+
 def unpack(descriptor: int | None, described: list[Any]) -> dict[str, Tensor]:
     """Map the tensors of a parcel; what is written to them is not seen by other ranks. Takes the descriptor over.
 
@@ -115,8 +125,7 @@ def unpack(descriptor: int | None, described: list[Any]) -> dict[str, Tensor]:
         BadMessageError: the descriptions are not of such a parcel, or the descriptor is not of the memory they need.
     """
     try:
-        specs = _checked(described)
-        size = max((spec.offset + spec.nbytes for spec in specs.values() if spec.nbytes), default=0)
+        specs, size = checked(described)
         memory = _map(descriptor, size)
         return {name: spec.view(memory) for name, spec in specs.items()}
     except (ValueError, OSError) as error:
@@ -126,7 +135,12 @@ def unpack(descriptor: int | None, described: list[Any]) -> dict[str, Tensor]:
             os.close(descriptor)
 
 
-def _checked(described: list[Any]) -> dict[str, Spec]:
+def checked(described: list[Any]) -> tuple[dict[str, Spec], int]:
+    """Descriptions of tensors in one piece of memory, by name, and the bytes that it must have.
+
+    Raises:
+        ValueError: they are not such descriptions, or do not go together.
+    """
     if len(described) > MAX_TENSORS:
         raise ValueError(f"{len(described)} tensors, of at most {MAX_TENSORS}")
     specs: dict[str, Spec] = {}
@@ -142,7 +156,7 @@ def _checked(described: list[Any]) -> dict[str, Spec]:
             raise ValueError(f"tensor {spec.name} is at byte {spec.offset}, misaligned or within the one before")
         specs[spec.name] = spec
         end = spec.offset + spec.nbytes
-    return specs
+    return specs, max((spec.offset + spec.nbytes for spec in specs.values() if spec.nbytes), default=0)
 
 
 def _map(descriptor: int | None, size: int) -> mmap.mmap | None:

@@ -7,7 +7,7 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from .channel import Channel, ChannelClosedError, peer
@@ -24,11 +24,11 @@ class Reception:
 
     Args:
         listener: of AF_UNIX.
-        ranks: how many there will be.
+        ranks: who they will be.
     """
 
-    def __init__(self, listener: socket.socket, ranks: int) -> None:
-        self._expected = set(range(ranks))
+    def __init__(self, listener: socket.socket, ranks: Iterable[int]) -> None:
+        self._expected = set(ranks)
         self._waiting: dict[Channel, float] = {}
         self._listener = listener
         listener.setblocking(False)

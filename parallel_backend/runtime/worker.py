@@ -1,6 +1,7 @@
 """One rank of a worker group: ``torchrun ... -m parallel_backend.runtime.worker --socket PATH --device cpu|cuda``.
 
 It connects to the client's socket, does what it is told one request after the other, and ends when the client is gone.
+On another host than the client's, the socket is that of the process that looks after the ranks there (`host`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore
 
 from ..config import ParallelismConfig
 from ..families import VisionImage
@@ -44,6 +46,7 @@ from .messages import (
 )
 from .out_of_memory import out_of_memory
 from .rank_log import log_file, log_to
+from .relay import Relay
 
 
 def main() -> None:
@@ -63,13 +66,11 @@ def main() -> None:
     threading.Thread(target=_end_with_client, args=(connection.fileno(),), daemon=True).start()
     channel.send(Hello(rank, os.getpid()))
     try:
+        device = torch.device("cpu")
         if arguments.device == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            device = torch.device("cpu")
-            dist.init_process_group("gloo")
+        _join(device)
 
         def notify(text: str) -> None:
             print(text, flush=True)
@@ -79,9 +80,24 @@ def main() -> None:
         def on_progress(done: int, total: int) -> None:
             channel.send(Progress(rank, done, total))
 
-        serve(channel, Engine(device, notify, on_progress=on_progress))
+        over_hosts = int(os.environ["GROUP_WORLD_SIZE"]) > 1
+        serve(Relay(channel) if over_hosts else channel, Engine(device, notify, on_progress=on_progress))
     except ChannelClosedError:
         os._exit(0)
+
+
+def _join(device: torch.device) -> None:
+    """Make the default process group.
+
+    Its keys in the store are the group's own: at the endpoint of several hosts there may have been another group.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = PrefixStore(
+        os.environ["TORCHELASTIC_RUN_ID"], TCPStore(address, port, is_master=False, wait_for_workers=False)
+    )
+    backend, of_device = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=of_device)
 
 
 def _end_with_client(descriptor: int) -> None:
@@ -96,7 +112,7 @@ def _end_with_client(descriptor: int) -> None:
     os._exit(0)
 
 
-def serve(channel: Channel, engine: Engine) -> None:
+def serve(channel: Channel | Relay, engine: Engine) -> None:
     """Carry out requests until the client is gone (ChannelClosedError)."""
     while True:
         request, tensors = channel.receive()
@@ -104,7 +120,7 @@ def serve(channel: Channel, engine: Engine) -> None:
         request_id = getattr(request, "id", -1)
         failed: Failed | None = None
         try:
-            data, answer = perform(channel, engine, request, tensors)
+            data, answer = perform(engine, request, tensors)
         except ChannelClosedError:
             raise
         except Exception as error:
@@ -121,7 +137,7 @@ def serve(channel: Channel, engine: Engine) -> None:
 
 
 def perform(
-    channel: Channel, engine: Engine, request: Message, tensors: Mapping[str, Tensor]
+    engine: Engine, request: Message, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Carry out one request; its data (each rank's) and its tensors (rank 0's, on any device)."""
     match request:
@@ -135,6 +151,7 @@ def perform(
                 request.fp8,
                 request.encoder_memory,
                 request.orphans,
+                request.content,
             )
             return {}, {}
         case Offload():

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.errors import relative_error
 
 from .server import ComfyServer, RunResult
 
@@ -108,10 +109,11 @@ def latents_of_both(
     return ours, reference
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in the 2-norm."""
-    assert value.shape == reference.shape
-    return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference)).item()
+def unload(server: ComfyServer) -> None:
+    """End all worker groups."""
+    graph = Graph()
+    graph.add("HybridDiT_UnloadWorkers", after=add_latent(graph))
+    run_well(server, graph)
 
 
 _seeds = itertools.count(1000)

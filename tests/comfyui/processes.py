@@ -18,7 +18,7 @@ LAUNCHER_MODULE = "parallel_backend.runtime.agent"
 def worker_ranks(server: ComfyServer) -> dict[int, int]:
     """Process id -> rank of all workers of all groups of a server."""
     return {
-        pid: int(_environment(pid)["RANK"])
+        pid: int(environment(pid)["RANK"])
         for pid in group_processes(server)
         if LAUNCHER_MODULE not in _command_line(pid)
     }
@@ -52,8 +52,9 @@ def _command_line(pid: int) -> list[str]:
     return []
 
 
-def _environment(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+def environment(pid: int) -> dict[str, str]:
+    """What a process was started with."""
+    entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.tiny_pipeline import _init_unit_variance
+from tests.tiny_pipeline import init_unit_variance
 from tests.tiny_qwen import SCHEDULER, single_file_tensors, tiny_transformer
 
 PIPELINE, ZERO = "tiny-qwen", "tiny-qwen-zero"
@@ -89,7 +89,7 @@ def _plain(name: str) -> str:
 
 def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**CONFIG))
-    _init_unit_variance(model)
+    init_unit_variance(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -100,7 +100,7 @@ def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:
 def random_vae(base_dim: int = 16) -> AutoencoderKLQwenImage:
     """A sixth of the real one's channels; ComfyUI knows one number of blocks a level alone."""
     model = AutoencoderKLQwenImage(base_dim=base_dim, num_res_blocks=2)
-    _init_unit_variance(model)
+    init_unit_variance(model)
     with torch.no_grad():
         picture = torch.nn.functional.interpolate(torch.randn(2, 3, 6, 6), size=(96, 96), mode="bicubic").mul(0.5)
         spread = model.encode(picture.clamp(-1, 1).unsqueeze(2)).latent_dist.mean.std()

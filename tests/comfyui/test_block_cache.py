@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.errors import relative_error
+
 from .cache_graphs import STEPS, add_cache, counts, kept_bytes, runs, sample
 from .graphs import (
     Graph,
@@ -12,7 +14,6 @@ from .graphs import (
     add_prompt,
     add_reference,
     add_sampler,
-    relative_error,
     save_latent,
 )
 from .processes import worker_ranks

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.errors import relative_error
+
 from .cache_graphs import STEPS, add_cache, counts, kept_bytes, runs, sample
 from .graphs import (
     Graph,
@@ -14,7 +16,6 @@ from .graphs import (
     add_loader,
     add_prompt,
     add_sampler,
-    relative_error,
     save_latent,
 )
 from .test_lifecycle import at_progress_of

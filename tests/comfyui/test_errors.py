@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.errors import relative_error
+
 from .conftest import EXAMPLE_IMAGE, TRUNCATED, UNSUPPORTED
 from .graphs import (
     Graph,
@@ -19,7 +21,6 @@ from .graphs import (
     add_sampler,
     assert_still_draws,
     latents_of_both,
-    relative_error,
     save_latent,
 )
 from .processes import group_processes

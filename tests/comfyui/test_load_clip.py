@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.errors import relative_error
 from tests.single_file import flux2_tensors, write
 from tests.text_encoder_file import comfy_config, text_tensors, write_text
 
 from .conftest import EXAMPLE_IMAGE
-from .graphs import Graph, add_latent, add_layout, relative_error, run_well, save_latent, saved_latent
+from .graphs import Graph, add_latent, add_layout, run_well, save_latent, saved_latent
 from .processes import worker_ranks
 from .test_errors import failure, rejection
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
+from tests.errors import relative_error
+
 from .conftest import EXAMPLE_IMAGE
 from .graphs import (
     Graph,
@@ -18,7 +20,6 @@ from .graphs import (
     add_reference,
     add_sampler,
     latents_of_both,
-    relative_error,
 )
 from .server import ComfyServer
 

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from tests.errors import relative_error
+
 from .conftest import EXAMPLE_IMAGE
-from .graphs import Graph, NodeId, add_layout, add_loader, add_reference, relative_error, run_well, save_latent
+from .graphs import Graph, NodeId, add_layout, add_loader, add_reference, run_well, save_latent
 from .graphs import saved_latent as latent_of
 from .qwen_models import PIPELINE, ZERO
 from .test_errors import failure, rejection
@@ -100,7 +102,6 @@ def test_same_latent(name, latents):
     ours, theirs = latents(name)
     assert theirs.ndim == 5
     assert theirs.std() > 0.1
-    print(name, relative_error(ours, theirs))
     assert relative_error(ours, theirs) <= TOLERANCE
 
 
@@ -258,7 +259,6 @@ def test_same_conditioning(kind, qwen):
             for one in (ours, theirs):
                 one["cond"] = one["cond"][:, theirs["attention_mask"][0].bool()]
         for key, tensor in theirs.items():
-            print(kind, name, key, tuple(tensor.shape), relative_error(ours[key], tensor))
             assert relative_error(ours[key], tensor) <= TOLERANCE, (name, key)
         found[name] = theirs
     assert {name for name, one in found.items() if "attention_mask" in one} == {
@@ -344,7 +344,6 @@ def test_encoding(qwen):
         expected = latent_of(qwen, result, theirs)
         assert expected.shape == (1, 16, 1, 12, 17)
         assert expected.std() > 0.5
-        print("encode", relative_error(latent_of(qwen, result, ours), expected))
         assert relative_error(latent_of(qwen, result, ours), expected) <= TOLERANCE
 
 

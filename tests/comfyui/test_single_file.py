@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 
-from .graphs import Graph, add_layout, add_loader, add_sampler, relative_error, run_well, save_latent, saved_latent
+from .graphs import Graph, add_layout, add_loader, add_sampler, run_well, save_latent, saved_latent
 from .test_errors import rejection
 
 PARITY = 1e-4

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.errors import relative_error
+
 from .graphs import (
     Graph,
     NodeId,
@@ -14,7 +16,6 @@ from .graphs import (
     add_reference,
     add_sampler,
     latents_of_both,
-    relative_error,
     run_well,
     save_latent,
     saved_latent,

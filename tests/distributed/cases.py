@@ -12,6 +12,7 @@ from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, family_of_transformer
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
+from tests.errors import relative_error
 
 FLUX2 = family_of_transformer("Flux2Transformer2DModel")
 
@@ -44,13 +45,6 @@ def flux2_inputs(text: int, sizes: list[tuple[int, int]], batch: int, seed: int 
     timestep = torch.full((batch,), 0.7)
     conditioning = Conditioning(context, references, {"guidance": torch.full((batch,), 3.5)})
     return FLUX2.transformer_inputs(x, timestep, conditioning)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the expected; infinite where a value is not finite."""
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    error = ((actual - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
 
 
 def transformer_error(

@@ -11,8 +11,9 @@ from diffusers import Flux2Pipeline
 
 from parallel_backend import ModelAdapter, ParallelismConfig, disable_cache, enable_cache
 from parallel_backend.mesh import ParallelMesh
+from tests.errors import relative_error
 
-from .cases import flux2_inputs, relative_error, text_ids, tiny_text_encoder, tiny_transformer
+from .cases import flux2_inputs, text_ids, tiny_text_encoder, tiny_transformer
 
 
 @functools.cache

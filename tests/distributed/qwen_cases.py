@@ -18,8 +18,7 @@ from parallel_backend.parallelize import (
     parallelize_text_encoder,
     parallelize_transformer,
 )
-
-from .cases import relative_error
+from tests.errors import relative_error
 
 QWEN = family_of_transformer("QwenImageTransformer2DModel")
 IMAGE_TOKEN = 90

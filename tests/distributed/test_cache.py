@@ -7,8 +7,8 @@ import torch
 
 from parallel_backend import ParallelismConfig
 from tests.distributed import cache_cases as cases
-from tests.distributed.cases import relative_error
 from tests.distributed.layouts import REFERENCE_TABLE
+from tests.errors import relative_error
 
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums."""

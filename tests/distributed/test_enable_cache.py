@@ -7,7 +7,8 @@ import torch
 
 from parallel_backend import ModelAdapter, ParallelismConfig, disable_cache, enable_cache
 from tests.distributed import pipeline_cases as run
-from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
+from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+from tests.errors import relative_error
 from tests.tiny_pipeline import make_tiny_pipeline
 
 pytestmark = pytest.mark.timeout(180)

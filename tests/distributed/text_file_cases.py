@@ -13,8 +13,8 @@ from parallel_backend.loading.text_encoder_file import open_text_encoder_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallelize import shard_text_model, text_axes
+from tests.errors import relative_error
 
-from .cases import relative_error
 from .loading_cases import counting_reads
 
 

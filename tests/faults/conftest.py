@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
+from PIL.Image import Image
 
-from tests.comfyui.conftest import REFERENCE_PACK, comfyui, home  # noqa: F401  (fixtures)
+from tests.comfyui.conftest import EXAMPLE_IMAGE, REFERENCE_PACK, comfyui, example_image, home  # noqa: F401  (fixtures)
 from tests.comfyui.server import ComfyServer
 
 from . import injection
@@ -19,7 +20,9 @@ from .injection import Orders
 HERE = Path(__file__).resolve().parent
 
 # The same inputs each time in the short form; the long one looks for new ones.
-settings.register_profile("short", max_examples=200, derandomize=True, database=None, deadline=None)
+settings.register_profile(
+    "short", max_examples=200, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
+)
 settings.register_profile("long", max_examples=3000, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 TEST_SECONDS = 180
@@ -57,9 +60,10 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: Path, home: Path, orders: Orders) -> Iterator[ComfyServer]:  # noqa: F811
+def server(comfyui: Path, home: Path, orders: Orders, example_image: Image) -> Iterator[ComfyServer]:  # noqa: F811
     """The session's server."""
     with faulty_server(comfyui, home, orders) as server:
+        server.add_input_image(EXAMPLE_IMAGE, example_image)
         yield server
 
 

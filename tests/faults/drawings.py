@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.comfyui.server import ComfyServer, RunResult
 LAYOUT = {"ulysses": 2, "ring": 1, "tp": 1}
 """Two ranks: the quickest to start."""
 STEPS = 4
+_seeds = itertools.count(1000)
 
 
 class Drawing:
@@ -36,6 +38,7 @@ class Drawing:
         layout: degrees.
         pipeline: folder of FLUX.2 or Qwen-Image.
         cached: with a block cache.
+        image: an input image that the latent is made of.
         options: of the sampler, such as ``seed`` and ``steps``; ``width`` and ``height`` of the latent, in pixels.
     """
 
@@ -45,13 +48,17 @@ class Drawing:
         layout: dict[str, int] | None = None,
         pipeline: str = "tiny",
         cached: bool = False,
+        image: str | None = None,
         **options: Any,
     ) -> None:
         self.graph = Graph()
         self.loader = add_loader(self.graph, pipeline, **(layout or LAYOUT))
         self.prompt = add_prompt(self.graph, self.loader, text)
         size = {name: options.pop(name) for name in ("width", "height") if name in options}
-        if pipeline == QWEN:
+        if image is not None:
+            pixels = self.graph.add("LoadImage", image=image)
+            latent = self.graph.add("VAEEncode", pixels=pixels, vae=(self.loader, 2))
+        elif pipeline == QWEN:
             latent = self.graph.add("EmptySD3LatentImage", **({"width": 128, "height": 128, "batch_size": 1} | size))
         else:
             latent = add_latent(self.graph, **size)
@@ -75,9 +82,9 @@ class Drawing:
         return torch.cat([latent.flatten(), picture.float()])
 
 
-def other_drawing(server: ComfyServer, text: str = "something else") -> None:
-    """Draw something else, so that ComfyUI's cache has no part of another drawing but the loader."""
-    Drawing(text, seed=99, steps=1, width=64, height=64).run_well(server)
+def other_drawing(server: ComfyServer) -> None:
+    """Draw something new, so that a group is up and ComfyUI's cache has no part of another drawing but the loader."""
+    Drawing("something else", seed=next(_seeds), steps=1, width=64, height=64).run_well(server)
 
 
 class Ended:
@@ -91,18 +98,12 @@ class Ended:
             self.at = time.time()
 
 
-def unload(server: ComfyServer) -> None:
-    """End all worker groups."""
-    graph = Graph()
-    graph.add("HybridDiT_UnloadWorkers", after=add_latent(graph))
-    run_well(server, graph)
-
-
 def node_of(drawing: Drawing, moment: str) -> set[NodeId]:
     """The nodes on which a fault at a moment shows."""
     return {
         "encode_text": {drawing.prompt},
         "decode": {drawing.picture},
         "predict": {drawing.sampler},
+        "between": {drawing.sampler},
         "collective": {drawing.prompt, drawing.sampler},
     }.get(moment, {drawing.loader, drawing.prompt})

@@ -23,7 +23,7 @@ ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.wo
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
-START, COLLECTIVE = "start", "collective"
+START, RENDEZVOUS, COLLECTIVE, BETWEEN = "start", "rendezvous", "collective", "between"
 KINDS = ("kill", "raise", "oom", "exit", "stop", "sleep")
 INJECTED = "a fault that was asked for"
 OUT_OF_MEMORY = (
@@ -39,7 +39,8 @@ class Order:
 
     Args:
         rank: who carries it out.
-        moment: `START` (before the rank connects), one of `METHODS`, or `COLLECTIVE`.
+        moment: `START` (before the rank connects or has a log of its own), `RENDEZVOUS` (it has, and meets the others),
+            one of `METHODS`, `COLLECTIVE`, or `BETWEEN` (it has evaluated the transformer and waits for what is next).
         kind: one of `KINDS`.
         nth: at which occurrence of the moment, counted from when the order is there.
         seconds: how long ``sleep`` takes.
@@ -59,28 +60,29 @@ class Orders:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def give(self, order: Order) -> None:
-        """Have an order carried out, in the place of any other."""
+    def give(self, *orders: Order) -> None:
+        """Have orders carried out, one a rank at most, in the place of any others."""
         self.withdraw()
-        draft = self.folder / "draft"
-        draft.write_text(json.dumps(asdict(order)))
-        draft.rename(_order_file(self.folder))
+        for order in orders:
+            draft = self.folder / "draft"
+            draft.write_text(json.dumps(asdict(order)))
+            draft.rename(_order_file(self.folder, order.rank))
 
     def withdraw(self) -> None:
         """No order is to be carried out any more; forget when the last one was."""
-        for file in (_order_file(self.folder), _done_file(self.folder)):
+        for file in (*self.folder.glob("order-*.json"), _done_file(self.folder)):
             file.unlink(missing_ok=True)
 
     def carried_out(self) -> float | None:
-        """When the order was carried out (`time.time`), or None if it has not been."""
+        """When an order was carried out (`time.time`), the last if there were several; None if none has been."""
         try:
             return float(_done_file(self.folder).read_text())
         except (FileNotFoundError, ValueError):  # ValueError: just being written
             return None
 
 
-def _order_file(folder: Path) -> Path:
-    return folder / "order.json"
+def _order_file(folder: Path, rank: int) -> Path:
+    return folder / f"order-{rank}.json"
 
 
 def _done_file(folder: Path) -> Path:
@@ -96,21 +98,24 @@ class _Rank:
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
         self._counted: tuple[str, int] = ("", 0)
+        self._latest = ""
 
     def reached(self, moment: str) -> None:
         """A moment has come: carry out what is ordered for it."""
+        if moment in METHODS:
+            self._latest = moment
         try:
-            text = _order_file(self.folder).read_text()
+            text = _order_file(self.folder, self.rank).read_text()
         except FileNotFoundError:
             return
         order = Order(**json.loads(text))
-        if (order.rank, order.moment) != (self.rank, moment):
+        if order.moment != moment or (moment == BETWEEN and self._latest != "predict"):
             return
         count = self._counted[1] + 1 if self._counted[0] == text else 1
         self._counted = (text, count)
         if count < order.nth:
             return
-        _order_file(self.folder).unlink()
+        _order_file(self.folder, self.rank).unlink()
         self._counted = ("", 0)
         _done_file(self.folder).write_text(repr(time.time()))
         _carry_out(order)
@@ -143,13 +148,18 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module) -> None:
+        self.rank.reached(START)
         self.loader.exec_module(module)
         import torch.distributed as dist
+
+        from parallel_backend.runtime.channel import Channel
 
         for name in METHODS:
             setattr(module.Engine, name, self._announced(getattr(module.Engine, name), name))
         for name in COLLECTIVES:
             setattr(dist, name, self._announced(getattr(dist, name), COLLECTIVE))
+        dist.init_process_group = self._announced(dist.init_process_group, RENDEZVOUS)
+        Channel.receive = self._announced(Channel.receive, BETWEEN)
 
     def _announced(self, function, moment: str):
         def announced(*args, **kwargs):
@@ -177,6 +187,4 @@ def install() -> None:
     folder = os.environ.get(FOLDER)
     if not folder or WORKER not in sys.orig_argv or "RANK" not in os.environ:
         return
-    rank = _Rank(Path(folder), int(os.environ["RANK"]))
-    sys.meta_path.insert(0, _Finder(rank))
-    rank.reached(START)
+    sys.meta_path.insert(0, _Finder(_Rank(Path(folder), int(os.environ["RANK"]))))

@@ -8,8 +8,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.comfyui.processes import group_processes
+from parallel_backend.runtime.launcher import KEPT_LOGS
+from tests.comfyui.processes import environment, worker_ranks
 from tests.comfyui.server import ComfyServer
+
+from .injection import FOLDER
 
 
 @dataclass(frozen=True)
@@ -17,18 +20,24 @@ class Holdings:
     """Counts at one moment.
 
     Args:
-        processes: of worker groups: ranks and agents.
+        processes: that the server started, and those that these started, wherever they are now: ranks and agents.
+        zombies: children of the server that have ended and that it did not ask after.
         memfds, sockets, descriptors: open in the server's process; ``descriptors`` are all, also those two.
+        rank_memfds: open in the ranks, all together.
         threads: of the server's process.
         temporary: files and folders in the server's folder for temporary files, which is its and its workers' alone.
+        logs: folders of logs, beyond those that are kept.
     """
 
     processes: int
+    zombies: int
     memfds: int
+    rank_memfds: int
     sockets: int
     descriptors: int
     threads: int
     temporary: int
+    logs: int
 
     def more_than(self, other: Holdings, slack: int = 0) -> dict[str, tuple[int, int]]:
         """What there is more of than before, by more than ``slack``: before and now."""
@@ -41,14 +50,42 @@ def holdings(server: ComfyServer) -> Holdings:
     assert server.process is not None
     pid = server.process.pid
     links = Counter(_kind(link) for link in _links(pid))
+    logs = Path(server.environment["HYBRID_DIT_HOME"]) / "logs"
     return Holdings(
-        processes=len(group_processes(server)),
+        processes=len(started_by(server)),
+        zombies=sum(is_zombie and parent == pid for is_zombie, parent in map(_state, _processes())),
         memfds=links["memfd"],
+        rank_memfds=sum(_kind(link) == "memfd" for rank in worker_ranks(server) for link in _links(rank)),
         sockets=links["socket"],
         descriptors=links.total(),
         threads=len(list(Path(f"/proc/{pid}/task").iterdir())),
         temporary=len(temporary_files(server)),
+        logs=max(0, len(list(logs.glob("*"))) - KEPT_LOGS),
     )
+
+
+def started_by(server: ComfyServer) -> set[int]:
+    """The processes that stem from a server but itself, whatever became of it and of those between."""
+    mark = (FOLDER, server.environment[FOLDER])
+    found = set()
+    for pid in _processes():
+        with contextlib.suppress(OSError):  # gone, or not ours
+            if mark in environment(pid).items() and not _state(pid)[0]:
+                found.add(pid)
+    return found - {server.process.pid if server.process else 0}
+
+
+def _processes() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _state(pid: int) -> tuple[bool, int]:
+    """Whether a process has ended and waits for its parent to ask, and its parent."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return False, 0
+    return state == "Z", int(parent)
 
 
 def temporary_files(server: ComfyServer) -> set[str]:
@@ -58,9 +95,10 @@ def temporary_files(server: ComfyServer) -> set[str]:
 
 def _links(pid: int) -> list[str]:
     found = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            found.append(os.readlink(entry))
+    with contextlib.suppress(OSError):  # gone
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
     return found
 
 

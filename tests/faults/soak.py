@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from parallel_backend.demo_model import DEMO_FOLDER_NAME
+from tests.comfyui.graphs import unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.qwen_models import PIPELINE as QWEN
 from tests.comfyui.server import ComfyServer
 
 from .conftest import STEP_DEADLINE
-from .drawings import Drawing, Ended, unload
+from .drawings import Drawing, Ended
 from .injection import Order, Orders
 from .leaks import holdings, resident_kib, slope
 from .test_cancel import Canceller
@@ -46,11 +47,13 @@ FAULTS = tuple(
     (kind, moment)
     for kind, moment in itertools.product(
         ("kill", "raise", "oom", CANCEL, "exit", "stop"),
-        ("predict", "load", "collective", "encode_text", "decode", "start"),
+        ("predict", "load", "collective", "encode_text", "decode", "start", "rendezvous", "between"),
     )
-    # A rank that has not connected cannot raise; one that is stopped there or while it loads is waited for.
-    if not (moment == "start" and kind in ("raise", "oom", "stop")) and (kind, moment) != ("stop", "load")
+    # Before it connects a rank asks for nothing, and nobody knows it; and where it is not at work it ends either way.
+    if (moment != "start" or kind not in ("oom", "stop"))
+    and (moment not in ("rendezvous", "between") or kind in ("kill", "raise", "stop"))
 )
+"""As many as come to 200 prompts."""
 
 
 @dataclass
@@ -133,10 +136,11 @@ def _with_fault(
 ) -> None:
     """Run a graph with a fault in it; what is not as promised is noted."""
     kind, moment = fault
-    if moment in ("start", "load"):
+    if moment in ("start", "rendezvous", "load"):
         unload(server)
     rank = 0 if moment == "decode" else number % 2
-    orders.give(Order(rank, moment, kind, nth={"predict": 3, "collective": 15}.get(moment, 1), seconds=3.0))
+    nth = {"predict": 3, "between": 3, "collective": 15}.get(moment, 1)
+    orders.give(Order(rank, moment, kind, nth, seconds=3.0))
     ended = Ended()
     if kind == CANCEL:
         with Canceller(server, orders) as canceller:

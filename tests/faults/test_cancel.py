@@ -8,13 +8,17 @@ import time
 import pytest
 import torch
 
-from tests.comfyui.graphs import run_well
+from tests.comfyui.conftest import EXAMPLE_IMAGE
+from tests.comfyui.graphs import run_well, unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.server import ComfyServer
 
-from .drawings import Drawing, Ended, other_drawing, unload
+from .conftest import STEP_DEADLINE
+from .drawings import Drawing, Ended, other_drawing
 from .injection import Order, Orders
 
+FAIL_SECONDS = 5.0
+"""From when a fault is found to the error."""
 CANCEL_SECONDS = 0.2
 """From Cancel to the end of the run."""
 TRIES = 3
@@ -25,7 +29,7 @@ TEXT = "a green triangle"
 
 @pytest.fixture(scope="module")
 def drawing(server: ComfyServer) -> Drawing:
-    return Drawing(TEXT, seed=6)
+    return Drawing(TEXT, seed=6, image=EXAMPLE_IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def expected(server: ComfyServer, drawing: Drawing) -> torch.Tensor:
     return drawing.run_well(server)
 
 
-@pytest.mark.parametrize("moment", ["start", "load", "encode_text", "predict", "collective", "decode"])
+@pytest.mark.parametrize("moment", ["start", "load", "encode", "encode_text", "predict", "collective", "decode"])
 def test_cancel(moment: str, server: ComfyServer, orders: Orders, drawing: Drawing, expected):
     found = []
     for _ in range(TRIES):
@@ -44,6 +48,24 @@ def test_cancel(moment: str, server: ComfyServer, orders: Orders, drawing: Drawi
             break
     print(f"Cancel in {moment}: {min(found) * 1000:.0f} ms")
     assert min(found) < CANCEL_SECONDS
+
+
+def test_cancel_while_a_rank_hangs(server: ComfyServer, orders: Orders, drawing: Drawing, expected):
+    """That is found out in the next prompt; the one after it is right."""
+    other_drawing(server)
+    orders.give(Order(1, "predict", "stop", nth=3))
+    ended = Ended()
+    with Canceller(server, orders) as canceller:
+        result = server.run(drawing.graph, on_message=ended, timeout=60)
+    assert result.interrupted
+    assert ended.at is not None
+    print(f"Cancel while a rank hangs: {(ended.at - canceller.pressed) * 1000:.0f} ms")
+    began = time.monotonic()
+    result = server.run(drawing.graph, timeout=60)
+    assert time.monotonic() - began < STEP_DEADLINE + FAIL_SECONDS
+    assert result.error is not None
+    assert "rank 1 is stopped (SIGSTOP)" in result.error["exception_message"]
+    assert torch.equal(drawing.run_well(server), expected)
 
 
 def cancelled(moment: str, server: ComfyServer, orders: Orders, drawing: Drawing) -> float:

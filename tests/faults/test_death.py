@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.comfyui.graphs import run_well
-from tests.comfyui.processes import Watch, group_processes, worker_ranks
+from tests.comfyui.graphs import run_well, unload
+from tests.comfyui.processes import worker_ranks
 from tests.comfyui.server import ComfyServer
 
 from .conftest import STEP_DEADLINE
-from .drawings import Drawing, Ended, node_of, other_drawing, unload
+from .drawings import Drawing, Ended, node_of, other_drawing
 from .injection import EXIT_CODE, INJECTED, Order, Orders
-from .leaks import holdings
+from .leaks import holdings, started_by
 
 FAIL_SECONDS = 5.0
 """From the fault to the error."""
@@ -35,13 +35,19 @@ WORDS = {
     "oom": [r"rank {rank} ran out of memory: it asked for 2\.50 GiB where 1\.25 GiB were free", "What would help: "],
     "stop": [r"rank {rank} is stopped \(SIGSTOP\), and the group did not answer within 8 s"],
 }
+NO_REQUEST = ("start", "rendezvous", "between")
+"""Moments at which a rank is not at work on a request: what is raised ends it."""
+WORDS_OF_ITS_END = ["rank {rank} ended with exit code 1", f"RuntimeError: {INJECTED}"]
 CASES = [
     Order(1, "start", "kill"),
+    Order(0, "start", "raise"),
+    Order(1, "rendezvous", "raise"),
     Order(0, "load", "exit"),
     Order(1, "encode_text", "raise"),
     Order(0, "predict", "oom", nth=2),
     Order(1, "predict", "stop", nth=3),
     Order(0, "collective", "kill", nth=30),
+    Order(1, "between", "kill", nth=2),
     Order(0, "decode", "raise"),
 ]
 """Every kind and every moment once; the soak test has every kind at every moment."""
@@ -55,6 +61,7 @@ def drawing(server: ComfyServer) -> Drawing:
 @pytest.fixture(scope="module")
 def expected(server: ComfyServer, drawing: Drawing) -> torch.Tensor:
     """What is drawn where nothing goes wrong."""
+    unload(server)  # groups of earlier tests
     other_drawing(server)
     return drawing.run_well(server)
 
@@ -68,30 +75,27 @@ def before(server: ComfyServer, expected: torch.Tensor):
 
 @pytest.mark.parametrize("order", CASES, ids=lambda order: f"{order.kind}-{order.moment}-rank-{order.rank}")
 def test_rank(order: Order, server: ComfyServer, orders: Orders, drawing: Drawing, expected, before):
-    if order.moment in ("start", "load"):
+    if order.moment in ("start", "rendezvous", "load"):
         unload(server)
-    other = group_processes(server)
-    if order.moment not in ("start", "load"):
+    else:
         other_drawing(server)  # starts a group where there is none
-        other = group_processes(server)
-        assert len(other) == 3
     orders.give(order)
     ended = Ended()
-    with Watch(other) as watch:
-        result = server.run(drawing.graph, on_message=ended, timeout=90)
-        fault = orders.carried_out()
-        assert fault is not None, "the moment never came"
-        assert not watch.wait(fault + GONE_SECONDS + (STEP_DEADLINE if order.kind == "stop" else 0) - time.time())
+    result = server.run(drawing.graph, on_message=ended, timeout=90)
+    fault = orders.carried_out()
+    assert fault is not None, "the moment never came"
+    found = fault + (STEP_DEADLINE if order.kind == "stop" else 0)
+    assert_all_gone(server, found + GONE_SECONDS)
 
     assert result.error is not None
     assert ended.at is not None
-    took = ended.at - fault - (STEP_DEADLINE if order.kind == "stop" else 0)
+    took = ended.at - found
     print(f"{order.kind} in {order.moment} of rank {order.rank}: told after {took:.2f} s")
     assert took < FAIL_SECONDS
     assert [message["type"] for message in result.messages].count("execution_error") == 1
     text = result.error["exception_message"]
     assert result.error["node_id"] in set(map(str, node_of(drawing, order.moment))), text
-    for words in WORDS[order.kind]:
+    for words in WORDS_OF_ITS_END if (order.kind, order.moment in NO_REQUEST) == ("raise", True) else WORDS[order.kind]:
         assert re.search(words.format(rank=order.rank), text), text
     check_log(text, order)
 
@@ -101,6 +105,13 @@ def test_rank(order: Order, server: ComfyServer, orders: Orders, drawing: Drawin
     assert not holdings(server).more_than(before, slack=2)
     assert holdings(server).processes == before.processes
     assert holdings(server).temporary == before.temporary
+
+
+def assert_all_gone(server: ComfyServer, until: float) -> None:
+    """No process that the server started is left by then (`time.time`)."""
+    while left := started_by(server):
+        assert time.time() < until, left
+        time.sleep(0.05)
 
 
 def check_log(text: str, order: Order) -> None:
@@ -115,12 +126,30 @@ def check_log(text: str, order: Order) -> None:
         assert INJECTED in log.read_text()
 
 
+@pytest.mark.parametrize("kind", ["raise", "oom"])
+def test_all_ranks_at_the_same_place(kind, server, orders, drawing, expected, before):
+    """They can go on: nothing is loaded again."""
+    other_drawing(server)
+    ranks = worker_ranks(server)
+    orders.give(*(Order(rank, "predict", kind, nth=2) for rank in sorted(ranks.values())))
+    result = server.run(drawing.graph, timeout=90)
+    assert result.error is not None
+    text = result.error["exception_message"]
+    for words in WORDS[kind]:
+        assert re.search(words.format(rank=0), text), text
+    check_log(text, Order(0, "predict", kind))
+    again = run_well(server, drawing.graph)
+    assert torch.equal(drawing.drawn(server, again), expected)
+    assert worker_ranks(server) == ranks
+    assert not {"starting", "loading"} & {state.partition(":")[0] for _, state in again.texts}
+    assert not holdings(server).more_than(before, slack=2)
+
+
 def test_killed_between_two_prompts(server, drawing, expected):
     other_drawing(server)
     (victim,) = (pid for pid, rank in worker_ranks(server).items() if rank == 0)
-    with Watch(group_processes(server)) as watch:
-        os.kill(victim, signal.SIGKILL)
-        assert not watch.wait(GONE_SECONDS)
+    os.kill(victim, signal.SIGKILL)
+    assert_all_gone(server, time.time() + GONE_SECONDS)
     # Nobody waited for it, so nobody gets an error.
     assert torch.equal(drawing.run_well(server), expected)
 

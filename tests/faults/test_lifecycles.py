@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.comfyui.graphs import unload
 from tests.comfyui.processes import Watch, group_processes, worker_ranks
 from tests.comfyui.server import ComfyServer, ServerDied
 
 from .conftest import faulty_server
-from .drawings import Drawing, other_drawing, unload
+from .drawings import Drawing, other_drawing
 from .injection import Order, Orders
 from .leaks import holdings, temporary_files
 

@@ -24,7 +24,8 @@ from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, family_of_name
 from parallel_backend.mesh import SINGLE, ParallelMesh, build_mesh
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
-from tests.distributed import cases, qwen_cases
+from tests.distributed import qwen_cases
+from tests.errors import relative_error
 
 LAYOUTS = {
     "Ulysses-2": ParallelismConfig(ulysses_size=2),
@@ -108,7 +109,7 @@ def text_error(mesh: ParallelMesh) -> dict[str, float]:
 
     exact = context(torch.float32, ONE)
     one, two = context(torch.bfloat16, ONE), context(torch.bfloat16, mesh)
-    return {"one": cases.relative_error(one, exact), "two": cases.relative_error(two, exact)}
+    return {"one": relative_error(one, exact), "two": relative_error(two, exact)}
 
 
 def main(path: Path) -> None:
@@ -120,12 +121,12 @@ def main(path: Path) -> None:
         for name in MODELS:
             exact = predict(name, torch.float32, ParallelismConfig(), ONE)
             one = predict(name, torch.bfloat16, ParallelismConfig(), ONE)
-            errors = {"one": cases.relative_error(one, exact)}
+            errors = {"one": relative_error(one, exact)}
             made: dict[str, list[list[bool]]] = {}
             for label, layout in LAYOUTS.items():
                 mesh = build_mesh(layout, "cuda")
-                errors[label] = cases.relative_error(predict(name, torch.bfloat16, layout, mesh), exact)
-                errors[f"{label} fp32"] = cases.relative_error(predict(name, torch.float32, layout, mesh), exact)
+                errors[label] = relative_error(predict(name, torch.bfloat16, layout, mesh), exact)
+                errors[f"{label} fp32"] = relative_error(predict(name, torch.float32, layout, mesh), exact)
                 everyone: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, decisions(name, layout, mesh))
                 made[label] = everyone

@@ -34,6 +34,7 @@ from parallel_backend.runtime.launcher import Launcher
 from parallel_backend.runtime.messages import EndRun, Keep, Predict
 from parallel_backend.runtime.remote_model import RemoteModel
 from parallel_backend.sampling import ImageRequest, draw
+from tests.errors import relative_error
 
 from .processes import Watched
 
@@ -105,12 +106,6 @@ def untouched(pipeline) -> Flux2Pipeline:
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape
-    error = ((actual - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
 
 
 def inputs(batch: int = 1, height: int = 4, width: int = 6, text: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:

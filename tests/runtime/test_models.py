@@ -19,6 +19,7 @@ from parallel_backend.runtime import groups
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.groups import acquire_model, add_user, close_groups, find_model, remove_user
 from parallel_backend.runtime.remote_model import RemoteModel
+from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 
 pytestmark = pytest.mark.timeout(180)
@@ -72,10 +73,6 @@ def encode(model: RemoteModel) -> torch.Tensor:
     return model.encode_text(ids, torch.ones_like(ids))
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
 def pids(model: RemoteModel) -> dict[int, int]:
     return dict(model.group._pids)
 
@@ -90,11 +87,11 @@ class TestBesideEachOther:
         other = acquire_model(ModelConfig.create(file, TP, "cpu"))
         ring = acquire_model(ModelConfig.create(pipeline, ParallelismConfig(ring_size=2), "cpu"))
         assert pids(other) == pids(ring) == pids(model)
-        assert error(predict(ring), before) <= EXACT
+        assert relative_error(predict(ring), before) <= EXACT
         first = predict(other)
         # Taking turns, each with conditioning of its own.
         for seed in range(3):
-            assert error(predict(ring, seed), predict(model, seed)) <= EXACT
+            assert relative_error(predict(ring, seed), predict(model, seed)) <= EXACT
             assert torch.equal(predict(other), first)
         reports = {name: each.report() for name, each in {"model": model, "other": other, "ring": ring}.items()}
         assert reports["model"]["layout"]["name"] == "TP-2"

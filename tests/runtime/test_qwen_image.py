@@ -13,6 +13,7 @@ from parallel_backend.families import Conditioning, VisionImage
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.groups import acquire_model, close_groups
 from parallel_backend.runtime.remote_model import RemoteModel
+from tests.errors import relative_error
 from tests.tiny_qwen import make_tiny_qwen, single_file_tensors
 
 pytestmark = pytest.mark.timeout(180)
@@ -40,12 +41,6 @@ def transformer(folder) -> QwenImageTransformer2DModel:
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape
-    error = ((actual - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
 
 
 @torch.no_grad()

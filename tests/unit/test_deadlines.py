@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel_backend.runtime.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, least_seconds
+from parallel_backend.runtime.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, Stopped, least_seconds
 
 
 class TestStepTimes:
@@ -95,3 +95,38 @@ class TestOwed:
     def test_answers_to_nothing_are_ignored(self, owed):
         owed.answered(99, 0)
         assert owed.overdue() is None
+
+
+class TestStopped:
+    @pytest.fixture
+    def states(self):
+        return {10: "S", 11: "R"}
+
+    def test_a_rank_that_stays_stopped(self, states):
+        now = [0.0]
+        stopped = Stopped(lambda: now[0], states.__getitem__)
+        pids = {0: 10, 1: 11}
+        assert stopped.overdue(pids) is None
+        states[11] = "T"
+        for second in range(1, 61):
+            now[0] = float(second)
+            assert stopped.overdue(pids) is None
+        now[0] = 61.0
+        assert stopped.overdue(pids) == ({1}, LEAST_SECONDS)
+
+    def test_one_that_goes_on_in_between(self, states):
+        now = [0.0]
+        stopped = Stopped(lambda: now[0], states.__getitem__)
+        for second in range(200):
+            now[0] = float(second)
+            states[10] = "S" if second % 50 == 0 else "T"
+            assert stopped.overdue({0: 10}) is None
+
+    def test_it_can_be_turned_off(self, states, monkeypatch):
+        monkeypatch.setenv(VARIABLE, "0")
+        now = [0.0]
+        states[10] = "T"
+        stopped = Stopped(lambda: now[0], states.__getitem__)
+        for second in range(0, 1000, 10):
+            now[0] = float(second)
+            assert stopped.overdue({0: 10}) is None

@@ -6,7 +6,8 @@ import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.mesh import single_mesh
 from parallel_backend.parallelize import disable_cache, parallelize_transformer
-from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
+from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+from tests.errors import relative_error
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def listener(tmp_path):
 
 @pytest.fixture
 def front(listener):
-    front = Reception(listener, 2)
+    front = Reception(listener, range(2))
     yield front
     front.close()
 
@@ -112,7 +112,7 @@ def test_another_users_process_is_turned_away():
                 code = 0
             finally:
                 os._exit(code)
-        front = Reception(listener, 2)
+        front = Reception(listener, range(2))
         arrived = []
         deadline = time.monotonic() + 10
         while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:

@@ -26,6 +26,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from safetensors.torch import save_file
 
 from .qwen_image import load_qwen_pipeline
+from .stock_model import stock_model
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
 
@@ -82,15 +83,7 @@ def build_model(transformer: Any) -> comfy.model_patcher.ModelPatcher:
         mlp_ratio=config.mlp_ratio,
         theta=config.rope_theta,
     )
-    model_config = comfy.supported_models.Flux2(unet_config)
-    model_config.set_inference_dtype(torch.float32, None)
-    model = model_config.get_model(weights, "")
-    model.diffusion_model.load_state_dict(weights, strict=True)
-    return comfy.model_patcher.ModelPatcher(
-        model.eval(),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return stock_model(comfy.supported_models.Flux2(unet_config), weights)
 
 
 class _ChatTokenizer:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_detection
-import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
@@ -19,6 +18,7 @@ from comfy.text_encoders.llama import Llama2_, Qwen25_7BVLI, Qwen25_7BVLI_Config
 from comfy.text_encoders.qwen_image import QwenImageTokenizer, te
 from comfy.text_encoders.qwen_vl import Qwen2VLVisionTransformer
 
+from .stock_model import stock_model
 from .wan_names import to_wan_names
 
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -39,15 +39,7 @@ def build_qwen_model(transformer: Any) -> comfy.model_patcher.ModelPatcher:
         joint_attention_dim=config.joint_attention_dim,
         axes_dims_rope=tuple(config.axes_dims_rope),
     )
-    model_config = comfy.supported_models.QwenImage(unet_config)
-    model_config.set_inference_dtype(torch.float32, None)
-    model = model_config.get_model(weights, "")
-    model.diffusion_model.load_state_dict(weights, strict=True)
-    return comfy.model_patcher.ModelPatcher(
-        model.eval(),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return stock_model(comfy.supported_models.QwenImage(unet_config), weights)
 
 
 class _LanguageModel(Qwen25_7BVLI):

@@ -1,0 +1,105 @@
+"""``worker``: make this machine one of the hosts that a group of several runs on, until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from ..paths import new_private_folder
+from ..runtime.hosts import Hosts
+
+BETWEEN_SECONDS = 1.0
+FAILED_SECONDS = 5.0
+END_SECONDS = 5.0
+"""How long the processes of a group may take to end before they are killed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("--nnodes", type=int, required=True, help="number of hosts, with the one that has ComfyUI")
+    parser.add_argument(
+        "--rdzv-endpoint", required=True, metavar="ADDRESS:PORT", help="of the host with ComfyUI, as its layout says"
+    )
+    parser.add_argument(
+        "--node-rank", type=int, help="which host this is; the one with ComfyUI is 0 (default: 1, if there are 2)"
+    )
+    parser.add_argument(
+        "--devices", default="auto", help="auto (what the layout runs on), cpu, or GPUs such as 0,1 (default: auto)"
+    )
+    parser.add_argument(
+        "--nproc-per-node", type=int, help="take part in layouts with this number of ranks a host only (default: any)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Take part in one group after the other; ends with SIGTERM (exit status 0) or Ctrl-C."""
+    hosts = Hosts(arguments.nnodes, arguments.rdzv_endpoint)
+    host = node_rank(hosts, arguments.node_rank)
+    owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    command = [
+        *(sys.executable, "-m", "parallel_backend.runtime.host", "--owner", owner, "--node-rank", str(host)),
+        *(f"--nnodes={hosts.count}", f"--rdzv-endpoint={hosts.endpoint}", f"--devices={arguments.devices}"),
+        *([] if arguments.nproc_per_node is None else [f"--nproc-per-node={arguments.nproc_per_node}"]),
+    ]
+    signal.signal(signal.SIGTERM, _stop)
+    print(f"host {host} of {hosts.count}, for groups that start at {hosts.endpoint}; Ctrl-C ends this", flush=True)
+    while True:
+        _take_part(command)
+        time.sleep(BETWEEN_SECONDS)
+
+
+def node_rank(hosts: Hosts, given: int | None) -> int:
+    """Which host this is.
+
+    Raises:
+        ValueError: it cannot be told, or there is no such host.
+    """
+    if not hosts.several:
+        raise ValueError("--nnodes is 1: a group on one host needs no other; this command is for 2 and more")
+    if given is None and hosts.count > 2:
+        raise ValueError(f"of {hosts.count} hosts, each has to know which it is: give it --node-rank 1, 2 ...")
+    host = 1 if given is None else given
+    if not 1 <= host < hosts.count:
+        raise ValueError(f"--node-rank {host} is not one of 1 to {hosts.count - 1}; the host with ComfyUI is 0")
+    return host
+
+
+def _take_part(command: list[str]) -> None:
+    """Wait for a group and take part in it until it ends."""
+    private = new_private_folder()
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(
+        [*command, "--private", str(private)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+        stdin=subprocess.PIPE,  # never written to: its end tells the process, and so the ranks, that this one is gone
+        start_new_session=True,
+        umask=0o077,
+    )
+    assert process.stdin is not None
+    try:
+        code = process.wait()
+        if code:
+            print(f"the process that takes part in groups ended with exit code {code}", flush=True)
+            time.sleep(FAILED_SECONDS)
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)

@@ -1,0 +1,27 @@
+"""ComfyUI's own MODEL of a configuration and weights, without its loader, which knows files of the real size only."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import torch
+
+
+def stock_model(
+    config: comfy.supported_models_base.BASE, weights: dict[str, torch.Tensor]
+) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL in float32.
+
+    Args:
+        config: a class of comfy.supported_models, made with the configuration of the model.
+        weights: all of them, under ComfyUI's names.
+    """
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(weights, "")
+    model.diffusion_model.load_state_dict(weights, strict=True)
+    return comfy.model_patcher.ModelPatcher(
+        model.eval(),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
