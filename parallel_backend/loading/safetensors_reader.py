@@ -88,8 +88,8 @@ def read_metadata(file: Path) -> dict[str, str]:
     Raises:
         ValueError: as `read_header`.
     """
-    metadata = _read_json_header(file)[2].get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    metadata: dict[str, str] = _read_json_header(file)[2].get("__metadata__", {})
+    return metadata
 
 
 def _entry(file: Path, key: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
@@ -119,7 +119,13 @@ def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror or error})") from None
     try:
-        return size, length, parse_object(text)
+        header = parse_object(text)
+        said = header.get("__metadata__", {})
+        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+            raise ValueError("its __metadata__ is no object of texts")
+        for word in (*header, *said, *said.values()):
+            word.encode()  # JSON can spell what is no text
+        return size, length, header
     except ValueError as error:
         raise _unreadable(file, error) from None
 
