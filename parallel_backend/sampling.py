@@ -24,7 +24,7 @@ from .runtime.remote_model import RemoteModel
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a pipeline folder."""
-    return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer", trust_remote_code=False)
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -39,7 +39,7 @@ def load_processor(folder: str | Path) -> Any:
             f"{path / 'preprocessor_config.json'} is missing, which reference images go through: the pipeline is "
             "incomplete; download it again"
         )
-    return AutoImageProcessor.from_pretrained(path)
+    return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
 def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:

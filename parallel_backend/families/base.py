@@ -267,7 +267,9 @@ class Family(ABC):
     def load_vae(self, folder: Path) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
         kind = getattr(diffusers, self.vae_class)
-        return kind.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+        return kind.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        ).eval()
 
     @abstractmethod
     def vae_width(self, config: Mapping[str, Any]) -> int:

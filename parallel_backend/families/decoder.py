@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from transformers import AutoModel
+
 from ..parallel.tensor import Shard
 from .base import Model
+
+ATTENTION = "sdpa"
+"""PyTorch's own."""
+
+
+def build_decoder(config: Any) -> Model:
+    """The text model of transformers' configuration, with weights on the meta device.
+
+    A file's configuration may ask for attention kernels and classes that are code from elsewhere; it gets none.
+    """
+    with torch.device("meta"):
+        return AutoModel.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
 
 
 def decoder_plan(text: Mapping[str, Any]) -> dict[str, Shard]:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+MAX_BLOCKS = 1000
+"""Blocks or layers of a model, of which each is built before anything is found to be missing."""
+
 
 def shape_of(shapes: Mapping[str, tuple[int, ...]], key: str, dims: int = 2) -> tuple[int, ...]:
     """The shape of a tensor that has to be there, with so many dims, none of them empty.
@@ -27,8 +30,10 @@ def count_blocks(shapes: Mapping[str, Any], blocks: str) -> int:
     Raises:
         ValueError: one in between is missing.
     """
-    found = {int(match[1]) for key in shapes if (match := re.match(rf"{re.escape(blocks)}\.(\d+)\.", key))}
-    missing = set(range(max(found, default=-1) + 1)) - found
+    found = {int(match[1]) for key in shapes if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", key))}
+    if len(found) > MAX_BLOCKS:
+        raise ValueError(f"there are {len(found)} {blocks}, more than any model has; the file is damaged")
+    missing = set(range(len(found))) - found
     if missing:
         raise ValueError(f"there are no tensors of {blocks}.{min(missing)}; the file is incomplete")
     return len(found)

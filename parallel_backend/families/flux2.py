@@ -10,7 +10,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from torch import Tensor, nn
-from transformers import AutoModel, Mistral3Config
+from transformers import Mistral3Config
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
@@ -18,7 +18,7 @@ from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
 from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
-from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
+from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
 from .flux2_pipeline import Flux2Drawing
 
@@ -195,8 +195,7 @@ class Flux2(Family):
         full.num_hidden_layers = used
         if getattr(full, "layer_types", None):
             full.layer_types = full.layer_types[:used]
-        with torch.device("meta"):
-            model = AutoModel.from_config(full)
+        model = build_decoder(full)
         # Frequencies are computed, not stored: they must be real. They stay in fp32 whatever the weights are.
         model.rotary_emb = type(model.rotary_emb)(full)
         if used < available:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .file_shapes import count_blocks
+
 _DOUBLE = {
     "attn.norm_q": "img_attn.norm.query_norm",
     "attn.norm_k": "img_attn.norm.key_norm",
@@ -72,8 +74,8 @@ def config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {
         "in_channels": channels,
         "out_channels": shape("final_layer.linear")[0],
-        "num_layers": _count(shapes, "double_blocks"),
-        "num_single_layers": _count(shapes, "single_blocks"),
+        "num_layers": count_blocks(shapes, "double_blocks"),
+        "num_single_layers": count_blocks(shapes, "single_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
         "joint_attention_dim": shape("txt_in")[1],
@@ -112,11 +114,3 @@ def rows_of(name: str) -> tuple[tuple[str, int, int], ...]:
         if part in names:
             return ((f"{prefix}.{names[part]}.{leaf}", 0, 1),)
     raise ValueError(f"FLUX.2 has no parameter {name}")
-
-
-def _count(shapes: Mapping[str, Any], blocks: str) -> int:
-    found = {int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))}
-    missing = set(range(max(found, default=-1) + 1)) - found
-    if missing:
-        raise ValueError(f"the file has no tensors of {blocks}.{min(missing)}; the checkpoint is incomplete")
-    return len(found)

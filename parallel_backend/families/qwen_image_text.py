@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from .base import Model, VisionImage
+from .decoder import ATTENTION, build_decoder
 from .file_shapes import count_blocks, shape_of
 
 VISION_MARK = "visual.patch_embed.proj.weight"
@@ -80,8 +81,7 @@ def file_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def build_text_model(config: Mapping[str, Any]) -> Model:
     """The language model, with weights on the meta device."""
     full = Qwen2_5_VLConfig(**config)
-    with torch.device("meta"):
-        model = AutoModel.from_config(full.text_config)
+    model = build_decoder(full.text_config)
     # Frequencies are computed, not stored: they must be real.
     model.rotary_emb = type(model.rotary_emb)(full.text_config)
     model.image_token_id = full.image_token_id
@@ -92,7 +92,7 @@ def build_vision(config: Mapping[str, Any]) -> Model:
     """The vision tower, with weights on the meta device."""
     vision = Qwen2_5_VLConfig(**config).vision_config
     with torch.device("meta"):
-        model = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision)
+        model = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision, attn_implementation=ATTENTION)
     model.rotary_pos_emb = type(model.rotary_pos_emb)(vision)
     return model
 

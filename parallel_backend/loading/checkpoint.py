@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..families import family_of_text_file
@@ -20,11 +21,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ValueError: it is not there, not whole, or not supported; says what and where.
     """
     path = Path(path)
-    try:
-        is_file = path.is_file()
-    except OSError as error:
-        raise ValueError(f"{str(path)[:200]} cannot be read ({error.strerror})") from None
-    if not is_file:
+    if not os.path.isfile(path):
         return open_pipeline_folder(path)
     check_suffix(path)
     return open_text_encoder_file(path) if family_of_text_file(read_header(path)) else open_single_file(path)

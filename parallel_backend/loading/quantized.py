@@ -6,13 +6,13 @@ in older files one marker for all of them (``scaled_fp8``). Read is fp8 with one
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config_files import parse_object
 from .safetensors_reader import WEIGHT_DTYPES, StoredTensor, read_metadata
 
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -91,7 +91,7 @@ def _layers(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> dict[s
     table = read_metadata(path).get(TABLE)
     if table is not None:
         try:
-            stated = json.loads(table)["layers"]
+            stated = parse_object(table)["layers"]
             layers |= {layer.removeprefix(prefix): dict(says) for layer, says in stated.items()}
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path} has unreadable {TABLE} ({error!r}); download it again") from None
@@ -110,9 +110,6 @@ def _read_layer(tensor: StoredTensor) -> dict[str, Any]:
             raise ValueError(f"{tensor.nbytes} bytes of {tensor.dtype}")
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.offset)
-            says = json.loads(stream.read(tensor.nbytes))
-        if not isinstance(says, dict):
-            raise TypeError(f"a {type(says).__name__}")
-    except (OSError, ValueError, TypeError) as error:
+            return parse_object(stream.read(tensor.nbytes))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{tensor.key} in {tensor.file} is unreadable ({error!r}); download it again") from None
-    return says

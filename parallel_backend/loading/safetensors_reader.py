@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .config_files import MAX_BYTES, parse_object, read_object
 
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """By their names in safetensors."""
@@ -30,6 +32,9 @@ DTYPES = {
 """What is read, by their names in safetensors; a file may hold others that nothing needs."""
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
 """What weights may be stored as."""
+MAX_DIMS = 16
+MAX_KEY = 300
+"""Characters of a tensor's name: errors have it in them."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +64,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         ValueError: the file is missing, cannot be read, is no safetensors file, or is not as its header says: it has
             another size, tensors overlap or leave holes, or one's size is not that of its shape and dtype.
     """
-    try:
-        length, header = _read_json_header(file)
-        size = file.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from None
+    size, length, header = _read_json_header(file)
     data = 8 + length
     tensors, end = {}, 0
     try:
-        entries = [(*entry["data_offsets"], key, entry) for key, entry in header.items() if key != "__metadata__"]
-        for start, stop, key, entry in sorted(entries, key=lambda item: item[:2]):
-            shape, dtype = tuple(entry["shape"]), entry["dtype"]
-            if start != end or any(type(number) is not int or number < 0 for number in (stop - start, *shape)):
-                raise ValueError(f"{key} has the shape {list(shape)} and the bytes {start} to {stop}, after {end}")
-            if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
-                raise ValueError(f"{key} has {stop - start} bytes for {list(shape)} of {dtype}")
-            tensors[key] = StoredTensor(file, key, shape, stop - start, dtype, data + start)
-            end = stop
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        stored = [_entry(file, key, entry, data) for key, entry in header.items() if key != "__metadata__"]
+        for tensor in sorted(stored, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset != data + end:
+                raise ValueError(f"{tensor.key} is at byte {tensor.offset - data}, after {end}")
+            tensors[tensor.key] = tensor
+            end += tensor.nbytes
+    except (ValueError, TypeError, LookupError) as error:
         raise _unreadable(file, error) from None
     if data + end != size:
         raise ValueError(
@@ -92,27 +90,48 @@ def read_metadata(file: Path) -> dict[str, str]:
     Raises:
         ValueError: as `read_header`.
     """
-    metadata = _read_json_header(file)[1].get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    metadata: dict[str, str] = _read_json_header(file)[2].get("__metadata__", {})
+    return metadata
 
 
-def _read_json_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """The header's length in bytes and the header."""
-    if not file.is_file():
+def _entry(file: Path, key: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    """A tensor as the header describes it; ValueError, TypeError or LookupError where that makes no sense."""
+    if len(key) > MAX_KEY:
+        raise ValueError(f"a tensor has a name of {len(key)} characters")
+    (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not isinstance(dtype, str):
+        raise ValueError(f"{key} has the shape {str(shape)[:100]} and the dtype {str(dtype)[:100]}")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in (start, stop, stop - start, *shape)):
+        raise ValueError(f"{key} has the shape {shape} and the bytes {start} to {stop}")
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+        raise ValueError(f"{key} has {stop - start} bytes for {shape} of {dtype}")
+    return StoredTensor(file, key, tuple(shape), stop - start, dtype, data + start)
+
+
+def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
+    """The file's length and the header's, in bytes, and the header."""
+    if not os.path.isfile(file):
         raise ValueError(f"{file} is missing; download the model again or restore this file")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise _unreadable(file, error) from None
-    if not isinstance(header, dict):
-        raise _unreadable(file, TypeError(f"a {type(header).__name__}"))
-    return length, header
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(9)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
+            if not 2 <= length <= min(size - 8, MAX_BYTES) or start[8:] != b"{":
+                raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
+            text = start[8:] + stream.read(length - 1)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from None
+    try:
+        header = parse_object(text)
+        said = header.get("__metadata__", {})
+        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+            raise ValueError("its __metadata__ is no object of texts")
+        for word in (*header, *said, *said.values()):
+            word.encode()  # JSON can spell what is no text
+        return size, length, header
+    except ValueError as error:
+        raise _unreadable(file, error) from None
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
@@ -124,15 +143,15 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a component folder (one safetensors file, or several with an index).
 
     Raises:
-        ValueError: there are no safetensors files, or one that the index names is missing or damaged.
+        ValueError: there are no safetensors files, one that the index names is missing or damaged or not in the folder.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        try:
-            names = set(json.loads(indexes[0].read_text())["weight_map"].values())
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{indexes[0]} is not an index of weight files ({error!r}); download it again") from None
-        files = [folder / name for name in sorted(names)]
+        stated = read_object(indexes[0], "the model is incomplete").get("weight_map")
+        names: list[Any] = list(stated.values()) if isinstance(stated, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{indexes[0]} is not an index of weight files beside it; download it again")
+        files = [folder / name for name in sorted(set(names))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

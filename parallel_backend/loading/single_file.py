@@ -10,6 +10,7 @@ from typing import Any
 from ..config import ParallelismConfig
 from ..families import Family, family_of_single_file, family_of_text_file, supported_models
 from ..families.others import SUFFIXES, looks_like_part, looks_like_transformer
+from .config_files import blamed
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
 
@@ -52,8 +53,11 @@ class SingleFile:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Changes when the file changes (by size and time)."""
-    status = path.stat()
+    """Changes when the file changes (by size and time); ValueError where it is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
@@ -83,12 +87,10 @@ def open_single_file(path: Path) -> SingleFile:
     keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
     quantization = read_quantization(path, keys, prefix)
     shapes = {key: tensor.shape for key, tensor in keys.items()}
-    try:
+    with blamed(path):
         config = family.single_file_config(shapes)
         model = family.build_transformer(config)
         weights = {name: _weight(family, name, keys, quantization) for name, _ in model.named_parameters()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     known = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
     unused = [
         key

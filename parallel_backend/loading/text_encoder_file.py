@@ -12,6 +12,7 @@ from safetensors import safe_open
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, Model, family_of_text_file
 from ..families.others import looks_like_part, looks_like_text_encoder
+from .config_files import blamed
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint, transformer_in
@@ -76,15 +77,13 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
     if family is None:
         raise ValueError(_refusal(path, keys))
     quantization = read_quantization(path, keys, "")
-    try:
+    vision = {}
+    with blamed(path):
         config = family.text_file_config({key: tensor.shape for key, tensor in keys.items()})
         names = family.text_keys(list(keys))
         text = _weights(family.build_text_model(config), names, keys, quantization)
-        vision = {}
         if family.has_vision_tower and "vision_config" in config:
             vision = _weights(family.build_vision(config), family.vision_keys(list(keys)), keys, quantization)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     tokenizer = None
     if family.text_file_tokenizer is not None:
         tokenizer = keys.get(family.text_file_tokenizer)

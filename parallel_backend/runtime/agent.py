@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,23 +91,24 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-def watch_client(private: Path) -> None:
+def watch_client(private: Path, farewell: Callable[[], None] = lambda: None) -> None:
     """Have `end_with_client` wait for the end of this process's standard input."""
     client = os.dup(0)  # not inherited by the ranks
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    threading.Thread(target=end_with_client, args=(client, private), daemon=True).start()
+    threading.Thread(target=end_with_client, args=(client, private, farewell), daemon=True).start()
 
 
-def end_with_client(descriptor: int, private: Path) -> None:
+def end_with_client(descriptor: int, private: Path, farewell: Callable[[], None]) -> None:
     """Kill the ranks and end once the client is gone or has given the group up, at whatever stage they are.
 
-    Ranks that are up notice by themselves; those that are starting or stopped cannot.
+    Ranks that are up notice by themselves; those that are starting or stopped cannot. ``farewell`` comes in between.
     """
     while os.read(descriptor, 1):
         pass
     shutil.rmtree(private, ignore_errors=True)
     kill_ranks()
+    farewell()
     os._exit(1)
 
 

@@ -91,7 +91,7 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
         descriptors = _descriptors(ancillary)
-        if not data and not descriptors and not flags & ~(socket.MSG_EOR | socket.MSG_CMSG_CLOEXEC):
+        if not data and not descriptors:
             raise ChannelClosedError("the other end is gone")
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -110,9 +110,8 @@ class Channel:
 def peer(connection: socket.socket) -> tuple[int, int]:
     """Process id and user id of who connected an AF_UNIX socket, as the kernel noted them at that time."""
     form = "iII"
-    pid, uid, _ = struct.unpack(
-        form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form))
-    )
+    size = struct.calcsize(form)
+    pid, uid, _ = struct.unpack(form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return pid, uid
 
 

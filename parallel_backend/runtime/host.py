@@ -108,6 +108,10 @@ class Keeper:
             first = self._listen()
         self._end(first)
 
+    def say_farewell(self) -> None:
+        """Have the first host know that the user has ended this one."""
+        self._tell(replace(self.notice, state="died", text="the command 'worker' was ended there"))
+
     def _receive_ranks(self) -> None:
         for hello, channel in self._reception.arrivals(0.05):
             self._channels[hello.rank] = channel
@@ -190,7 +194,13 @@ def main() -> None:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--nproc-per-node", type=int)
     arguments = parser.parse_args()
-    watch_client(arguments.private)
+    keepers: list[Keeper] = []
+
+    def farewell() -> None:
+        for keeper in keepers:
+            keeper.say_farewell()
+
+    watch_client(arguments.private, farewell)
     terminal = os.fdopen(os.dup(1), "w")
 
     def say(text: str) -> None:
@@ -213,6 +223,7 @@ def main() -> None:
     except (OSError, RuntimeError):
         say("the first host has ended the group")
         return
+    keepers.append(keeper)
     watching = threading.Thread(target=keeper.run, name="keeper", daemon=True)
     watching.start()
     try:

@@ -23,6 +23,8 @@ from parallel_backend.runtime.messages import BadMessageError, Message, Stats, d
 from parallel_backend.runtime.parcel import Parcel, pack
 from tests.unit.test_channel import EVERY_MESSAGE
 
+from .spoiled import TRIED, changed
+
 
 def tensors_to_send() -> Parcel:
     return pack({"x": torch.ones(2, 3), "mask": torch.ones(4, dtype=torch.int64), "none": torch.ones(0, 5)})
@@ -35,32 +37,6 @@ def _specs() -> list[dict[str, Any]]:
 
 
 SPECS = _specs()
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-VALUES = st.recursive(
-    PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-)
-
-
-@st.composite
-def changed(draw: st.DrawFn, content: Any) -> Any:
-    """JSON like the one given, but for one place: another value, one too many or one too few."""
-    content = json.loads(json.dumps(content))
-    place, key = content, None
-    while isinstance(place, (dict, list)) and place and (key is None or draw(st.booleans())):
-        parent, key = place, draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-        place = parent[key]
-    if key is None:
-        return draw(VALUES)
-    change = draw(st.sampled_from(["another", "missing", "one more"]))
-    if change == "missing":
-        del parent[key]
-    elif change == "one more" and isinstance(parent, dict):
-        parent[draw(st.text(max_size=8))] = draw(VALUES)
-    elif change == "one more":
-        parent.append(draw(VALUES))
-    else:
-        parent[key] = draw(VALUES)
-    return content
 
 
 @st.composite
@@ -81,6 +57,7 @@ def packets(draw: st.DrawFn) -> bytes:
 
 @given(packets())
 def test_bytes(data: bytes):
+    TRIED["messages"] += 1
     try:
         message, tensors = decode(data)
     except BadMessageError:
@@ -125,6 +102,7 @@ def memory(kind: str) -> list[int]:
 
 @given(changed(SPECS) | st.just(SPECS), st.sampled_from(MEMORIES), st.sampled_from(EVERY_MESSAGE))
 def test_tensors(ends, specs, kind: str, message: Message):
+    TRIED["messages with tensors"] += 1
     before = len(os.listdir("/proc/self/fd"))
     descriptors = memory(kind)
     data = json.dumps(json.loads(encode(message, [])) | {"tensors": specs}).encode()
@@ -155,6 +133,7 @@ def test_a_packet_over_the_limit(ends):
 @given(st.lists(packets() | st.sampled_from([encode(message, []) for message in EVERY_MESSAGE]), max_size=4))
 def test_the_client_of_a_broken_rank(packets: list[bytes]):
     """One that sends whatever it likes, in whatever order, and leaves: an error, and the group is not used again."""
+    TRIED["conversations of a broken rank"] += 1
     group = WorkerGroup(GroupConfig(Devices("cpu"), 1))
     group.state, group._launcher.logs = "ready", Path("logs")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

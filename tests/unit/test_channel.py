@@ -1,15 +1,19 @@
 """Messages and tensors between client and rank: what is sent arrives, and nothing is left behind."""
 
+import fcntl
 import gc
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from parallel_backend.runtime import messages
-from parallel_backend.runtime.channel import MAX_PACKET, Channel, ChannelClosedError, pack
+from parallel_backend.runtime.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, pack, peer
 from parallel_backend.runtime.messages import Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
 
 EVERY_MESSAGE = [
@@ -246,3 +250,62 @@ def test_what_was_sent_before_the_peer_closed_still_arrives(ends):
     assert torch.equal(tensors["x"], torch.ones(5))
     with pytest.raises(ChannelClosedError):
         ends[1].receive()
+
+
+def test_an_end_that_takes_nothing_is_given_up_in_time():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours, send_seconds=0.3)
+    message = Failed(1, 0, "x" * 5000, False, "x" * 5000)
+    sent, stuck = 0, None
+    while stuck is None and sent < 10_000:
+        began = time.monotonic()
+        try:
+            channel.send(message)
+            sent += 1
+        except ChannelStuckError as error:
+            stuck = error
+    assert "no message for 0.3 s" in str(stuck)
+    assert 0.25 <= time.monotonic() - began < 5  # the machine may be busy
+    assert sent > 0
+    for _ in range(sent):  # all that was sent is there, and the one that was not is not half there
+        assert Channel(theirs).receive()[0] == message
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+    channel.close()
+    theirs.close()
+
+
+def test_who_is_at_the_other_end(tmp_path):
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(tmp_path / "control"))
+    listener.listen()
+    connect = "import socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", connect, str(tmp_path / "control")]) as process:
+        connection, _ = listener.accept()
+        assert peer(connection) == (process.pid, os.geteuid())
+    # As it was when it connected: also now that it is gone.
+    assert peer(connection) == (process.pid, os.geteuid())
+    connection.close()
+    listener.close()
+
+
+def test_memory_that_was_sent_keeps_its_size():
+    parcel = pack({"x": torch.ones(5000)})
+    for size in (0, 4096, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(parcel.descriptor, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(parcel.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    parcel.close()
+
+
+def test_a_received_descriptor_does_not_go_to_other_programs(ends, monkeypatch):
+    inherited = []
+    monkeypatch.setattr(
+        "parallel_backend.runtime.channel.unpack",
+        lambda descriptor, specs: inherited.append(os.get_inheritable(descriptor)) or os.close(descriptor) or {},
+    )
+    ends[0].send_tensors(EncodeText(1, "m1"), {"x": torch.ones(3)})
+    ends[1].receive()
+    assert inherited == [False]

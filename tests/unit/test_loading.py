@@ -162,7 +162,7 @@ class TestFolder:
         ("text", "message"),
         [
             ("{", "is not valid JSON"),
-            ("[]", "is not a JSON object"),
+            ("[]", "is a list, not an object"),
             ("{}", "does not name a pipeline class"),
         ],
     )
@@ -278,7 +278,7 @@ class TestFiles:
     def test_an_index_that_cannot_be_read(self, sharded, text):
         (index,) = sharded.glob("*.index.json")
         index.write_text(text)
-        with pytest.raises(ValueError, match="is not an index of weight files") as caught:
+        with pytest.raises(ValueError, match=r"is not (an index of weight files|valid JSON)") as caught:
             index_folder(sharded)
         assert str(index) in str(caught.value)
 
