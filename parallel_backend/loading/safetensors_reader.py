@@ -33,6 +33,8 @@ DTYPES = {
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
 """What weights may be stored as."""
 MAX_DIMS = 16
+MAX_KEY = 300
+"""Characters of a tensor's name: errors have it in them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def _entry(file: Path, key: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     """A tensor as the header describes it; ValueError, TypeError or LookupError where that makes no sense."""
+    if len(key) > MAX_KEY:
+        raise ValueError(f"a tensor has a name of {len(key)} characters")
     (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not isinstance(dtype, str):
         raise ValueError(f"{key} has the shape {str(shape)[:100]} and the dtype {str(dtype)[:100]}")

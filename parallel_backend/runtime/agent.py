@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,6 +30,7 @@ from torch.distributed.run import main as torchrun
 
 from .board import Board
 from .notices import Card
+from .rank_log import end_at_once
 
 LOOPBACK = "hybrid-dit-loopback"
 """Name of the rendezvous of a group on this machine alone."""
@@ -150,6 +152,7 @@ def main() -> None:
         address, port = arguments.listen
         store = serve_store(address, int(port))  # as long as this variable is there
         Board.publish(store, Card.from_json(arguments.card))
+    sys.excepthook = end_at_once
     torchrun([*rendezvous, *arguments.torchrun])
 
 

@@ -127,7 +127,7 @@ class Engine:
         count.finish()
 
     def _build(
-        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str, content: str
+        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str, content: str = ""
     ) -> HostedModel:
         if layout not in self._meshes:
             self._meshes[layout] = build_mesh(layout, self.device.type)

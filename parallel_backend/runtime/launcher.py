@@ -203,8 +203,13 @@ def describe_end(who: str, code: int | None, log: Path) -> str:
             how = f", killed by signal {-code} ({signal.Signals(-code).name})"
     if code == -signal.SIGKILL:
         how += "; where nobody did that, the system ran out of memory"
-    tail = "\n".join(_read(log).strip().splitlines()[-12:])
+    tail = "\n".join(_without_torchruns_report(_read(log)).strip().splitlines()[-12:])
     return f"{who} ended{how}; the end of its log ({log}):\n{tail or '(empty)'}"
+
+
+def _without_torchruns_report(text: str) -> str:
+    """A log up to where torchrun reports that a rank has failed: what the rank said of it stands before that."""
+    return re.split(r"^(?:[WE]\d{4} .*Sending process|E\d{4} .*failed \(exitcode)", text, maxsplit=1, flags=re.M)[0]
 
 
 def _read(file: Path) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from pathlib import Path
+from types import TracebackType
 
 MAX_BYTES = 8 << 20
 """A log that grows beyond it loses its older half."""
@@ -32,6 +35,13 @@ def log_to(file: Path) -> None:
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_keep_bounded, args=(file,), daemon=True).start()
+
+
+def end_at_once(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """A ``sys.excepthook`` that skips Python's own end: taking torch apart takes seconds, and somebody waits."""
+    traceback.print_exception(kind, error, where)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _keep_bounded(file: Path) -> None:

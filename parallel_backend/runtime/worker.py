@@ -10,6 +10,7 @@ import argparse
 import os
 import select
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -45,7 +46,7 @@ from .messages import (
     Unload,
 )
 from .out_of_memory import out_of_memory
-from .rank_log import log_file, log_to
+from .rank_log import end_at_once, log_file, log_to
 from .relay import Relay
 
 
@@ -59,6 +60,7 @@ def main() -> None:
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     log_to(log_file(arguments.log_folder, rank))
+    sys.excepthook = end_at_once
     print(f"rank {rank} on {arguments.device}, process {os.getpid()}", flush=True)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(arguments.socket)

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parallel_backend.runtime.launcher import KEPT_LOGS
+from parallel_backend.paths import KEPT_LOGS
 from tests.comfyui.processes import environment, worker_ranks
 from tests.comfyui.server import ComfyServer
 
