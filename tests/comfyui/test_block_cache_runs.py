@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +21,6 @@ from .graphs import (
     add_sampler,
     save_latent,
 )
-from .test_lifecycle import at_progress_of
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,20 @@ def test_another_cache_is_named_once(server, graph):
     result, _ = sample(server, graph, add_sampler(graph, loader, model=cache, seed=516, steps=4))
     assert server.log_text().count("EasyCache and Block Cache") == before + 1
     assert any(node == str(cache) and "EasyCache and Block Cache" in text for node, text in result.texts)
+
+
+def at_progress_of(node: NodeId, action: Callable[[], None], value: int) -> Callable[[dict[str, Any]], None]:
+    """An ``on_message`` that acts once, as soon as ``node`` has come to step ``value``."""
+    done = []
+
+    def on_message(message: dict[str, Any]) -> None:
+        if message["type"] == "progress_state" and not done:
+            progress = message["data"]["nodes"].get(str(node))
+            if progress is not None and progress["value"] >= value:
+                done.append(True)
+                action()
+
+    return on_message
 
 
 def test_cancel(server):

@@ -47,16 +47,18 @@ def flux2_inputs(text: int, sizes: list[tuple[int, int]], batch: int, seed: int 
     return FLUX2.transformer_inputs(x, timestep, conditioning)
 
 
-def transformer_error(
-    mesh: ParallelMesh, layout: ParallelismConfig, text: int, sizes: list[tuple[int, int]], batch: int, **changes: Any
-) -> float:
-    """Relative error of the parallel transformer against the untouched one."""
-    model, inputs = tiny_transformer(**changes), flux2_inputs(text, sizes, batch)
-    expected = model(**inputs, return_dict=False)[0]
+def transformer_errors(
+    mesh: ParallelMesh, layout: ParallelismConfig, shapes: list[tuple[int, list[tuple[int, int]], int]], **changes: Any
+) -> list[float]:
+    """Relative errors of the parallel transformer against the untouched one, for inputs of several shapes.
+
+    One model computes them all, and the first again at the end: nothing may linger from one forward to the next.
+    """
+    model, inputs = tiny_transformer(**changes), [flux2_inputs(*shape) for shape in shapes]
+    expected = [model(**one, return_dict=False)[0] for one in inputs]
     parallelize_transformer(model, FLUX2, layout, mesh)
-    # Twice, with another shape in between: nothing may linger from one forward to the next.
-    model(**flux2_inputs(3, [(2, 3)], 1), return_dict=False)
-    return relative_error(model(**inputs).sample, expected)
+    again = zip([*inputs, inputs[0]], [*expected, expected[0]], strict=True)
+    return [relative_error(model(**one).sample, wanted) for one, wanted in again]
 
 
 def tiny_text_encoder(kv_heads: int, layers: int = 4) -> Mistral3ForConditionalGeneration:

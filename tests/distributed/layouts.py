@@ -1,4 +1,4 @@
-"""The rows of the reference table, by the name they have there."""
+"""The rows of the reference table, by the name they have there, and which of them stand for all."""
 
 from parallel_backend import ParallelismConfig
 
@@ -18,3 +18,6 @@ REFERENCE_TABLE = {
     "Ring-2-TP-4": ParallelismConfig(ring_size=2, tp_size=4),
     "USP-2-2-TP-2": ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2),
 }
+
+TEXT_ENCODER_LAYOUTS = ("TP-2", "Ring-4", "Ulysses-8", "USP-2-2-TP-2")
+"""Text encoders are sharded over all ranks of a layout, whatever its axes: each number of ranks and each axis once."""

@@ -73,22 +73,18 @@ def transformer_inputs(
     }
 
 
-def transformer_error(
-    mesh: ParallelMesh,
-    layout: ParallelismConfig,
-    text: int,
-    sizes: list[tuple[int, int]],
-    batch: int,
-    masked: list[list[int]] | None = None,
-    **changes: Any,
-) -> float:
-    """Relative error of the parallel transformer against the untouched one."""
-    model, inputs = tiny_transformer(**changes), transformer_inputs(text, sizes, batch, masked)
-    expected = model(**inputs, return_dict=False)[0]
+def transformer_errors(
+    mesh: ParallelMesh, layout: ParallelismConfig, shapes: list[dict[str, Any]], **changes: Any
+) -> list[float]:
+    """Relative errors of the parallel transformer against the untouched one, for several `transformer_inputs`.
+
+    One model computes them all, and the first again at the end: nothing may linger from one forward to the next.
+    """
+    model, inputs = tiny_transformer(**changes), [transformer_inputs(**shape) for shape in shapes]
+    expected = [model(**one, return_dict=False)[0] for one in inputs]
     parallelize_transformer(model, QWEN, layout, mesh)
-    # Twice, with another shape in between: nothing may linger from one forward to the next.
-    model(**transformer_inputs(3, [(2, 3)], 1), return_dict=False)
-    return relative_error(model(**inputs).sample, expected)
+    again = zip([*inputs, inputs[0]], [*expected, expected[0]], strict=True)
+    return [relative_error(model(**one).sample, wanted) for one, wanted in again]
 
 
 def undone_error(mesh: ParallelMesh, layout: ParallelismConfig) -> float:
@@ -102,20 +98,24 @@ def undone_error(mesh: ParallelMesh, layout: ParallelismConfig) -> float:
     return relative_error(model(**inputs).sample, expected)
 
 
-def latent_error(
-    mesh: ParallelMesh, layout: ParallelismConfig, sizes: list[tuple[int, int]], batch: int, **options: str
-) -> float:
-    """Relative error of a prediction for latents of these sizes against one rank's."""
+def latent_errors(
+    mesh: ParallelMesh, layout: ParallelismConfig, sizes: list[tuple[int, int]], batch: int
+) -> dict[str, float]:
+    """Relative error of a prediction for latents of these sizes against one rank's, by the reference method."""
     generator = torch.Generator().manual_seed(3)
     x, *references = (torch.randn(batch, 16, 1, h, w, generator=generator) for h, w in sizes)
-    conditioning = Conditioning(torch.randn(batch, 7, 48, generator=generator), references, options=options)
-    inputs = QWEN.transformer_inputs(x, torch.full((batch,), 0.7), conditioning)
+    context = torch.randn(batch, 7, 48, generator=generator)
     whole, model = tiny_transformer(), tiny_transformer()
     parallelize_transformer(whole, QWEN, ParallelismConfig(), ParallelMesh(*[SINGLE] * 5, "cpu"))
     parallelize_transformer(model, QWEN, layout, mesh)
-    expected, actual = (QWEN.prediction(m(**inputs, return_dict=False)[0], x) for m in (whole, model))
-    assert expected.shape == x.shape
-    return relative_error(actual, expected)
+    errors = {}
+    for method in QWEN.conditioning_options["reference_method"]:
+        conditioning = Conditioning(context, references, options={"reference_method": method})
+        inputs = QWEN.transformer_inputs(x, torch.full((batch,), 0.7), conditioning)
+        expected, actual = (QWEN.prediction(m(**inputs, return_dict=False)[0], x) for m in (whole, model))
+        assert expected.shape == x.shape
+        errors[method] = relative_error(actual, expected)
+    return errors
 
 
 def modulation_gathers(mesh: ParallelMesh, layout: ParallelismConfig) -> int:
@@ -159,31 +159,42 @@ def tiny_text_encoder(heads: int, kv_heads: int) -> Qwen2_5_VLForConditionalGene
     return model
 
 
-def text_error(mesh: ParallelMesh, layout: ParallelismConfig, heads: int, kv_heads: int, images: bool) -> float:
-    """Relative error of the context of the sharded text encoder against the untouched model's last hidden state."""
+def text_errors(mesh: ParallelMesh, layout: ParallelismConfig, heads: int, kv_heads: int) -> list[float]:
+    """Relative errors of the context of the sharded text encoder against the untouched model's last hidden state.
+
+    Of the same prompts without images, with images in the places of some tokens, and without again.
+    """
     model = tiny_text_encoder(heads, kv_heads)
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, 80, (2, 30), generator=generator)
-    mask = torch.ones_like(ids)
+    plain = torch.randint(3, 80, (2, 30), generator=generator)
+    mask = torch.ones_like(plain)
     mask[1, 26:] = 0
-    grids = [(1, 4, 6), (1, 2, 4), (1, 6, 4)]
+    illustrated, grids = plain.clone(), [(1, 4, 6), (1, 2, 4), (1, 6, 4)]
     given: list[VisionImage] = []
-    others: dict[str, torch.Tensor] = {}
-    if images:
-        for row, first, grid in zip((0, 0, 1), (2, 10, 4), grids, strict=True):
-            ids[row, first : first + grid[1] * grid[2] // 4] = IMAGE_TOKEN
-            given.append(VisionImage(torch.randn(grid[1] * grid[2], 1176, generator=generator), grid))
-        others = {
-            "pixel_values": torch.cat([image.patches for image in given]),
-            "image_grid_thw": torch.tensor(grids),
-            "mm_token_type_ids": (ids == IMAGE_TOKEN).int(),
-        }
-    expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **others)
-    vision = model.model.visual
-    features = QWEN.encode_images(vision, given) if images else None
+    for row, first, grid in zip((0, 0, 1), (2, 10, 4), grids, strict=True):
+        illustrated[row, first : first + grid[1] * grid[2] // 4] = IMAGE_TOKEN
+        given.append(VisionImage(torch.randn(grid[1] * grid[2], 1176, generator=generator), grid))
+    images = {
+        "pixel_values": torch.cat([image.patches for image in given]),
+        "image_grid_thw": torch.tensor(grids),
+        "mm_token_type_ids": (illustrated == IMAGE_TOKEN).int(),
+    }
+    features = QWEN.encode_images(model.model.visual, given)
+
+    def untouched(ids: torch.Tensor, **others: Any) -> torch.Tensor:
+        return model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **others
+        ).hidden_states[-1]
+
+    expected = [untouched(plain), untouched(illustrated, **images)]
     parallelize_text_encoder(model, QWEN, mesh, "text_encoder")
     text_model = QWEN.text_model(model)
     text_model.image_token_id = IMAGE_TOKEN
     layers = QWEN.text_layers(model.config.to_dict())
-    actual = QWEN.encode_text(text_model, ids, mask, layers, features, grids if images else ())
-    return relative_error(actual[mask.bool()], expected.hidden_states[-1][mask.bool()])
+    actual = [
+        QWEN.encode_text(text_model, plain, mask, layers),
+        QWEN.encode_text(text_model, illustrated, mask, layers, features, grids),
+        QWEN.encode_text(text_model, plain, mask, layers),
+    ]
+    rows = mask.bool()
+    return [relative_error(a[rows], e[rows]) for a, e in zip(actual, [*expected, expected[0]], strict=True)]

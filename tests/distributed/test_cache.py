@@ -13,10 +13,8 @@ from tests.errors import relative_error
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums."""
 
-RUNS = {
-    "odd lengths, a reference, batch 2": (7, [(5, 7), (3, 4)], 2),
-    "fewer image tokens than ranks": (5, [(1, 3)], 1),
-}
+ODD, FEW = "odd lengths, a reference, batch 2", "fewer image tokens than ranks"
+RUNS = {ODD: (7, [(5, 7), (3, 4)], 2), FEW: (5, [(1, 3)], 1)}
 
 
 @functools.cache
@@ -25,8 +23,12 @@ def alone(run: str, order: int) -> cases.Result:
         return cases.sample(None, ParallelismConfig(), *RUNS[run], cases.settings(order))
 
 
-@pytest.mark.parametrize("name", REFERENCE_TABLE)
-@pytest.mark.parametrize(("run", "order"), [(run, order) for order, run in enumerate(RUNS)])
+@pytest.mark.parametrize(
+    ("run", "order", "name"),
+    [(ODD, 0, name) for name in REFERENCE_TABLE]
+    # Of three image tokens some ranks get none where the sequence is cut into more than three parts.
+    + [(FEW, 1, name) for name, layout in REFERENCE_TABLE.items() if layout.ring_size * layout.ulysses_size > 3],
+)
 def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
     expected = alone(run, order)
     assert 3 <= sum(expected.computed) <= cases.STEPS - 3
@@ -54,7 +56,7 @@ def test_qwen_image_decides_alike_too(world, name):
 
 @pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "Ring-8"])
 def test_one_all_reduce_and_one_host_sync_a_measured_step(world, name):
-    layout, run = REFERENCE_TABLE[name], RUNS["odd lengths, a reference, batch 2"]
+    layout, run = REFERENCE_TABLE[name], RUNS[ODD]
     mask = (1, 1, 1, *(0, 0, 1) * 3)
     static = cases.settings(0, steps_computation_mask=mask, steps_computation_policy="static", max_warmup_steps=0)
     for dynamic, fixed in zip(

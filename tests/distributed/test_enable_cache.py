@@ -38,8 +38,13 @@ def expected(folder) -> torch.Tensor:
     return run.latents(run.fresh_pipeline(folder))
 
 
-@SNIPPET
-@pytest.mark.parametrize("spelling", ["none", "modules", "names", "parallel_kwargs", "module and name"])
+@pytest.mark.parametrize(
+    ("layout", "spelling"),
+    [(layout, "modules") for layout in SNIPPETS.values()]
+    # How the text encoder is named is read before the layout is looked at.
+    + [(WITH_TP, spelling) for spelling in ("none", "names", "parallel_kwargs", "module and name")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_a_pipeline(world, folder, expected, layout, spelling):
     assert expected.std() > 0.1
     for rank in world.run(run.pipeline_latents, layout, folder, spelling):
