@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 
 
+MOST_CPU_RANKS = 16
+"""Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
+
+
 @dataclass(frozen=True)
 class Devices:
     """The devices of a group's ranks, in rank order.
@@ -29,15 +33,16 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
     ``auto`` takes the first GPUs, or the CPU where there is no GPU.
 
     Raises:
-        ValueError: fewer GPUs than ranks, a GPU that is not there or named twice, or a list that cannot be read.
+        ValueError: fewer GPUs than ranks, a GPU that is not there or named twice, a list that cannot be read, or more
+            ranks than a CPU can do with.
     """
     spec = spec.strip().lower()
     if spec == "cpu":
-        return Devices("cpu")
+        return _on_cpu(ranks)
     count = torch.cuda.device_count()
     if spec in ("", "auto"):
         if count == 0:
-            return Devices("cpu")
+            return _on_cpu(ranks)
         if count < ranks:
             raise ValueError(
                 f"the layout has {ranks} ranks but this machine has {count} GPU(s); lower the degrees to a product of "
@@ -58,6 +63,16 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = inherited.split(",") if inherited else [str(index) for index in range(count)]
     return Devices("cuda", tuple(names[index].strip() for index in chosen))
+
+
+def _on_cpu(ranks: int) -> Devices:
+    most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
+    if ranks > most:
+        raise ValueError(
+            f"the layout has {ranks} ranks, which would be as many processes on this CPU; lower the degrees to a product "
+            f"of at most {most}"
+        )
+    return Devices("cpu")
 
 
 def _index(part: str) -> int:

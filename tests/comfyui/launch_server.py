@@ -29,7 +29,7 @@ from typing import Any
 SCRATCH_VARIABLE = "HYBRID_DIT_LAUNCH_SCRATCH"
 """Environment variable: the folder for ``sitecustomize.py``. Without it, a temporary folder is made."""
 HOOKS_VARIABLE = "HYBRID_DIT_TEST_HOOKS"
-"""Environment variable: a further Python file whose ``install`` the child processes call."""
+"""Environment variable: Python files, with os.pathsep between them; this process and its children call ``install``."""
 
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -104,14 +104,17 @@ def install_import_hooks() -> None:
         sys.meta_path.insert(0, _HookFinder())
 
 
+def _further_hooks() -> list[str]:
+    return [file for file in os.environ.get(HOOKS_VARIABLE, "").split(os.pathsep) if file]
+
+
 def export_import_hooks(folder: Path) -> None:
     """Make the Python processes that this one starts install the hooks too, by a ``sitecustomize.py`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    hooks = os.environ.get(HOOKS_VARIABLE)
     (folder / "sitecustomize.py").write_text(
         "import runpy\n\n"
         f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='launch_server')['install_import_hooks']()\n"
-        + (f"runpy.run_path({hooks!r}, run_name='hooks')['install']()\n" if hooks else "")
+        + "".join(f"runpy.run_path({hooks!r}, run_name='hooks')['install']()\n" for hooks in _further_hooks())
     )
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), inherited] if inherited else [str(folder)])
@@ -127,6 +130,8 @@ def main() -> None:
         scratch = tempfile.mkdtemp(prefix="hybrid-dit-launch-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     install_import_hooks()
+    for hooks in _further_hooks():
+        runpy.run_path(hooks, run_name="hooks")["install"]()
     export_import_hooks(Path(scratch))
     # Our own folder must go: it has a server.py, and so has ComfyUI.
     sys.path[0] = str(script.parent)

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from tests.comfyui.conftest import EXAMPLE_IMAGE, REFERENCE_PACK, comfyui, example_image, home  # noqa: F401  (fixtures)
 from tests.comfyui.server import ComfyServer
 
-from . import injection
+from . import file_audit, injection
 from .injection import Orders
 
 HERE = Path(__file__).resolve().parent
@@ -46,9 +46,12 @@ def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # 
         environment={
             "HYBRID_DIT_HOME": str(home),
             "HYBRID_DIT_STEP_DEADLINE": str(STEP_DEADLINE),
-            "HYBRID_DIT_TEST_HOOKS": injection.__file__,
+            "HYBRID_DIT_TEST_HOOKS": os.pathsep.join([injection.__file__, file_audit.__file__]),
             injection.FOLDER: str(orders.folder),
+            file_audit.LOG: str(orders.folder / "files.log"),
+            file_audit.FORBIDDEN: str(home / "elsewhere"),
             "TMPDIR": str(temporary),
+            "TORCHINDUCTOR_CACHE_DIR": str(orders.folder / "inductor"),
         },
     )
 

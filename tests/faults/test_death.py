@@ -160,8 +160,8 @@ def test_real_shortage_of_memory(server, drawing, expected):
     (victim,) = (pid for pid, rank in worker_ranks(server).items() if rank == 1)
     status = Path(f"/proc/{victim}/status").read_text()
     size = int(re.search(r"VmSize:\s+(\d+) kB", status).group(1)) * 1024
-    resource.prlimit(victim, resource.RLIMIT_AS, (size + 2**27, size + 2**27))
-    large = Drawing(TEXT, seed=5, width=2048, height=2048)
+    resource.prlimit(victim, resource.RLIMIT_AS, (size + 2**24, size + 2**24))
+    large = Drawing(TEXT, seed=5, width=1536, height=1536)
     result = server.run(large.graph, timeout=120)
     assert result.error is not None
     text = result.error["exception_message"]

@@ -1,5 +1,6 @@
 """What a user writes as devices, against what the machine has: resolve_devices."""
 
+import os
 import re
 
 import pytest
@@ -29,12 +30,12 @@ def test_auto_takes_the_first_gpus(machine, spec):
 
 def test_auto_takes_the_cpu_where_there_is_no_gpu(machine):
     machine(0)
-    assert resolve_devices("auto", 64) == Devices("cpu")
+    assert resolve_devices("auto", 16) == Devices("cpu")
 
 
 def test_cpu_is_the_cpu_even_where_there_are_gpus(machine):
     machine(4)
-    assert resolve_devices(" CPU ", 64) == Devices("cpu")
+    assert resolve_devices(" CPU ", 16) == Devices("cpu")
 
 
 @pytest.mark.parametrize("spec", ["3,1", "cuda:3,cuda:1", " cuda:3 , 1 "])
@@ -86,3 +87,12 @@ def test_groups_overlap_where_they_share_a_gpu():
     assert not Devices("cuda", ("0", "1")).overlaps(Devices("cuda", ("2", "3")))
     assert not Devices("cpu").overlaps(Devices("cpu"))
     assert not Devices("cpu").overlaps(Devices("cuda", ("0",)))
+
+
+@pytest.mark.parametrize("spec", ["cpu", "auto"])
+def test_more_ranks_than_a_cpu_can_do_with(machine, monkeypatch, spec):
+    machine(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    assert resolve_devices(spec, 24) == Devices("cpu")
+    with pytest.raises(ValueError, match=r"25 ranks, .*a product of at most 24"):
+        resolve_devices(spec, 25)
