@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 MOST_CPU_RANKS = 16
 """Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
 
@@ -69,7 +68,7 @@ def _on_cpu(ranks: int) -> Devices:
     most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
     if ranks > most:
         raise ValueError(
-            f"the layout has {ranks} ranks, which would be as many processes on this CPU; lower the degrees to a product "
+            f"the layout has {ranks} ranks, as many processes on this CPU; lower the degrees to a product "
             f"of at most {most}"
         )
     return Devices("cpu")
