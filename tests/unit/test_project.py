@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import sys
 from pathlib import Path
 
@@ -64,3 +65,33 @@ def test_comfyui_metadata():
     assert tool["PublisherId"]
     assert "comfyui" not in PROJECT["project"]["name"].lower()
     assert (ROOT / PROJECT["project"]["license-files"][0]).read_text().count("Apache License") >= 1
+
+
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system", "add_routes",
+    # PyTorch's own way to send objects between ranks is a pickle.
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
+}  # fmt: skip
+
+
+def python_files() -> list[Path]:
+    """All of the pack's own code."""
+    return [ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / "parallel_backend").rglob("*.py")]
+
+
+def test_what_security_md_promises():
+    for file in python_files():
+        assert not imported_modules(file) & FORBIDDEN_MODULES, file
+        for node in ast.walk(ast.parse(file.read_text())):
+            where = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                # A method may share the name of a builtin function, as torch.compile and re.compile do.
+                assert name not in FORBIDDEN_CALLS, f"{where}: {name}"
+                assert name.rpartition(".")[2] not in FORBIDDEN_CALLS - vars(builtins).keys(), f"{where}: {name}"
+                # The root logger is ComfyUI's; only the command line has one of its own.
+                assert not name.endswith("basicConfig") or file.parent.name == "cli", where
+                assert not any(keyword.arg == "shell" for keyword in node.keywords), f"{where}: {name}"
+            # ComfyUI's packs add routes by decorators of PromptServer.instance.routes.
+            assert not (isinstance(node, ast.Attribute) and node.attr == "routes"), where
