@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from parallel_backend.demo_model import DEMO_FOLDER_NAME
+from parallel_backend.runtime.groups import CPU_GROUPS
 from tests.comfyui.graphs import unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.qwen_models import PIPELINE as QWEN
@@ -58,7 +58,7 @@ FAULTS = tuple(
 
 @dataclass
 class Findings:
-    """What came of it. Seconds, and KiB a prompt."""
+    """What came of it: seconds, and KiB of memory (the server's by prompt, the workers' by quiet round)."""
 
     prompts: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -69,14 +69,16 @@ class Findings:
     leaks: dict[str, Any] = field(default_factory=dict)
     server_kib: list[int] = field(default_factory=list)
     worker_kib: list[int] = field(default_factory=list)
+    round: int = 0
+    """Prompts of a quiet round."""
 
     def report(self) -> dict[str, Any]:
         """As JSON has it, with the slopes of the memory in the place of its figures."""
         figures = asdict(self)
-        for name in ("server_kib", "worker_kib"):
+        for name, prompts in (("server_kib", 1), ("worker_kib", self.round)):
             values = figures.pop(name)
-            figures[f"{name}_a_prompt"] = round(slope(values), 1)
-            figures[name] = [round(statistics.fmean(part)) for part in (values[:10], values[-10:]) if part]
+            figures[f"{name}_a_prompt"] = round(slope(values) / prompts, 1)
+            figures[name] = values[:: max(len(values) // 10, 1)]
         return figures | {"faults": dict(self.faults), "injected": self.faults.total()}
 
 
@@ -91,16 +93,20 @@ def drawings(count: int) -> list[Drawing]:
     return found
 
 
-def soak(server: ComfyServer, orders: Orders, prompts: int, quiet: int, variants: int) -> Findings:
-    """Run ``prompts`` prompts with a fault in every fifth, then ``quiet`` ones without, for the memory."""
+def soak(server: ComfyServer, orders: Orders, prompts: int, rounds: int, variants: int) -> Findings:
+    """Run ``prompts`` prompts with a fault in every fifth, then ``rounds`` for the memory, in which nothing starts."""
     findings = Findings()
     first: dict[int, torch.Tensor] = {}
     faults = itertools.cycle(FAULTS)
     graphs = drawings(variants)
     before = None
     fault: tuple[str, str] | None = None
-    for number in range(prompts + quiet):
-        index = number % len(graphs)
+    stay = [index for index in range(variants) if VARIANTS[index][1] in (U2, TP2)]
+    assert CPU_GROUPS >= 2
+    findings.round = len(stay)
+    order = [number % variants for number in range(prompts)] + stay * rounds
+    ranks: set[int] = set()
+    for number, index in enumerate(order):
         recovering, fault = fault, None
         if number < prompts and number % FAULT_EVERY == FAULT_EVERY - 1:
             fault = next(faults)
@@ -118,8 +124,11 @@ def soak(server: ComfyServer, orders: Orders, prompts: int, quiet: int, variants
         findings.prompts += 1
         assert server.process is not None
         findings.server_kib.append(resident_kib(server.process.pid))
-        if number >= prompts:
-            findings.worker_kib.append(sum(resident_kib(pid) for pid in worker_ranks(server)))
+        if number >= prompts and index == stay[-1]:
+            ranks, earlier = set(worker_ranks(server)), ranks
+            if earlier and ranks != earlier:
+                findings.wrong.append(f"prompt {number}: ranks {earlier - ranks} were replaced, and nothing was wrong")
+            findings.worker_kib.append(sum(map(resident_kib, ranks)))
         if number == len(graphs):
             before = replace(holdings(server), processes=0)
     unload(server)

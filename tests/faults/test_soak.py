@@ -24,9 +24,9 @@ FLAT_KIB = 200.0
 def test_soak(server, orders, home, comfyui):
     make_qwen_pipeline(home / "models" / QWEN, comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer")
     if PROMPTS:
-        findings = soak(server, orders, PROMPTS, quiet=PROMPTS // 4, variants=len(VARIANTS))
+        findings = soak(server, orders, PROMPTS, rounds=8, variants=len(VARIANTS))
     else:
-        findings = soak(server, orders, 10, quiet=2, variants=3)
+        findings = soak(server, orders, 10, rounds=1, variants=3)
     report = findings.report()
     print(*lines(report), sep="\n")
     if REPORT:
