@@ -33,10 +33,13 @@ GONE_SECONDS = 10.0
 @pytest.fixture(scope="module")
 def doomed(comfyui: Path, home: Path, tmp_path_factory: pytest.TempPathFactory):
     """A server that is killed, and started again, and where faults are ordered from it."""
+    # Tests that run under nohup hand on that SIGHUP is ignored; a server that a user starts in a terminal does not.
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     orders = Orders(tmp_path_factory.mktemp("orders"))
     server = faulty_server(comfyui, home, orders)
     yield server, orders
     server.stop()
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @pytest.mark.parametrize("moment", ["start", "load", "predict"])
