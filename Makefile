@@ -11,6 +11,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+	-$(BIN)/python benchmarks/round_trip.py --steps 5
 
 # 200 prompts on a real ComfyUI server with a fault in every fifth; soak.json has what came of it.
 soak: $(READY)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
+from ..parallel_backend.runtime.devices import gpu_numbers
 from ..parallel_backend.runtime.group_config import check_devices
 from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
 
@@ -16,11 +17,12 @@ MAX_DEGREE = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """What travels along the layout socket."""
+    """What travels along the layout socket; with ``auto``, loaders choose the degrees for their model."""
 
     degrees: ParallelismConfig
     devices: str
     hosts: Hosts = ALONE
+    auto: bool = False
 
 
 LayoutSocket = io.Custom("HYBRID_DIT_LAYOUT")
@@ -89,29 +91,44 @@ class ParallelLayout(io.ComfyNode):
                     tooltip="For several hosts: address and port of this one, as the others reach it, such as "
                     f"{EXAMPLE}. Empty for one host.",
                 ),
+                io.Boolean.Input(
+                    "auto",
+                    default=False,
+                    optional=True,
+                    tooltip="The loader chooses the degrees: of all layouts of these devices the fastest that fits "
+                    "the model into their memory, by the GPUs and the links between them. It shows which, and why. "
+                    "The three degrees are then not looked at.",
+                ),
             ],
             outputs=[LayoutSocket.Output("layout", tooltip="Goes into a parallel loader.")],
         )
 
     @classmethod
-    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None, nnodes=1, rdzv_endpoint=""):
+    def validate_inputs(cls, ulysses=None, ring=None, tp=None, devices=None, nnodes=1, rdzv_endpoint="", auto=False):
         # Linked values are not known yet; what is known is checked before the prompt is accepted.
-        if None in (ulysses, ring, tp, devices, nnodes, rdzv_endpoint):
+        if None in (ulysses, ring, tp, devices, nnodes, rdzv_endpoint, auto):
             return True
         try:
-            make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint)
+            make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint, auto)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(
-        cls, ulysses: int, ring: int, tp: int, devices: str, nnodes: int = 1, rdzv_endpoint: str = ""
+        cls,
+        ulysses: int,
+        ring: int,
+        tp: int,
+        devices: str,
+        nnodes: int = 1,
+        rdzv_endpoint: str = "",
+        auto: bool = False,
     ) -> io.NodeOutput:
-        return io.NodeOutput(make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint))
+        return io.NodeOutput(make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint, auto))
 
 
-def make_layout(ulysses: int, ring: int, tp: int, devices: str, nnodes: int, rdzv_endpoint: str) -> Layout:
+def make_layout(ulysses: int, ring: int, tp: int, devices: str, nnodes: int, rdzv_endpoint: str, auto: bool) -> Layout:
     """A layout of the node's inputs.
 
     Raises:
@@ -119,5 +136,13 @@ def make_layout(ulysses: int, ring: int, tp: int, devices: str, nnodes: int, rdz
     """
     degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)
     hosts = Hosts(nnodes, rdzv_endpoint)
-    check_devices(devices, degrees, hosts)
-    return Layout(degrees, devices, hosts)
+    if not auto:
+        check_devices(devices, degrees, hosts)
+    elif hosts.several:
+        raise ValueError(
+            f"'auto' chooses among layouts of one host, but nnodes is {hosts.count}; set 'auto' to false and choose "
+            "degrees"
+        )
+    else:
+        gpu_numbers(devices)
+    return Layout(degrees, devices, hosts, auto)

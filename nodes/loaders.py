@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..parallel_backend.auto_layout import choose_for_checkpoint
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
-from ..parallel_backend.loading.checkpoint import Checkpoint
+from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
@@ -20,6 +22,8 @@ from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle, NodeState, show_text
 from .layout import CATEGORY, Layout, LayoutSocket
+
+log = logging.getLogger(__name__)
 
 AS_STORED = "default"
 """ComfyUI's name for weights as their file has them."""
@@ -280,17 +284,28 @@ def load(
 ) -> tuple[ModelHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
     layout = layout or Layout(ParallelismConfig(), "auto")
+    reason = ""
     try:
-        config = ModelConfig.create(
-            find(), layout.degrees, layout.devices, dtype, fp8, encoder_memory, hosts=layout.hosts
-        )
+        path, degrees = find(), layout.degrees
+        if layout.auto:
+            degrees, reason = choose_degrees(path, layout.devices, dtype, fp8)
+        config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, hosts=layout.hosts)
         handle = ModelHandle(config)
         source = handle.get().source
     except (ValueError, RuntimeError) as error:
         show_text(f"failed: {str(error).splitlines()[0]}")
         raise
     NodeState(handle.config)("ready", 1, 1)
+    if reason:
+        show_text(f"ready: {reason}")
     return handle, source
+
+
+def choose_degrees(path: Path, devices: str, dtype: str, fp8: str) -> tuple[ParallelismConfig, str]:
+    """The fastest layout of the devices that a checkpoint fits, and why; what the others would cost goes to the log."""
+    choice = choose_for_checkpoint(open_checkpoint(path), devices, dtype, fp8)
+    log.info("Parallel Layout, auto: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
+    return choice.layout, choice.reason
 
 
 def find_file(kind: str, name: str) -> Path:

@@ -147,13 +147,20 @@ def reference_memory(family: Family, layout: ParallelismConfig) -> MemoryEstimat
     """
     config, text_config = reference_config(family), family.reference_model.text_config
     weights = weight_bytes(family, family.reference_model.transformer_config, text_config, layout)
-    tokens = IMAGE_PIXELS // family.pixel_multiple**2 + family.reference_model.text_tokens
-    # Transformer and VAE take turns, so the larger of the two counts.
-    activations = max(
+    return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
+
+
+def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
+    """Estimate the peak beside the weights on rank 0 for a picture of ``pixels``: of a step, or of its decoding.
+
+    They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
+    family's reference model; ``config`` is the transformer's, with every value.
+    """
+    tokens = pixels // family.pixel_multiple**2 + family.reference_model.text_tokens
+    return max(
         transformer_activation_bytes(family, config, layout, tokens),
-        vae_activation_bytes(family, dict(_default_vae(family).config), IMAGE_PIXELS),
+        vae_activation_bytes(family, dict(_default_vae(family).config), pixels),
     )
-    return MemoryEstimate(weights, activations)
 
 
 def layout_fits(

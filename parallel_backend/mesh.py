@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,11 @@ class Axis:
     group: dist.ProcessGroup | None
     degree: int
     rank: int
+    name: str = field(init=False, repr=False)
+    """The group's name, by which functional collectives know it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", "" if self.group is None else self.group.group_name)
 
     @property
     def is_split(self) -> bool:

@@ -14,7 +14,7 @@ from .cache.block_cache import BlockCache, count_blocks
 from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
 from .cache.pipeline_cache import PipelineCache
 from .config import ParallelismConfig
-from .families import Family, Model, ModelAdapter, family_of_transformer
+from .families import Family, Model, ModelAdapter, Speed, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
@@ -23,6 +23,7 @@ from .parallel.tensor import ParamShard, apply_tensor_parallel
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
+AS_IT_IS = Speed()
 
 
 @dataclass
@@ -31,7 +32,6 @@ class ParallelState:
 
     layout: ParallelismConfig
     mesh: ParallelMesh
-    processors: dict[str, Any]
     hooks: list[Any] = field(default_factory=list)
     table: dict[str, ParamShard] = field(default_factory=dict)
 
@@ -42,6 +42,8 @@ def enable_cache(
     *,
     calibrator_config: TaylorSeerCalibratorConfig | None = None,
     parallelism_config: ParallelismConfig | None = None,
+    compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Any:
     """Parallelise and cache a diffusers pipeline, a transformer or a `ModelAdapter` in place.
 
@@ -51,6 +53,10 @@ def enable_cache(
         calibrator_config: has cached steps extrapolate; needs a `cache_config`.
         parallelism_config: degrees whose product is the number of ranks of the torchrun job, all of which make this
             call; None leaves the model whole.
+        compile: run each kind of block as one graph of torch.compile, which takes a minute or so in the first step;
+            other sizes and prompts use the same graph. Needs a `parallelism_config` (of one rank, if there is but one).
+        cuda_graphs: run all blocks of a step as one CUDA graph, which spares the host; needs a `parallelism_config`
+            too. Steps that a cache decides about run without it.
 
     Returns:
         ``pipe_or_model``.
@@ -61,6 +67,8 @@ def enable_cache(
     """
     if calibrator_config is not None and cache_config is None:
         raise ValueError("calibrator_config without cache_config: there are no cached steps to calibrate")
+    if (compile or cuda_graphs) and parallelism_config is None:
+        raise ValueError("compile or cuda_graphs without parallelism_config: for one GPU give ParallelismConfig()")
     if parallelism_config is None and cache_config is None:
         return pipe_or_model
 
@@ -85,7 +93,7 @@ def enable_cache(
         mesh = build_mesh(parallelism_config)
         axis = mesh.world
         extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
-        parallelize_transformer(transformer, family, parallelism_config, mesh)
+        parallelize_transformer(transformer, family, parallelism_config, mesh, Speed(compile, cuda_graphs))
         for name, module in extra:
             parallelize_text_encoder(module, family, mesh, name)
 
@@ -133,7 +141,6 @@ def disable_cache(pipe_or_model: Any) -> Any:
         )
     for hook in state.hooks:
         hook.remove()
-    transformer.set_attn_processor(state.processors)
     delattr(transformer, _STATE)
     text_encoder = getattr(pipe_or_model, "text_encoder", None)
     if hasattr(text_encoder, _STATE):
@@ -146,22 +153,28 @@ def disable_cache(pipe_or_model: Any) -> Any:
 
 
 def parallelize_transformer(
-    transformer: Model, family: Family, layout: ParallelismConfig, mesh: ParallelMesh
+    transformer: Model, family: Family, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
 ) -> dict[str, ParamShard]:
     """Shard one transformer over a mesh; its weights may be real or on the meta device.
+
+    Args:
+        transformer: changed in place.
+        family: of it.
+        layout, mesh: degrees, and the ranks.
+        speed: how its blocks run.
 
     Returns:
         The slice of each sharded parameter that this rank holds.
     """
     config = dict(transformer.config)
     family.check_layout(config, layout)
-    state = ParallelState(layout, mesh, processors=dict(transformer.attn_processors))
+    state = ParallelState(layout, mesh)
     shards = SequenceShards(mesh)
     state.table = apply_tensor_parallel(transformer, family.transformer_plan(config), mesh.tp)
     gather_together(transformer, mesh.tp)
-    entrance = family.install(transformer, ShardedAttention(shards))
+    entrance = family.install(transformer, ShardedAttention(shards), speed)
     hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream, entrance)
-    state.hooks = hooks if entrance is None else [entrance, *hooks]
+    state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
     return state.table
 

@@ -154,6 +154,11 @@ class _SteppedBlocks(nn.ModuleList):
         super().__init__(blocks)
         self.cache, self.stack, self.first = cache, stack, first
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the forward in progress uses the cache, and so looks at what blocks return."""
+        return self.cache.current is not None
+
     def __iter__(self) -> Iterator[Any]:
         blocks = list(super().__iter__())
         current = self.cache.current

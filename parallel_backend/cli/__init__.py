@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "draw a picture with a model of any family, from a prompt and reference images",
     "worker": "make this machine one of the hosts of a group that runs over several",
     "doctor": "say what this machine can run, and what to change",
+    "bench": "time a step at a model's true shape with random weights, on real ranks or on rank 0 alone",
     "families": "say which models are supported, how they can be split, and what checkpoints they come in",
 }
 

@@ -6,13 +6,14 @@ import argparse
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..config import ParallelismConfig
-from .machine import REQUIRED, Gpu, Link, Machine, collect
+from ..machine import REQUIRED, Gpu, Link, Machine, collect
 
 if TYPE_CHECKING:
+    from ..auto_layout import Choice, Option
     from ..families import Family
     from ..memory import LayoutFit
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     findings = check_machine(machine)
     rows: list[LayoutFit] = []
     model = ""
+    choice: Choice | None = None
     if machine.versions["torch"] is not None:
         try:
             gpus = choose_gpus(machine, args.devices, layout)
@@ -61,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
                 findings += check_layout(family, layout, machine, gpus)
             rows = layout_fits(family, [layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
             findings += check_memory(family, layout, machine, gpus, rows)
+            if gpus and layout is None:
+                choice = choose(family, machine, gpus)
+                findings += [Finding("ok", f"auto takes {choice.reason}")] if choice else []
         except ValueError as error:
             findings.append(Finding("FAIL", str(error)))
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -72,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
         report = {"version": __version__, "ok": not failed, "layout": layout.name if layout else None}
         report |= {"model": model}
         report |= {"machine": asdict(machine), "findings": list(map(asdict, findings)), "rows": list(map(asdict, rows))}
+        report |= {"auto": choice and [_option(option) for option in choice.options]}
         print(json.dumps(report, indent=2))
     else:
-        print(render(machine, findings, rows, layout, model))
+        print(render(machine, findings, rows, layout, model, choice))
     return int(failed)
 
 
@@ -126,14 +132,13 @@ def choose_gpus(machine: Machine, spec: str, layout: ParallelismConfig | None) -
     Raises:
         ValueError: GPUs that are not there, or not as many as the layout has ranks.
     """
-    from ..runtime.devices import resolve_devices
+    from ..runtime.devices import gpu_numbers, resolve_devices
 
-    named = [part for part in spec.split(",") if part.strip().lower() not in ("", "auto", "cpu")]
-    count = layout.world_size if layout else len(named) or len(machine.gpus)
+    named = gpu_numbers(spec)
+    count = layout.world_size if layout else len(named or machine.gpus)
     if resolve_devices(spec, count).kind == "cpu":
         return []
-    indices = [int(part.strip().lower().removeprefix("cuda:")) for part in named] or range(count)
-    return [machine.gpus[index] for index in indices]
+    return [machine.gpus[index] for index in named or range(count)]
 
 
 def check_layout(family: Family, layout: ParallelismConfig, machine: Machine, gpus: list[Gpu]) -> list[Finding]:
@@ -192,6 +197,27 @@ def check_memory(
     return [Finding("FAIL" if layout else "warn", text, remedy)]
 
 
+def choose(family: Family, machine: Machine, gpus: list[Gpu]) -> Choice | None:
+    """What **Parallel Layout** would choose for the family's reference model on these GPUs; None if nothing fits."""
+    from ..auto_layout import choose_for_reference
+
+    try:
+        return choose_for_reference(machine, [gpu.index for gpu in gpus], family)
+    except ValueError:  # which `check_memory` has said
+        return None
+
+
+def _option(option: Option) -> dict[str, Any]:
+    return {
+        "layout": option.layout.name,
+        "step_ms": option.cost.ms,
+        "compute_ms": option.cost.compute_ms,
+        **asdict(option.cost.exchange),
+        "gib": option.need / GIB,
+        "fits": option.fits,
+    }
+
+
 def _hidden_gpus(machine: Machine) -> Finding:
     text = f"nvidia-smi sees {machine.driver_gpus} GPU(s), torch sees none"
     if "CUDA_VISIBLE_DEVICES" in machine.environment:
@@ -213,7 +239,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def render(
-    machine: Machine, findings: list[Finding], rows: list[LayoutFit], layout: ParallelismConfig | None, model: str
+    machine: Machine,
+    findings: list[Finding],
+    rows: list[LayoutFit],
+    layout: ParallelismConfig | None,
+    model: str,
+    choice: Choice | None = None,
 ) -> str:
     """The report as plain text, one section after the other; ``rows`` speak of the model of that name."""
     lines = ["Software"]
@@ -237,6 +268,9 @@ def render(
         sizes = (row.transformer, row.text_encoder, row.vae, row.activations, row.runtime, row.total)
         line = f"  {row.name:16}{row.ranks:4}{{:6.1f}}{{:7.1f}}{{:6.1f}}{{:6.1f}}{{:6.1f}}{{:7.1f}}"
         lines.append(f"{line.format(*sizes)}  {row.fits or 'no GPUs'}")
+    if choice is not None:
+        lines.append(f"{model}, bfloat16, 1024 x 1024: a step on all of these GPUs (estimated; auto takes *)")
+        lines += [f"  {line}" for line in choice.table().splitlines()]
     lines.append("Checks")
     for finding in findings:
         lines.append(f"  {finding.level:5}{finding.text}")

@@ -39,6 +39,21 @@ class ModelAdapter:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How a model's blocks run.
+
+    Args:
+        compiled: each kind of block as one graph of torch.compile, in which numbers of tokens are dynamic, so that
+            other prompts and resolutions use the same one.
+        cuda_graphs: all blocks of a forward as one CUDA graph, from the third forward of a size on. Worth it where the
+            host holds up small models and small shards; the memory of the activations is then never given back.
+    """
+
+    compiled: bool = False
+    cuda_graphs: bool = False
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What an evaluation is conditioned on, as ComfyUI has it.
 
@@ -149,11 +164,16 @@ class Family(ABC):
         """How each weight of the transformer is sharded over tp; what is not named is replicated."""
 
     @abstractmethod
-    def install(self, transformer: Model, attention: ShardedAttention) -> Entrance | None:
-        """Give the transformer's attention modules processors that compute over the sharded sequence.
+    def install(self, transformer: Model, attention: ShardedAttention, speed: Speed) -> Entrance:
+        """Give the transformer's blocks forwards that compute over the sharded sequence.
+
+        Args:
+            transformer: the model; its blocks change on this instance only.
+            attention: over the sequence.
+            speed: how the blocks run.
 
         Returns:
-            What the model does with its inputs around the cut; None if nothing.
+            What the model does with its inputs around the cut, and how all of it is undone.
         """
 
     @abstractmethod

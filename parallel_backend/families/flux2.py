@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,11 @@ from transformers import Mistral3Config
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
+from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
-from . import flux2_single_file, flux2_text_file
-from .base import Conditioning, Family, Model, ReferenceModel
+from . import flux2_blocks, flux2_single_file, flux2_text_file
+from .base import Conditioning, Family, Model, ReferenceModel, Speed
 from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
-from .double_stream import DoubleStreamProcessor, heads, refuse, rotate
 from .flux2_pipeline import Flux2Drawing
 
 REFERENCE_SPACING = 10
@@ -123,29 +124,23 @@ class Flux2(Family):
             "norm_out.linear": gathered,
         }
 
-    def install(self, transformer: Model, attention: ShardedAttention) -> None:
-        for block in transformer.transformer_blocks:
-            block.attn.set_processor(DoubleStreamProcessor(attention))
-        for block in transformer.single_transformer_blocks:
-            block.attn.set_processor(SingleStreamProcessor(attention))
+    def install(self, transformer: Model, attention: ShardedAttention, speed: Speed) -> Entrance:
+        return flux2_blocks.install(transformer, attention, speed)
 
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         context, guidance = conditioning.context, conditioning.tensors.get("guidance")
-        tokens, ids = [_tokens(x)], [_position_ids(x, 0)]
-        for index, reference in enumerate(conditioning.references):
+        tokens = [_tokens(x)]
+        for reference in conditioning.references:
             if reference.shape[0] not in (1, x.shape[0]):
                 raise ValueError(f"a reference batch of {reference.shape[0]} does not fit a batch of {x.shape[0]}")
             tokens.append(_tokens(reference).expand(x.shape[0], -1, -1))
-            ids.append(_position_ids(reference, REFERENCE_SPACING * (index + 1)))
-        text_ids = torch.zeros(context.shape[1], 4, device=x.device)
-        text_ids[:, 3] = torch.arange(context.shape[1], device=x.device)
         return {
             "hidden_states": torch.cat(tokens, dim=1),
             "encoder_hidden_states": context,
             "timestep": timestep,
             "guidance": None if guidance is None else guidance.to(x.device),
-            "img_ids": torch.cat(ids),
-            "txt_ids": text_ids,
+            "img_ids": _image_ids(tuple(tuple(image.shape[-2:]) for image in (x, *conditioning.references)), x.device),
+            "txt_ids": _text_ids(context.shape[1], x.device),
         }
 
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
@@ -250,34 +245,6 @@ class Flux2(Family):
         return (latent - mean) / std
 
 
-class SingleStreamProcessor:
-    """Attention and MLP of a single-stream block (`Flux2ParallelSelfAttention`) over a shard of the joint sequence."""
-
-    def __init__(self, attention: ShardedAttention) -> None:
-        self.attention = attention
-
-    def __call__(
-        self,
-        attn: Model,
-        hidden_states: Tensor,  # [B, S_local, C]
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kv_cache_mode: str | None = None,
-    ) -> Tensor:
-        refuse(attention_mask=attention_mask, kv_cache=kv_cache_mode)
-        fused = attn.to_qkv_mlp_proj(hidden_states)
-        # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
-        full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
-        width = attn.inner_dim * fused.shape[-1] // full
-        query, key, value, mlp = fused.split([width, width, width, fused.shape[-1] - 3 * width], dim=-1)
-        out = self.attention(
-            rotate(attn.norm_q(heads(query, attn)), image_rotary_emb),
-            rotate(attn.norm_k(heads(key, attn)), image_rotary_emb),
-            heads(value, attn),
-        )
-        return attn.to_out(torch.cat([out.flatten(2), attn.mlp_act_fn(mlp)], dim=-1))
-
-
 def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
     """Width of the transformer, and of one half of its gated MLP."""
     inner = config["num_attention_heads"] * config["attention_head_dim"]
@@ -289,14 +256,26 @@ def _tokens(latent: Tensor) -> Tensor:
     return latent.flatten(2).transpose(1, 2)
 
 
-def _position_ids(latent: Tensor, time: int) -> Tensor:
-    """Coordinates (time, row, column, 0) of each token, ``[H * W, 4]``."""
-    height, width = latent.shape[-2:]
-    ids = torch.zeros(height, width, 4, device=latent.device)
-    ids[..., 0] = time
-    ids[..., 1] = torch.arange(height, device=latent.device)[:, None]
-    ids[..., 2] = torch.arange(width, device=latent.device)[None, :]
-    return ids.flatten(0, 1)
+# The same tensors for the same sizes: the model embeds them once (`KeptRotary`).
+@functools.lru_cache(8)
+def _image_ids(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Coordinates (time, row, column, 0) of each token of all images, ``[S, 4]``; references follow the picture."""
+    parts = []
+    for index, (height, width) in enumerate(sizes):
+        ids = torch.zeros(height, width, 4, device=device)
+        ids[..., 0] = REFERENCE_SPACING * index
+        ids[..., 1] = torch.arange(height, device=device)[:, None]
+        ids[..., 2] = torch.arange(width, device=device)[None, :]
+        parts.append(ids.flatten(0, 1))
+    return torch.cat(parts)
+
+
+@functools.lru_cache(8)
+def _text_ids(length: int, device: torch.device) -> Tensor:
+    """Coordinates (0, 0, 0, place in the prompt) of each token, ``[L, 4]``."""
+    ids = torch.zeros(length, 4, device=device)
+    ids[:, 3] = torch.arange(length, device=device)
+    return ids
 
 
 def _latent_statistics(vae: Model, like: Tensor) -> tuple[Tensor, Tensor]:

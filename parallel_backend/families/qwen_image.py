@@ -17,10 +17,9 @@ from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
-from . import qwen_image_text
-from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
+from . import qwen_image_blocks, qwen_image_text
+from .base import Conditioning, Family, Model, ReferenceModel, Speed, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
-from .double_stream import DoubleStreamProcessor
 from .file_shapes import count_blocks, shape_of
 from .qwen_image_pipeline import DRAWINGS, PATCH, QwenImageDrawing
 from .qwen_image_positions import LatentImages, QwenEntrance
@@ -137,10 +136,9 @@ class QwenImage(Family):
             "norm_out.linear": gathered,
         }
 
-    def install(self, transformer: Model, attention: ShardedAttention) -> QwenEntrance:
-        for block in transformer.transformer_blocks:
-            block.attn.set_processor(DoubleStreamProcessor(attention))
-        return QwenEntrance(transformer, attention.shards)
+    def install(self, transformer: Model, attention: ShardedAttention, speed: Speed) -> QwenEntrance:
+        forwards = qwen_image_blocks.install(transformer, attention, speed)
+        return QwenEntrance(transformer, attention.shards, forwards)
 
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         if x.shape[2] != 1:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..parallel.sequence import Entrance, SequenceShards
 from .base import Model
+from .embedding import ExactTime
+from .forwards import BlockForwards
 
 THETA = 10_000.0
 KEPT = 8
@@ -160,9 +162,12 @@ class QwenEntrance(Entrance):
     Args:
         transformer: its ``pos_embed`` is replaced.
         shards: of the forward in progress.
+        forwards: of its blocks; undone with the rest.
     """
 
-    def __init__(self, transformer: Model, shards: SequenceShards) -> None:
+    def __init__(self, transformer: Model, shards: SequenceShards, forwards: BlockForwards) -> None:
+        self.forwards = forwards
+        self.time = ExactTime(transformer.time_text_embed, _embed_time)
         self.transformer, self.shards, self.original = transformer, shards, transformer.pos_embed
         self.rotary = transformer.pos_embed = RotaryPositions(transformer.config.axes_dims_rope)
         self._at_zero: bool = transformer.config.zero_cond_t
@@ -171,6 +176,8 @@ class QwenEntrance(Entrance):
         self._mask: Tensor | None = None
 
     def prepare(self, arguments: dict[str, Any]) -> None:
+        self.forwards.begin(arguments, self.transformer)
+        self.time.begin(arguments)
         text, mask = arguments["encoder_hidden_states"], arguments.pop("encoder_hidden_states_mask", None)
         width = self.transformer.config.joint_attention_dim
         if text.shape[-1] != width:
@@ -211,6 +218,8 @@ class QwenEntrance(Entrance):
         arguments["img_shapes"] = [shapes] * arguments["hidden_states"].shape[0]
 
     def remove(self) -> None:
+        self.forwards.remove()
+        self.time.remove()
         self.transformer.pos_embed = self.original
         self._modulate_references(self.transformer.config.zero_cond_t)
 
@@ -230,3 +239,10 @@ class QwenEntrance(Entrance):
             for module in (self.transformer, *self.transformer.transformer_blocks):
                 module.zero_cond_t = at_zero
             self._at_zero = at_zero
+
+
+def _embed_time(module: Model, exact: Tensor, guidance: None, timestep: Tensor, *others: Any) -> Tensor:
+    """`QwenTimestepProjEmbeddings` of exact timesteps; where there are twice as many, references' zeros follow."""
+    if timestep.shape[0] > exact.shape[0]:
+        exact = torch.cat([exact, exact * 0])
+    return type(module).forward(module, exact, *others)

@@ -1,41 +1,106 @@
-"""Attention over a sharded sequence: rank-local queries, keys and values in, rank-local output out, on every layout."""
+"""Attention over a sharded sequence: rank-local queries, keys and values in, rank-local output out, on every layout.
+
+It comes in three steps, between which a block computes what does not wait for the exchanges that they start.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import exchange
+from .elementwise import HeadInputs, pack
 from .kernels import attention
-from .ring import ring_attention
+from .ring import first_hop, ring_attention
 from .sequence import SequenceShards
-from .ulysses import gather_heads, scatter_heads
 
 
-class ShardedAttention:
-    """Computes what one GPU would over the full sequence. USP (arXiv:2405.07719): Ulysses inside, ring outside."""
+class Lengths(NamedTuple):
+    """Tokens of the forward in progress: of each rank of the ulysses group, and of each ring position's chunk."""
+
+    ulysses: tuple[int, ...]
+    ring: tuple[int, ...]
+
+
+class ShardedAttention(nn.Module):
+    """Computes what one GPU would over the full sequence. USP (arXiv:2405.07719): Ulysses inside, ring outside.
+
+    Ulysses (arXiv:2309.14509) turns a shard of the sequence with all heads into all of it with a shard of heads. Query,
+    key and value travel together in one exchange, the output in another.
+
+    (A module without weights: the compiler takes numbers that are found on modules as constants.)
+    """
 
     def __init__(self, shards: SequenceShards) -> None:
+        super().__init__()
         self.shards = shards
+        self.ulysses, self.ring = shards.mesh.ulysses, shards.mesh.ring
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[B, S_local, H_local, D]`` each -> ``[B, S_local, H_local, D]``. Tokens carry their position already.
+    def lengths(self) -> Lengths:
+        """Lengths of the forward in progress; of no axis that is not split."""
+        return Lengths(
+            tuple(self.shards.ulysses_tokens()) if self.ulysses.is_split else (),
+            tuple(self.shards.ring_tokens()) if self.ring.is_split else (),
+        )
 
-        Attention does not depend on the order of keys, so the ranks' shards may be joined in any order. Keys that
-        `SequenceShards.hide_keys` named are dropped, not masked.
+    def begin(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, lengths: Lengths) -> list[Tensor]:
+        """Norm and rotate queries and keys of all streams' tokens, and start their way to where attention needs them.
+
+        Attention does not depend on the order of keys, so the ranks' shards may be joined in any order.
         """
-        mesh, kept = self.shards.mesh, self.shards.kept_keys
-        if not mesh.cp.is_split:
-            return _attention(query, key, value, kept)
-        tokens = self.shards.ulysses_tokens()
-        if mesh.ulysses.is_split:
-            query, key, value = scatter_heads(query, key, value, mesh.ulysses, tokens)
-        if mesh.ring.is_split:
-            out = ring_attention(query, key, value, mesh.ring, self.shards.ring_tokens(), kept)
+        only_ring = self.ring.is_split and not self.ulysses.is_split
+        packed = pack(streams, cos, sin, self.ulysses.degree, apart=only_ring)
+        if only_ring:
+            query, chunk = packed
+            return [query, chunk, first_hop(chunk, self.ring, lengths.ring)]
+        if self.ulysses.is_split:
+            (packed_heads,) = packed
+            local = packed_heads.shape[0] // self.ulysses.degree
+            sent = [local] * self.ulysses.degree
+            return [exchange.all_to_all(packed_heads, lengths.ulysses, sent, self.ulysses)]
+        return packed
+
+    def attend(self, begun: list[Tensor], lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor:
+        """Wait for what was begun, compute, and start the output's way back.
+
+        Args:
+            begun: of `begin`.
+            lengths: of this forward.
+            kept: the keys that there are, as in `SequenceShards.kept_keys`. The others are dropped, not masked.
+
+        Returns:
+            The output in flight, for `collect`.
+        """
+        if self.ulysses.is_split:
+            begun = [exchange.arrived(begun[0])]  # [S_chunk, B, 3, h, D]
+        if self.ring.is_split:
+            if self.ulysses.is_split:
+                chunk = begun[0][:, :, 1:].contiguous()
+                begun = [begun[0][:, :, :1], chunk, first_hop(chunk, self.ring, lengths.ring)]
+            query, chunk, arriving = begun
+            out = ring_attention(query[:, :, 0].transpose(0, 1), chunk, arriving, self.ring, lengths.ring, kept)
         else:
+            query, key, value = (x.transpose(0, 1) for x in begun[0].unbind(2))
             out = _attention(query, key, value, kept)
-        if mesh.ulysses.is_split:
-            out = gather_heads(out, mesh.ulysses, tokens)
-        return out
+        if not self.ulysses.is_split:
+            return out
+        local = lengths.ulysses[self.ulysses.rank]
+        packed = out.transpose(0, 1).contiguous()  # [S_chunk, B, h, D]
+        return exchange.all_to_all(packed, [local] * self.ulysses.degree, lengths.ulysses, self.ulysses)
+
+    def collect(self, out: Tensor) -> Tensor:
+        """The output that `attend` started, with all heads that this tp rank holds: ``[B, S_local, H * D]``."""
+        if not self.ulysses.is_split:
+            return out.flatten(2)
+        degree = self.ulysses.degree
+        received = exchange.arrived(out)
+        _, batch, heads, dim = received.shape
+        local = received.shape[0] // degree
+        received = received.view(degree, local, batch, heads, dim).permute(2, 1, 0, 3, 4)
+        return received.reshape(batch, local, degree * heads * dim)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, kept: list[list[Tensor]] | None) -> Tensor:

@@ -119,7 +119,7 @@ def shard_sequence(
     shards: SequenceShards,
     inputs: Sequence[Sequence[str]],
     output_stream: int,
-    entrance: Entrance | None = None,
+    entrance: Entrance,
 ) -> list[Any]:
     """Cut the model's inputs to this rank's tokens and gather its output, with forward hooks on this instance.
 
@@ -132,24 +132,20 @@ def shard_sequence(
         entrance: sees the arguments before and after they are cut.
 
     Returns:
-        Handles whose ``remove()`` undoes it; empty if there is nothing to do.
+        Handles whose ``remove()`` undoes it.
     """
-    if entrance is None and not shards.mesh.cp.is_split:
-        return []
     signature = inspect.signature(type(model).forward)
 
     def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bound = signature.bind(module, *args, **kwargs)
         arguments = bound.arguments
-        if entrance is not None:
-            entrance.prepare(arguments)
+        entrance.prepare(arguments)
         shards.begin([arguments[names[0]].shape[-2] for names in inputs])
         if shards.mesh.cp.is_split:
             for stream, names in enumerate(inputs):
                 for name in names:
                     arguments[name] = shards.shard(arguments[name], stream, -2)
-        if entrance is not None:
-            entrance.localize(arguments)
+        entrance.localize(arguments)
         return bound.args[1:], bound.kwargs
 
     def gather(module: nn.Module, args: tuple, output: Any) -> Any:

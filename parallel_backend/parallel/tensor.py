@@ -145,10 +145,16 @@ class RowParallelLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.axis = axis
 
+    def partial_bias(self) -> Tensor | None:
+        """The bias is whole on every rank, and part of the sum once: in the first rank's product, where it is free."""
+        return self.bias if self.axis.rank == 0 else None
+
+    def partial(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum."""
+        return linear(x, self.weight, self.partial_bias(), self.weight_scale, self.input_scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        # The bias is whole on every rank, and part of the sum once: in the first rank's product, where it is free.
-        bias = self.bias if self.axis.rank == 0 else None
-        y = linear(x, self.weight, bias, self.weight_scale, self.input_scale)
+        y = self.partial(x)
         dist.all_reduce(y, group=self.axis.group)
         return y
 

@@ -64,6 +64,18 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
     return Devices("cuda", tuple(names[index].strip() for index in chosen))
 
 
+def gpu_numbers(spec: str) -> list[int] | None:
+    """The GPUs that a list such as ``"0,1"`` names; none of them for ``"cpu"``, and None for ``"auto"``.
+
+    Raises:
+        ValueError: a GPU that is not there or named twice, or a list that cannot be read.
+    """
+    named = [part for part in spec.strip().lower().split(",") if part]
+    if named in ([], ["auto"]):
+        return None
+    return [] if resolve_devices(spec, len(named)).kind == "cpu" else [_index(part) for part in named]
+
+
 def _on_cpu(ranks: int) -> Devices:
     most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
     if ranks > most:

@@ -229,8 +229,11 @@ class Engine:
         self._bring(name, part, tokens)
         if cache is not None:
             part.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
-        output = part.module(**inputs, return_dict=False)[0]
-        return family.prediction(output, x), part.cache.last
+        prediction = family.prediction(part.module(**inputs, return_dict=False)[0], x)
+        if self.device.type == "cuda":
+            # It is sent next, which waits for it anyway; here the wait counts among the worker's own seconds.
+            torch.cuda.synchronize(self.device)
+        return prediction, part.cache.last
 
     def collectives_begun(self) -> int | None:
         """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,21 @@ KEPT_TENSORS = 16
 KEPT_TIMINGS = 10_000
 """Timings of each kind that a model remembers for its report."""
 
+_LIBC = ctypes.CDLL(None)
+_LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
 Check = Callable[[], None]
 """Called every 50 ms while somebody waits; may raise to give up."""
+
+
+def same_content(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit, on the same device."""
+    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
+        return False
+    if a.device.type != "cpu" or not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    # Ten times as fast as torch.equal, which compares numbers: a context of FLUX.2 has 16 MB.
+    return _LIBC.memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
 
 
 class RemoteModel:
@@ -127,8 +141,10 @@ class RemoteModel:
             began = time.perf_counter()
             answers, results = self._use("transformer", request, tensors, check, self._step_times.limit(shape))
             decision = None if cache is None else Decision(**answers[0].data)
+            seconds = max(answer.seconds for answer in answers)
+            self.seconds["workers"].append(seconds)
             if decision is None or decision.computed:
-                self._step_times.add(shape, max(answer.seconds for answer in answers))
+                self._step_times.add(shape, seconds)
             if decision is not None:
                 run.note(evaluation, decision, time.perf_counter() - began)
                 self.last_run = run
@@ -165,7 +181,7 @@ class RemoteModel:
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""
-        self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "decode")})
+        self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "workers", "decode")})
 
     @contextmanager
     def advised(self, component: str) -> Iterator[None]:
@@ -204,8 +220,7 @@ class RemoteModel:
         Samplers build the tensor anew for each step, so it is known by its content.
         """
         for name, kept in self._kept.items():
-            alike = kept.dtype == tensor.dtype and kept.device == tensor.device
-            if alike and torch.equal(kept, tensor):  # False at once where the shapes differ
+            if same_content(kept, tensor):
                 self._kept.move_to_end(name)
                 return name
         number = self.group.next_id()

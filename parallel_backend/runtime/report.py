@@ -26,7 +26,7 @@ def make_report(
     Args:
         config: of the model.
         family: name of the model family.
-        seconds: ``start`` and ``load``, and lists of ``text``, ``steps`` and ``decode``.
+        seconds: ``start`` and ``load``, and lists of ``text``, ``steps``, ``workers`` and ``decode``.
         ranks: each rank's own figures, in rank order.
         cache: the last run that used the block cache.
     """
@@ -54,6 +54,7 @@ def make_report(
             "text": sum(seconds["text"]),
             "steps": steps,
             "step_median": statistics.median(steps) if steps else None,
+            "workers": list(seconds["workers"]),
             "decode": sum(seconds["decode"]),
         },
         "cache": cache,

@@ -89,7 +89,8 @@ def test_defaults_are_small(definitions):
     # What a new node does on any machine: two ranks, GPUs if there are some.
     inputs = inputs_of(definitions["HybridDiT_ParallelLayout"])
     defaults = {name: spec[1]["default"] for name, spec in inputs.items()}
-    assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto", "nnodes": 1, "rdzv_endpoint": ""}
+    options = {"nnodes": 1, "rdzv_endpoint": "", "auto": False}
+    assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto", **options}
 
 
 def test_block_cache_starts_from_the_first_preset(definitions):

@@ -464,7 +464,7 @@ class TestReport:
         assert set(report["versions"]) == {"hybrid_dit", "torch", "diffusers", "transformers"}
         assert report["versions"]["torch"] == torch.__version__
         seconds = report["seconds"]
-        assert set(seconds) == {"start", "load", "text", "steps", "step_median", "decode"}
+        assert set(seconds) == {"start", "load", "text", "steps", "step_median", "workers", "decode"}
         assert len(seconds["steps"]) == 3
         assert seconds["step_median"] == sorted(seconds["steps"])[1]
         assert all(seconds[name] > 0 for name in ("start", "load", "text", "decode"))

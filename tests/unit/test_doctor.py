@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.cli import doctor, machine
+from parallel_backend import machine
+from parallel_backend.cli import doctor
 from parallel_backend.cli.doctor import GIB, check_machine
-from parallel_backend.cli.machine import Gpu, Link, Machine, parse_topology
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.machine import Gpu, Link, Machine, parse_topology
 
 GOOD = Machine(
     system="Linux",
@@ -296,3 +297,21 @@ def test_topology_of_nvidia_smi():
 def test_no_nvidia_smi_is_no_failure(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert machine._nvidia_smi("topo", "-m") == ""
+
+
+def test_it_says_what_auto_would_take_and_what_the_others_would_cost(examine):
+    status, out = examine(with_gpus(8, total=48))
+    assert status == 0
+    assert re.search(r"ok   auto takes \S+ of 8 GPU\(s\): about [\d.]+ s a step", out)
+    assert re.search(r"^  layout +step ms = compute \+ exchange", out, re.MULTILINE)
+    assert re.search(r"^  TP-8 +\d+ +\d+ +\d+ \(0\) +18\.\d", out, re.MULTILINE)
+    _, out = examine(with_gpus(8, total=48), "--json")
+    report = json.loads(out)
+    names = [option["layout"] for option in report["auto"]]
+    assert {"TP-8", "Ulysses-4-TP-2", "Ring-8"} <= set(names)
+    assert all(option["step_ms"] == option["compute_ms"] + option["exposed_ms"] for option in report["auto"])
+
+
+def test_where_nothing_fits_there_is_no_choice(examine):
+    _, out = examine(with_gpus(2, total=16), "--json")
+    assert json.loads(out)["auto"] is None

@@ -93,7 +93,7 @@ def test_activations_agree_with_traced_allocations(degrees, traced):
 
 
 @pytest.mark.parametrize(
-    # GiB beside the weights, rank 0, 1328 x 1328 and 512 tokens of text, by benchmarks/rank_step.py on an H100.
+    # GiB beside the weights, rank 0, 1328 x 1328 and 512 tokens of text, by benchmarks/against_cache_dit.py on an H100.
     ("degrees", "measured"),
     [({"ulysses_size": 2}, 0.35), ({"tp_size": 2}, 0.50), ({"tp_size": 8}, 0.52)],
 )

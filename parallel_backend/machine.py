@@ -1,4 +1,4 @@
-"""Facts about a machine as ``doctor`` reports them: software, GPUs and their links, memory. Nothing is judged here."""
+"""Facts about a machine: software, GPUs and their links, memory. Nothing is judged here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Machine:
 
 def collect() -> Machine:
     """Look at this machine. Nothing that is missing on it is an error here."""
-    total, available = _memory()
+    total, available = host_memory()
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     topology = parse_topology(_nvidia_smi("topo", "-m"))
@@ -135,8 +135,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """Total and available memory in bytes."""
+def host_memory() -> tuple[int | None, int | None]:
+    """Total and available memory in bytes; None where it cannot be told."""
     try:
         with open("/proc/meminfo") as file:
             values = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in file)}

@@ -1,0 +1,176 @@
+"""What families' blocks are made of on a rank: their linears, outputs in pieces, and the double-stream block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..parallel import exchange
+from ..parallel.attention import Lengths, ShardedAttention
+from ..parallel.elementwise import (
+    HeadInputs,
+    Pieces,
+    Table,
+    gated_add,
+    gated_add_and_norm,
+    modulated_norm,
+)
+from ..parallel.products import add_product
+from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from .base import Model
+
+Kept = list[list[Tensor]] | None
+TILE = 128
+"""Tokens that a matrix product works on at a time: pieces are multiples of it."""
+
+
+class Stream(NamedTuple):
+    """The modules of one stream of a double-stream block, and the epsilon of its norms."""
+
+    query: Model
+    key: Model
+    value: Model
+    query_norm: Model
+    key_norm: Model
+    out: Model
+    mlp_in: Model
+    mlp_out: Model
+    eps: float
+
+
+def double_block(
+    attention: ShardedAttention,
+    image_stream: Stream,
+    text_stream: Stream,
+    activation: Callable[[Tensor], Tensor],
+    image: Tensor,
+    text: Tensor,
+    image_tables: tuple[Table, Table],
+    text_tables: tuple[Table, Table],
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Lengths,
+    kept: Kept,
+) -> tuple[Tensor, Tensor]:
+    """A block in which text and image have weights of their own and attend to each other.
+
+    Args:
+        attention: over the sharded sequence.
+        image_stream, text_stream: modules.
+        activation: between the linears of the MLPs.
+        image, text: ``[B, S_local, C]`` of each stream.
+        image_tables, text_tables: modulation around the attention, and around the MLP.
+        cos, sin: ``[S_local, D]`` of text and image tokens.
+        lengths, kept: of this forward.
+
+    Returns:
+        Text and image.
+    """
+    tokens = text.shape[1]
+    begun = attention.begin(
+        [
+            _head_inputs(text_stream, modulated_norm(text, text_tables[0], text_stream.eps)),
+            _head_inputs(image_stream, modulated_norm(image, image_tables[0], image_stream.eps)),
+        ],
+        cos,
+        sin,
+        lengths,
+    )
+    out = attention.collect(attention.attend(begun, lengths, kept))
+    del begun
+    # The streams take turns, so that what one of them sums over tp is summed while the other computes.
+    image_out, text_out = (
+        row_output(image_stream.out, out[:, tokens:], True),
+        row_output(text_stream.out, out[:, :tokens]),
+    )
+    del out
+    image, normed = gated_add_and_norm(image, image_tables[0], image_out, image_tables[1], image_stream.eps)
+    image_out = row_output(image_stream.mlp_out, activation(image_stream.mlp_in(normed)), True)
+    text, normed = gated_add_and_norm(text, text_tables[0], text_out, text_tables[1], text_stream.eps)
+    text_out = row_output(text_stream.mlp_out, activation(text_stream.mlp_in(normed)))
+    return clipped(gated_add(text, text_tables[1], text_out)), clipped(gated_add(image, image_tables[1], image_out))
+
+
+def row_output(linear: Model, x: Tensor, cut: bool = False) -> Pieces:
+    """A linear's output ``[B, S, out]``; where it is summed over tp the sum has only been started.
+
+    Args:
+        linear: column-parallel linears come before it.
+        x: ``[B, S, in_local]``.
+        cut: sum in two pieces, the first of them while the second is computed.
+    """
+    if type(linear) is not RowParallelLinear:
+        return Pieces((linear(x),))
+    parts, dim = halves(x) if cut else ((x,), 1)
+    return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim, in_flight=True)
+
+
+def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], waits: bool) -> Pieces:
+    """A linear's output ``[B, S, out]`` for two inputs side by side, of which the second half is there earlier.
+
+    Args:
+        linear: of ``late`` and ``early`` features.
+        early: ``[B, S, early]``.
+        late: gives ``[B, S, late]``.
+        waits: whether ``late`` waits for an exchange; all of ``early`` is multiplied before it is asked for.
+    """
+    if not is_plain(linear):
+        return row_output(linear, torch.cat([late(), early], dim=-1), True)
+    summed = type(linear) is RowParallelLinear
+    weight, bias = linear.weight, linear.partial_bias() if summed else linear.bias
+    border = weight.shape[1] - early.shape[-1]
+    parts, dim = halves(early) if summed else ((early,), 1)
+    outputs = [F.linear(part, weight[:, border:], bias) for part in parts] if waits else []
+    inputs = late()
+    pieces, first = [], 0
+    for index, part in enumerate(parts):
+        size = part.shape[dim]
+        x = inputs.narrow(dim, first, size)
+        y = outputs[index] if waits else F.linear(part, weight[:, border:], bias)
+        if summed or not torch.compiler.is_compiling():
+            y = add_product(y, x, weight[:, :border])
+        else:
+            y = y + F.linear(x, weight[:, :border])  # which is made one with the gated sum that comes next
+        pieces.append(exchange.all_reduce(y, linear.axis) if summed else y)
+        first += size
+    return Pieces(pieces, dim, in_flight=summed)
+
+
+def is_plain(linear: Model) -> bool:
+    """Whether a module multiplies with its weight as it is, so that parts of the weight can be used by themselves."""
+    if type(linear) not in (nn.Linear, ColumnParallelLinear, RowParallelLinear):
+        return False
+    return getattr(linear, "weight_scale", None) is None
+
+
+def halves(x: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """``[B, S, C]`` in two parts whose rows lie together (in one if they are few), and the dim that was cut."""
+    if x.shape[0] > 1:
+        first = x.shape[0] // 2
+        return (x[:first], x[first:]), 0
+    first = x.shape[1] // (2 * TILE) * TILE
+    return ((x[:, :first], x[:, first:]) if first else (x,)), 1
+
+
+def clipped(x: Tensor) -> Tensor:
+    """What fp16 could not hold is cut off."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def table_of(modulation: Tensor, first: int, width: int, picks: Tensor | None = None) -> Table:
+    """Shift, scale and gate, which follow one another in ``[n * B, ...]`` from a feature on."""
+    shift, scale, gate = (modulation[:, first + i * width : first + (i + 1) * width] for i in range(3))
+    return Table(shift, scale, gate, picks)
+
+
+def _head_inputs(stream: Stream, x: Tensor) -> HeadInputs:
+    return head_inputs(stream.query(x), stream.key(x), stream.value(x), stream.query_norm, stream.key_norm)
+
+
+def head_inputs(query: Tensor, key: Tensor, value: Tensor, query_norm: Model, key_norm: Model) -> HeadInputs:
+    eps = torch.finfo(query.dtype).eps if query_norm.eps is None else query_norm.eps
+    return HeadInputs(query, key, value, query_norm.weight, key_norm.weight, eps)

@@ -1,0 +1,94 @@
+"""What the ranks of the test world say about speed: the order of what they launch, and how often they compile."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import Speed, blocks
+from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallelize import parallelize_transformer
+from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
+
+NAMES = {
+    "mm": "GEMM",
+    "bmm": "GEMM",
+    "addmm": "GEMM",
+    "addmm_": "GEMM",
+    "add_product": "GEMM",
+    "all_to_all_single": "exchange",
+} | {name: "sum" for name in ("all_reduce", "all_reduce_")}
+ATTENTION = "scaled_dot_product"
+
+
+def kind(name: str) -> str | None:
+    """What an operation is called in the tests: GEMM, attention, exchange, sum or wait; None for all else."""
+    if name.startswith(("cpp_fused", "triton_")):  # the compiler's own kernels, named after what they stand beside
+        return None
+    if ATTENTION in name:
+        return "attention"
+    return "wait" if name == "wait_tensor" else NAMES.get(name)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what is launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = kind(function.overloadpacket.__name__)
+        if found:
+            self.events.append(found)
+        return function(*args, **(kwargs or {}))
+
+
+def eager_order(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[str]]:
+    """What one block of each kind launches, in order, by its class."""
+    model, found = tiny_transformer(num_layers=1, num_single_layers=1), {}
+    blocks.TILE = 2
+    parallelize_transformer(model, FLUX2, layout, mesh)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        original = block.forward
+
+        def recorded(*args: Any, original: Any = original, name: str = type(block).__name__, **kwargs: Any) -> Any:
+            with Recorder() as recorder:
+                out = original(*args, **kwargs)
+            found[name] = recorder.events
+            return out
+
+        block.forward = recorded
+    model(**flux2_inputs(8, [(8, 8)], 1), return_dict=False)
+    return found
+
+
+def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
+    """Errors of a compiled model against the untouched one for several sizes, what was compiled, and its order."""
+    whole, model = tiny_transformer(), tiny_transformer()
+    blocks.TILE = 2
+    torch._dynamo.reset()
+    counters.clear()
+    parallelize_transformer(model, FLUX2, layout, mesh, Speed(compiled=True))
+    first = flux2_inputs(16, [(8, 8)], 1)
+    _, codes = run_and_get_code(lambda: model(**first, return_dict=False))
+    errors, graphs = [], [counters["stats"]["unique_graphs"]]
+    for text, size in ((16, (8, 8)), (17, (8, 8)), (40, (8, 8)), (9, (7, 9))):
+        inputs = flux2_inputs(text, [size], 1)
+        errors.append(relative_error(model(**inputs).sample, whole(**inputs).sample))
+        graphs.append(counters["stats"]["unique_graphs"])
+    launched = [
+        [
+            found
+            for name in re.findall(r"(\w+)(?:\.default)?\(", code[code.index("def call(") :])
+            if (found := kind(name))
+        ]
+        for code in codes
+    ]
+    return {"errors": errors, "graphs": graphs, "breaks": dict(counters["graph_break"]), "order": launched}

@@ -1,0 +1,154 @@
+"""The choice of a layout on machines that are made up: what is taken, what is refused, and what is said of it."""
+
+import json
+
+import pytest
+import torch
+
+from parallel_backend import auto_layout
+from parallel_backend.auto_layout import all_layouts, checkpoint_memory, choose_for_checkpoint, choose_for_reference
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.cost_model import Device
+from parallel_backend.families import family_of_name
+from parallel_backend.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between
+from parallel_backend.loading.checkpoint import open_checkpoint
+from parallel_backend.machine import Gpu, Link, Machine
+from parallel_backend.memory import GIB
+from tests.tiny_pipeline import make_tiny_pipeline
+
+FLUX2 = family_of_name("flux2")
+
+
+def machine(count, name="NVIDIA H200", total=140, kind="NV18", peer=True, kinds=None):
+    """A machine with GPUs that are linked alike, but for pairs in ``kinds``."""
+    gpus = tuple(Gpu(i, name, total * GIB, total * GIB - GIB) for i in range(count))
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    links = tuple(Link(a, b, peer, (kinds or {}).get((a, b), kind)) for a, b in pairs)
+    return Machine("Linux", "3.11", {}, gpus=gpus, links=links)
+
+
+def chosen(found):
+    return choose_for_reference(found, range(len(found.gpus)), FLUX2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 6, 8, 12])
+def test_all_layouts_are_all_of_them(ranks):
+    degrees = [(x.ulysses_size, x.ring_size, x.tp_size) for x in all_layouts(ranks)]
+    brute = [
+        (u, r, t)
+        for u in range(1, ranks + 1)
+        for r in range(1, ranks + 1)
+        for t in range(1, ranks + 1)
+        if u * r * t == ranks
+    ]
+    assert sorted(degrees) == sorted(brute)
+
+
+def test_eight_l20_get_the_layout_that_was_fastest_in_the_published_table():
+    choice = chosen(machine(8, "NVIDIA L20", 48, "PHB"))
+    assert choice.layout.name == "Ulysses-4-TP-2"
+    assert "faster, but too large: Ulysses-8" in choice.reason
+    assert [option.cost.ms for option in choice.options] == sorted(option.cost.ms for option in choice.options)
+    assert {option.layout.name: option.fits for option in choice.options}["Ulysses-8"] is False
+    # A heading, and a line for each option: the chosen one is marked, and what does not fit says so.
+    lines = choice.table().splitlines()
+    assert len(lines) == 1 + len(choice.options)
+    assert [line.split()[0] for line in lines if "*" in line] == ["Ulysses-4-TP-2"]
+    assert sum("does not fit" in line for line in lines) == sum(not option.fits for option in choice.options)
+
+
+def test_with_room_the_weights_stay_whole():
+    assert chosen(machine(8)).layout.tp_size == 1
+
+
+def test_the_fastest_that_fits_is_taken():
+    for total in (20, 30, 48, 80, 140):
+        choice = chosen(machine(8, total=total))
+        fitting = [option for option in choice.options if option.need <= (total - 1) * GIB]
+        assert choice.layout == min(fitting, key=lambda option: option.cost.ms).layout
+
+
+def test_heads_that_do_not_divide_are_left_out():
+    names = [option.layout.name for option in chosen(machine(5)).options]
+    assert names == ["Ring-5"]  # 48 heads
+
+
+def test_nothing_that_fits_is_an_error_with_the_nearest_layout():
+    with pytest.raises(
+        ValueError, match=r"no layout of FLUX.2-dev fits 2 GPU\(s\): TP-2 needs least, 5\d\.\d GiB each"
+    ):
+        chosen(machine(2, total=24))
+
+
+def test_unknown_gpus_are_named():
+    assert "Some GPU 9000 is taken as fast as an H200" in chosen(machine(2, "Some GPU 9000")).reason
+
+
+def test_links_between_gpus():
+    mixed = machine(4, kind="SYS", kinds={(0, 1): "NV4", (2, 3): "NV4"})
+    assert link_between(mixed, 1, 0).gb_per_s == pytest.approx(NVLINK.gb_per_s * 4 / 18)
+    assert link_between(mixed, 1, 2) == PCIE
+    assert link_between(machine(2, peer=False), 0, 1) == HOST
+    assert link_between(machine(2, kind=""), 0, 1) == PCIE
+
+
+def test_an_axis_is_as_fast_as_its_slowest_link():
+    # Two pairs with bridges: adjacent ranks are tp's.
+    mixed = machine(4, kind="SYS", kinds={(0, 1): "NV4", (2, 3): "NV4"})
+    links = axis_links(mixed, range(4), ParallelismConfig(ulysses_size=2, tp_size=2))
+    assert (links["tp"].gb_per_s > PCIE.gb_per_s, links["ulysses"]) == (True, PCIE)
+    # In another order of the GPUs it is the other way round.
+    links = axis_links(mixed, [0, 2, 1, 3], ParallelismConfig(ulysses_size=2, tp_size=2))
+    assert (links["tp"], links["ulysses"].gb_per_s > PCIE.gb_per_s) == (PCIE, True)
+    # A ring of four goes over each link between neighbours, the last to the first too.
+    assert axis_links(mixed, range(4), ParallelismConfig(ring_size=4)) == {"ring": PCIE}
+    assert axis_links(mixed, range(4), ParallelismConfig()) == {}
+
+
+def test_devices_by_name():
+    assert device_of("NVIDIA H200") == Device()
+    assert device_of("NVIDIA H100 80GB HBM3").compute == 1
+    assert device_of("NVIDIA L20").compute == pytest.approx(6, rel=0.1)
+    assert device_of("NVIDIA H20").compute > 5  # not an H200
+    assert device_of("NVIDIA L40S").compute < device_of("NVIDIA L20").compute
+    assert device_of("Some GPU 9000") is None
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A checkpoint, and a machine with two GPUs for it."""
+    monkeypatch.setattr(auto_layout, "_choices", {})
+    monkeypatch.setattr(auto_layout, "_free", {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(auto_layout, "collect", lambda: machine(2))
+    return open_checkpoint(make_tiny_pipeline(tmp_path / "tiny"))
+
+
+def test_a_checkpoint_is_counted_by_its_own_weights(tiny):
+    whole = checkpoint_memory(tiny, ParallelismConfig(), torch.float32, "cast").weights
+    config = json.loads((tiny.path / "transformer" / "config.json").read_text())
+    numel = sum(p.numel() for p in FLUX2.build_transformer(config).parameters())
+    assert whole.transformer == 4 * numel
+    half = checkpoint_memory(tiny, ParallelismConfig(tp_size=2), torch.float32, "cast").weights
+    assert whole.transformer / 2 < half.transformer < whole.transformer * 0.75  # embedders are not split
+    assert checkpoint_memory(tiny, ParallelismConfig(), torch.bfloat16, "cast").weights.transformer == 2 * numel
+
+
+def test_a_checkpoint_gets_the_same_choice_again_whatever_is_free_by_then(tiny, monkeypatch):
+    first = choose_for_checkpoint(tiny, "auto", "auto", "cast")
+    assert first.layout.world_size == 2
+    monkeypatch.setattr(auto_layout, "collect", lambda: machine(2, total=2))  # our own workers have taken the rest
+    assert choose_for_checkpoint(tiny, "auto", "auto", "cast") is first
+    # Another dtype is looked at anew, with what was free before.
+    assert choose_for_checkpoint(tiny, "0,1", "float32", "cast").layout.world_size == 2
+
+
+def test_named_gpus_are_all_that_is_used(tiny):
+    assert choose_for_checkpoint(tiny, "1", "auto", "cast").layout == ParallelismConfig()
+
+
+def test_on_the_cpu_nothing_is_split(tiny, monkeypatch):
+    assert choose_for_checkpoint(tiny, "cpu", "auto", "cast").layout == ParallelismConfig()
+    monkeypatch.setattr(auto_layout, "collect", lambda: machine(0))
+    choice = choose_for_checkpoint(tiny, "auto", "auto", "cast")
+    assert (choice.layout, choice.reason) == (ParallelismConfig(), "single: there is no GPU here")

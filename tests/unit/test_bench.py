@@ -1,0 +1,127 @@
+"""The parts of the benchmarks: shares of a profile, random weights that are one model's, and a rank that is alone."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.against_cache_dit import layout_of, to_markdown
+from parallel_backend.bench.alone import start_alone
+from parallel_backend.bench.model import build_transformer, fill, make_inputs, transformer_config
+from parallel_backend.bench.profile import Work, shares, union
+from parallel_backend.bench.rank import Task
+from parallel_backend.bench.shapes import SHAPES, shape_of
+from parallel_backend.config import ParallelismConfig
+from parallel_backend.mesh import Axis, build_mesh
+from parallel_backend.parallel.tensor import apply_tensor_parallel
+from parallel_backend.workload import count_workload
+
+TINY = SHAPES["tiny"]
+
+
+def test_shares_of_a_step():
+    work = [
+        Work("nvjet_tst_256x128", 0, 10),
+        Work("ncclDevKernel_SendRecv", 4, 16),  # 6 under a GEMM, 2 alone, 4 under attention
+        Work("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 12, 20),
+        Work("elementwise_kernel", 30, 33),
+        Work("elementwise_kernel", 33, 34),
+    ]
+    found = shares(work, step_ms=40)
+    assert found["ms"] == {"communication": 12, "attention": 8, "GEMM": 10, "rest": 4}
+    assert (found["exposed_ms"], found["hidden_ms"]) == (2, 10)
+    assert (found["busy_ms"], found["gaps_ms"]) == (24, 16)
+    assert found["longest_rest"] == [[4, 2, "elementwise_kernel"]]
+    assert found["count"] == 5
+
+
+def test_kinds_of_operators_on_the_cpu():
+    names = ["aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu", "gloo:all_to_all", "aten::mul"]
+    assert [Work(name, 0, 1).kind for name in names] == ["GEMM", "attention", "communication", "rest"]
+
+
+def test_union_joins_what_overlaps_or_touches():
+    assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_shards_are_slices_of_the_whole_models_weights(degree):
+    family, config = transformer_config(TINY)
+    whole = family.build_transformer(config)
+    fill(whole, torch.device("cpu"), torch.float32)
+    full = dict(whole.named_parameters())
+    for rank in range(degree):
+        shard = family.build_transformer(config)
+        table = apply_tensor_parallel(shard, family.transformer_plan(dict(shard.config)), Axis(None, degree, rank))
+        fill(shard, torch.device("cpu"), torch.float32, table)
+        for name, parameter in shard.named_parameters():
+            expected = table[name].take(full[name]) if name in table else full[name]
+            assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_of_models_that_run(name):
+    shape = SHAPES[name]
+    family, config = transformer_config(shape)
+    model = family.build_transformer(config)
+    assert model.config.joint_attention_dim == shape.features
+    # Counted by running it on the meta device.
+    work = count_workload(family, config, 128, 128, 16)
+    assert work.attentions == sum(len(getattr(model, stack.attribute)) for stack in family.block_stacks)
+
+
+def test_klein_has_its_4_billion_weights():
+    family, config = transformer_config(SHAPES["klein-4b"])
+    assert sum(p.numel() for p in family.build_transformer(config).parameters()) == pytest.approx(3.9e9, rel=0.03)
+
+
+def test_an_unknown_shape_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"no shape 'flux3' .* flux2-dev, qwen-image, klein-4b, tiny"):
+        shape_of("flux3")
+
+
+@pytest.mark.parametrize("degrees", [(2, 1, 1), (1, 3, 1), (1, 1, 4), (2, 2, 2)], ids=str)
+def test_a_rank_that_is_alone_computes_finite_values(degrees):
+    layout = ParallelismConfig(*degrees)
+    start_alone(layout.world_size)
+    try:
+        mesh = build_mesh(layout, "cpu")
+        model = build_transformer(TINY, layout, mesh, torch.bfloat16)
+        x, inputs = make_inputs(TINY, 128, 128, 50, "cpu", torch.bfloat16)  # tokens that do not divide by 3
+        with torch.no_grad():
+            out = transformer_config(TINY)[0].prediction(model(**inputs, return_dict=False)[0], x)
+    finally:
+        dist.destroy_process_group()
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+
+
+def test_layouts_by_name():
+    for degrees in [(1, 1, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 1, 4)]:
+        layout = ParallelismConfig(*degrees)
+        assert layout_of(layout.name) == layout
+    with pytest.raises(ValueError, match="names no layout"):
+        layout_of("Ulysses2")
+
+
+def row(side, ms, **more):
+    profile = shares([Work("nvjet", 0, ms - 1), Work("add", ms - 1, ms)], ms)
+    good = {"step_ms": [ms, ms + 2, ms + 1], "profile": profile, "peak_bytes": 2**30, "weight_bytes": 2**29}
+    return {"layout": "TP-2", "side": side, "finite": 1.0, "first_step_s": 3.0, **good, **more}
+
+
+def test_the_table_has_medians_spreads_and_ratios():
+    table = to_markdown([row("ours", 90.0), row("cache-dit", 100.0), row("ours", 94.0)]).splitlines()
+    assert table[2].startswith("| TP-2 | ours | 93.0 (90.0 to 96.0) | 93.0 + 0.0 + 0.0 + 1.0 = 94.0 |")
+    assert table[4].startswith(f"| TP-2 | ratio | {93 / 101:.3f} |")
+
+
+def test_the_table_says_why_a_side_has_no_figures():
+    rows = [row("ours", 90.0), {"layout": "TP-2", "side": "cache-dit", "error": "ValueError: no"}]
+    table = to_markdown(rows).splitlines()
+    assert table[3].endswith("| ValueError: no |")
+    assert len(table) == 4
+
+
+def test_a_task_knows_its_layout():
+    task = Task("tiny", 2, 1, 4, 128, 128, 3, "cpu", "float32", 64)
+    assert task.layout == ParallelismConfig(ulysses_size=2, tp_size=4)
