@@ -23,6 +23,8 @@ ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.wo
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
+EXCHANGES = ("all_to_all", "all_reduce")
+"""Those of `parallel_backend.parallel.exchange`, within blocks."""
 START, RENDEZVOUS, COLLECTIVE, BETWEEN = "start", "rendezvous", "collective", "between"
 KINDS = ("kill", "raise", "oom", "exit", "stop", "sleep")
 INJECTED = "a fault that was asked for"
@@ -152,12 +154,15 @@ class _Loader(importlib.abc.Loader):
         self.loader.exec_module(module)
         import torch.distributed as dist
 
+        from parallel_backend.parallel import exchange
         from parallel_backend.runtime.channel import Channel
 
         for name in METHODS:
             setattr(module.Engine, name, self._announced(getattr(module.Engine, name), name))
         for name in COLLECTIVES:
             setattr(dist, name, self._announced(getattr(dist, name), COLLECTIVE))
+        for name in EXCHANGES:
+            setattr(exchange, name, self._announced(getattr(exchange, name), COLLECTIVE))
         dist.init_process_group = self._announced(dist.init_process_group, RENDEZVOUS)
         Channel.receive = self._announced(Channel.receive, BETWEEN)
 
