@@ -42,6 +42,29 @@ class Stream(NamedTuple):
     eps: float
 
 
+def streams_of(
+    attn: Model, image: tuple[Model, Model, float], text: tuple[Model, Model, float]
+) -> tuple[Stream, Stream]:
+    """The streams of image and text of a block with diffusers' joint attention.
+
+    Args:
+        attn: the attention.
+        image, text: the two linears of the stream's MLP, and the epsilon of its norms.
+    """
+    return (
+        Stream(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, attn.to_out[0], *image),
+        Stream(
+            attn.add_q_proj,
+            attn.add_k_proj,
+            attn.add_v_proj,
+            attn.norm_added_q,
+            attn.norm_added_k,
+            attn.to_add_out,
+            *text,
+        ),
+    )
+
+
 def double_block(
     attention: ShardedAttention,
     image_stream: Stream,

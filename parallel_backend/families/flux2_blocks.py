@@ -11,7 +11,7 @@ from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.elementwise import gated_add, modulated_norm, swiglu
 from ..parallel.sequence import Entrance, SequenceShards
 from .base import Model, Speed
-from .blocks import Kept, Stream, clipped, double_block, head_inputs, is_plain, table_of, two_part_output
+from .blocks import Kept, clipped, double_block, head_inputs, is_plain, streams_of, table_of, two_part_output
 from .embedding import ExactTime, KeptRotary
 from .forwards import BlockForwards, refuse
 
@@ -103,28 +103,10 @@ def _double(
     lengths: Lengths,
     kept: Kept,
 ) -> tuple[Tensor, Tensor]:
-    attn = block.attn
-    image_stream = Stream(
-        attn.to_q,
-        attn.to_k,
-        attn.to_v,
-        attn.norm_q,
-        attn.norm_k,
-        attn.to_out[0],
-        block.ff.linear_in,
-        block.ff.linear_out,
-        block.norm1.eps,
-    )
-    text_stream = Stream(
-        attn.add_q_proj,
-        attn.add_k_proj,
-        attn.add_v_proj,
-        attn.norm_added_q,
-        attn.norm_added_k,
-        attn.to_add_out,
-        block.ff_context.linear_in,
-        block.ff_context.linear_out,
-        block.norm1_context.eps,
+    image_stream, text_stream = streams_of(
+        block.attn,
+        (block.ff.linear_in, block.ff.linear_out, block.norm1.eps),
+        (block.ff_context.linear_in, block.ff_context.linear_out, block.norm1_context.eps),
     )
     (width,) = block.norm1.normalized_shape
     image_tables, text_tables = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..parallel.attention import Lengths, ShardedAttention
 from .base import Model, Speed
-from .blocks import Kept, Stream, double_block, table_of
+from .blocks import Kept, double_block, streams_of, table_of
 from .forwards import BlockForwards, refuse
 
 
@@ -60,28 +60,10 @@ def _double(
     lengths: Lengths,
     kept: Kept,
 ) -> tuple[Tensor, Tensor]:
-    attn = block.attn
-    image_stream = Stream(
-        attn.to_q,
-        attn.to_k,
-        attn.to_v,
-        attn.norm_q,
-        attn.norm_k,
-        attn.to_out[0],
-        block.img_mlp.net[0].proj,
-        block.img_mlp.net[2],
-        block.img_norm1.eps,
-    )
-    text_stream = Stream(
-        attn.add_q_proj,
-        attn.add_k_proj,
-        attn.add_v_proj,
-        attn.norm_added_q,
-        attn.norm_added_k,
-        attn.to_add_out,
-        block.txt_mlp.net[0].proj,
-        block.txt_mlp.net[2],
-        block.txt_norm1.eps,
+    image_stream, text_stream = streams_of(
+        block.attn,
+        (block.img_mlp.net[0].proj, block.img_mlp.net[2], block.img_norm1.eps),
+        (block.txt_mlp.net[0].proj, block.txt_mlp.net[2], block.txt_norm1.eps),
     )
     (width,) = block.img_norm1.normalized_shape
     image_tables = table_of(image_modulation, 0, width, index), table_of(image_modulation, 3 * width, width, index)
