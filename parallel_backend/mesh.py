@@ -18,6 +18,8 @@ class Axis:
     group: dist.ProcessGroup | None
     degree: int
     rank: int
+    copies: bool = False
+    """Whether blocks exchange by the GPUs' copy engines, which all of its ranks can (`parallel.copies`)."""
     name: str = field(init=False, repr=False)
     """The group's name, by which functional collectives know it."""
 
@@ -81,12 +83,13 @@ class ParallelMesh:
     device_type: str
 
     @classmethod
-    def create(cls, ranks: torch.Tensor, device_type: str) -> ParallelMesh | None:
+    def create(cls, ranks: torch.Tensor, device_type: str, copies: bool = False) -> ParallelMesh | None:
         """Make the process groups of a mesh. Collective over the default group, also for ranks outside the mesh.
 
         Args:
             ranks: ``[ring, ulysses, tp]``, the global rank at each place.
             device_type: ``"cuda"`` or ``"cpu"``.
+            copies: of the axes that blocks exchange on, see `Axis`.
 
         Returns:
             The mesh as this rank sees it, or None on a rank outside it.
@@ -100,7 +103,7 @@ class ParallelMesh:
 
         def axis(mesh: DeviceMesh, name: str, rank: int) -> Axis:
             degree = mesh[name].size()
-            return Axis(mesh.get_group(name), degree, rank) if degree > 1 else SINGLE
+            return Axis(mesh.get_group(name), degree, rank, copies and name != "cp") if degree > 1 else SINGLE
 
         ring, ulysses, tp = place
         cp = ring * ranks.shape[1] + ulysses
@@ -114,12 +117,13 @@ class ParallelMesh:
         )
 
 
-def build_mesh(config: ParallelismConfig, device_type: str | None = None) -> ParallelMesh:
+def build_mesh(config: ParallelismConfig, device_type: str | None = None, copies: bool = False) -> ParallelMesh:
     """Build the mesh of a layout over the initialised default process group. Collective: every rank calls it.
 
     Args:
         config: degrees; their product must be the world size.
         device_type: ``"cuda"`` or ``"cpu"``; by default what the default group's backend serves.
+        copies: of the axes that blocks exchange on, see `Axis`.
 
     Raises:
         ValueError: no process group is initialised, or the degrees do not multiply to its size.
@@ -136,7 +140,7 @@ def build_mesh(config: ParallelismConfig, device_type: str | None = None) -> Par
     if config.world_size == 1:
         return single_mesh(device_type)
     shape = (config.ring_size, config.ulysses_size, config.tp_size)
-    mesh = ParallelMesh.create(torch.arange(config.world_size).view(shape), device_type)
+    mesh = ParallelMesh.create(torch.arange(config.world_size).view(shape), device_type, copies)
     assert mesh is not None
     return mesh
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .cost_model import Workload
 from .families import Conditioning, Family, Speed, family_of_name
 from .mesh import single_mesh
-from .parallel.attention import Lengths, ShardedAttention
+from .parallel.attention import Begun, Lengths, ShardedAttention
 from .parallel.sequence import SequenceShards, shard_sequence
 
 
@@ -79,8 +79,9 @@ class _Recorder(ShardedAttention):
         super().__init__(shards)
         self.calls, self.elements, self.flops = 0, 0.0, 0.0
 
-    def attend(self, begun: list[Tensor], lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor:
-        query, key = (x.transpose(0, 1) for x in begun[0].unbind(2)[:2])
+    def attend(self, begun: Begun, lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor:
+        assert isinstance(begun.heads, Tensor)
+        query, key = (x.transpose(0, 1) for x in begun.heads.unbind(2)[:2])
         self.calls += 1
         self.elements += query.numel()
         self.flops += 4.0 * query.numel() * key.shape[1]  # two products, each a multiplication and an addition

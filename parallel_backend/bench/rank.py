@@ -56,6 +56,7 @@ class Task:
     blocks: int | None = None
     compile: bool = False
     cuda_graphs: bool = False
+    copies: bool = False
     cache: str | None = None
     rank_only: bool = False
 
@@ -79,7 +80,7 @@ def start_ranks(task: Task) -> ParallelMesh:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif world > 1:
         dist.init_process_group("gloo")
-    return build_mesh(task.layout, task.device)
+    return build_mesh(task.layout, task.device, task.copies)
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def row_output(linear: Model, x: Tensor, cut: bool = False) -> Pieces:
     if type(linear) is not RowParallelLinear:
         return Pieces((linear(x),))
     parts, dim = halves(x) if cut else ((x,), 1)
-    return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim, in_flight=True)
+    return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim)
 
 
 def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], waits: bool) -> Pieces:
@@ -160,7 +160,7 @@ def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], wa
             y = y + F.linear(x, weight[:, :border])  # which is made one with the gated sum that comes next
         pieces.append(exchange.all_reduce(y, linear.axis) if summed else y)
         first += size
-    return Pieces(pieces, dim, in_flight=summed)
+    return Pieces(pieces, dim)
 
 
 def is_plain(linear: Model) -> bool:

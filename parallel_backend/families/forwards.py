@@ -11,15 +11,21 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from ..parallel import exchange
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.graphs import BlockGraphs
 from .base import Model, Speed
 from .blocks import Kept
 
-_INDUCTOR_OPTIONS = {
+_INDUCTOR_OPTIONS: dict[str, Any] = {
     # Both would move what runs under an exchange to where its result is used, behind the wait.
     "reorder_for_locality": False,
     "reorder_for_peak_memory": False,
+}
+_OPTIONS_OF_COPIES: dict[str, Any] = {
+    # What arrives lies in memory that others write to, which the compiler would take for a buffer to use again.
+    "inplace_buffers": False,
+    "allow_buffer_reuse": False,
 }
 
 
@@ -36,10 +42,14 @@ class BlockForwards:
         self.attention, self.speed = attention, speed
         self.blocks = [block for stack in stacks for block in stack]
         self.places = {block: index for index, block in enumerate(self.blocks)}
+        mesh = attention.shards.mesh
+        self.axes = (mesh.ulysses, mesh.ring, mesh.tp)
         self.graphs = BlockGraphs(len(self.blocks)) if speed.cuda_graphs else None
 
     def begin(self, arguments: Mapping[str, Any], transformer: Model) -> None:
         """A forward of the model with these arguments begins."""
+        for axis in self.axes:
+            exchange.begin(axis)
         if self.graphs is None:
             return
         stacks = [module for module in transformer.children() if isinstance(module, nn.ModuleList)]
@@ -76,7 +86,8 @@ class _Runner:
         self.core, self.streams, self.forwards, self.attention = core, streams, forwards, forwards.attention
         self.compiled = None
         if forwards.speed.compiled:
-            self.compiled = torch.compile(core, fullgraph=True, dynamic=True, options=dict(_INDUCTOR_OPTIONS))
+            options = _INDUCTOR_OPTIONS | (_OPTIONS_OF_COPIES if any(axis.copies for axis in forwards.axes) else {})
+            self.compiled = torch.compile(core, fullgraph=True, dynamic=True, options=options)
 
     def __call__(self, block: Model, *tensors: Any) -> Any:
         graphs, lengths, kept = self.forwards.graphs, self.attention.lengths(), self.attention.shards.kept_keys

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import exchange
 from .elementwise import HeadInputs, pack
+from .exchange import InFlight
 from .kernels import attention
 from .ring import first_hop, ring_attention
 from .sequence import SequenceShards
@@ -23,6 +24,17 @@ class Lengths(NamedTuple):
 
     ulysses: tuple[int, ...]
     ring: tuple[int, ...]
+
+
+class Begun(NamedTuple):
+    """What `ShardedAttention.begin` made ready, or has under way."""
+
+    heads: Tensor | InFlight
+    """Queries, keys and values ``[S, B, 3, h, D]``; ``[S, B, 1, h, D]``, queries alone, if there is a chunk."""
+    chunk: Tensor | None = None
+    """This ring position's keys and values."""
+    arriving: InFlight | None = None
+    """Those of the previous position."""
 
 
 class ShardedAttention(nn.Module):
@@ -46,7 +58,7 @@ class ShardedAttention(nn.Module):
             tuple(self.shards.ring_tokens()) if self.ring.is_split else (),
         )
 
-    def begin(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, lengths: Lengths) -> list[Tensor]:
+    def begin(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, lengths: Lengths) -> Begun:
         """Norm and rotate queries and keys of all streams' tokens, and start their way to where attention needs them.
 
         Attention does not depend on the order of keys, so the ranks' shards may be joined in any order.
@@ -55,15 +67,12 @@ class ShardedAttention(nn.Module):
         packed = pack(streams, cos, sin, self.ulysses.degree, apart=only_ring)
         if only_ring:
             query, chunk = packed
-            return [query, chunk, first_hop(chunk, self.ring, lengths.ring)]
+            return Begun(query, chunk, first_hop(chunk, self.ring, lengths.ring))
         if self.ulysses.is_split:
-            (packed_heads,) = packed
-            local = packed_heads.shape[0] // self.ulysses.degree
-            sent = [local] * self.ulysses.degree
-            return [exchange.all_to_all(packed_heads, lengths.ulysses, sent, self.ulysses)]
-        return packed
+            return Begun(exchange.spread_heads(packed[0], lengths.ulysses, self.ulysses))
+        return Begun(packed[0])
 
-    def attend(self, begun: list[Tensor], lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor:
+    def attend(self, begun: Begun, lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor | InFlight:
         """Wait for what was begun, compute, and start the output's way back.
 
         Args:
@@ -74,26 +83,25 @@ class ShardedAttention(nn.Module):
         Returns:
             The output in flight, for `collect`.
         """
-        if self.ulysses.is_split:
-            begun = [exchange.arrived(begun[0])]  # [S_chunk, B, 3, h, D]
+        heads, chunk, arriving = begun
+        if isinstance(heads, InFlight):
+            heads = exchange.arrived(heads)
         if self.ring.is_split:
-            if self.ulysses.is_split:
-                chunk = begun[0][:, :, 1:].contiguous()
-                begun = [begun[0][:, :, :1], chunk, first_hop(chunk, self.ring, lengths.ring)]
-            query, chunk, arriving = begun
-            out = ring_attention(query[:, :, 0].transpose(0, 1), chunk, arriving, self.ring, lengths.ring, kept)
+            if chunk is None or arriving is None:
+                chunk = heads[:, :, 1:].contiguous()
+                arriving = first_hop(chunk, self.ring, lengths.ring)
+            out = ring_attention(heads[:, :, 0].transpose(0, 1), chunk, arriving, self.ring, lengths.ring, kept)
         else:
-            query, key, value = (x.transpose(0, 1) for x in begun[0].unbind(2))
+            query, key, value = (x.transpose(0, 1) for x in heads.unbind(2))
             out = _attention(query, key, value, kept)
         if not self.ulysses.is_split:
             return out
-        local = lengths.ulysses[self.ulysses.rank]
-        packed = out.transpose(0, 1).contiguous()  # [S_chunk, B, h, D]
-        return exchange.all_to_all(packed, [local] * self.ulysses.degree, lengths.ulysses, self.ulysses)
+        # [S_chunk, B, h, D]
+        return exchange.gather_heads(out.transpose(0, 1).contiguous(), lengths.ulysses, self.ulysses)
 
-    def collect(self, out: Tensor) -> Tensor:
+    def collect(self, out: Tensor | InFlight) -> Tensor:
         """The output that `attend` started, with all heads that this tp rank holds: ``[B, S_local, H * D]``."""
-        if not self.ulysses.is_split:
+        if not isinstance(out, InFlight):
             return out.flatten(2)
         degree = self.ulysses.degree
         received = exchange.arrived(out)

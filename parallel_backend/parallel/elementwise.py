@@ -36,9 +36,13 @@ class Table(NamedTuple):
 class Pieces(NamedTuple):
     """An output ``[B, S, C]`` in pieces along a dim, which may be in flight."""
 
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Tensor | exchange.InFlight]
     dim: int = 1
-    in_flight: bool = False
+
+    def summands(self, index: int) -> tuple[Tensor, ...]:
+        """What has to be added up for a piece, once it is there; the first is memory that may be written to."""
+        piece = self.tensors[index]
+        return exchange.summands(piece) if isinstance(piece, exchange.InFlight) else (piece,)
 
 
 class HeadInputs(NamedTuple):
@@ -61,7 +65,7 @@ def modulated_norm(x: Tensor, table: Table, eps: float) -> Tensor:
     """``norm(x) * (1 + scale) + shift`` of ``[B, S, C]``."""
     if has_kernels(x) and not torch.compiler.is_compiling():
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        triton_kernels.add_norm(x, None, None, None, table.shift, table.scale, out, eps, table.picks)
+        triton_kernels.add_norm(x, None, None, None, None, table.shift, table.scale, out, eps, table.picks)
         return out
     shift, scale = (_of_tokens(values, table.picks) for values in (table.shift, table.scale))
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
@@ -81,18 +85,19 @@ def gated_add_and_norm(x: Tensor, gate: Table, pieces: Pieces, table: Table, eps
 
 def _add(x: Tensor, gate: Table, pieces: Pieces, table: Table | None, eps: float) -> tuple[Tensor, Tensor | None]:
     if not has_kernels(x) or torch.compiler.is_compiling():
-        parts = [exchange.arrived(y) if pieces.in_flight else y for y in pieces.tensors]
+        terms = [pieces.summands(number) for number in range(len(pieces.tensors))]
+        parts = [term[0] if len(term) == 1 else term[0] + term[1] for term in terms]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=pieces.dim)
-        total = x + _of_tokens(gate.gate, gate.picks) * y
-        return total, None if table is None else modulated_norm(total, table, eps)
+        added = x + _of_tokens(gate.gate, gate.picks) * y
+        return added, None if table is None else modulated_norm(added, table, eps)
     whole = len(pieces.tensors) == 1
-    # What a block is given is not its own to write to, as a cache may hold it; the sum takes the place of y.
-    total = pieces.tensors[0] if whole else torch.empty_like(x, memory_format=torch.contiguous_format)
+    total: Tensor | None = None if whole else torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = None if table is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     first = 0
-    for y in pieces.tensors:
-        if pieces.in_flight:
-            exchange.arrived(y)
+    for number in range(len(pieces.tensors)):
+        y, *others = pieces.summands(number)
+        if total is None:
+            total = y  # what a block is given is not its own to write to, as a cache may hold it
         size = y.shape[pieces.dim]
 
         def part(full: Tensor, first: int = first, size: int = size) -> Tensor:
@@ -104,11 +109,12 @@ def _add(x: Tensor, gate: Table, pieces: Pieces, table: Table | None, eps: float
             rows = slice(first, first + size)
         index = None if index is None else part(index)
         triton_kernels.add_norm(
-            part(x), y, gate.gate[rows], part(total),
+            part(x), y, others[0] if others else None, gate.gate[rows], part(total),
             None if table is None else table.shift[rows], None if table is None else table.scale[rows],
             None if normed is None else part(normed), eps, index,
         )  # fmt: skip
         first += size
+    assert total is not None
     return total, normed
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from ..mesh import Axis
 from . import exchange
 from .elementwise import merge
+from .exchange import InFlight
 from .kernels import attention_with_lse
 
 
-def first_hop(chunk: Tensor, axis: Axis, tokens: Sequence[int]) -> Tensor:
+def first_hop(chunk: Tensor, axis: Axis, tokens: Sequence[int]) -> InFlight:
     """Send this position's keys and values on; what arrives is for `ring_attention`.
 
     Args:
@@ -25,13 +26,13 @@ def first_hop(chunk: Tensor, axis: Axis, tokens: Sequence[int]) -> Tensor:
         axis: the ring axis.
         tokens: S_chunk of each ring position.
     """
-    return exchange.shift(chunk, tokens[(axis.rank - 1) % axis.degree], axis)
+    return exchange.shift(chunk, tokens[(axis.rank - 1) % axis.degree], axis, tokens)
 
 
 def ring_attention(
     query: Tensor,
     chunk: Tensor,
-    arriving: Tensor,
+    arriving: InFlight,
     axis: Axis,
     tokens: Sequence[int],
     kept: list[list[Tensor]] | None = None,
@@ -58,7 +59,7 @@ def ring_attention(
             # This hop's chunk is there; the next one sets out before it is computed with.
             chunk = exchange.arrived(arriving)
             if not last:
-                arriving = exchange.shift(chunk, tokens[(holder - 1) % axis.degree], axis)
+                arriving = exchange.shift(chunk, tokens[(holder - 1) % axis.degree], axis, tokens)
         if not chunk.shape[0] or not query.shape[1]:
             continue
         keys, values = (part.transpose(0, 1) for part in chunk.unbind(2))

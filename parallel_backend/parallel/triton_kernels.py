@@ -12,11 +12,12 @@ from torch import Tensor
 
 @triton.jit
 def _add_norm_kernel(
-    x, y, gate, total, shift, scale, out, index,
+    x, y, z, gate, total, shift, scale, out, index,
     tokens, batch, width, eps,
-    x_batch, x_token, y_batch, y_token, total_batch, total_token, out_batch, out_token,
+    x_batch, x_token, y_batch, y_token, z_batch, z_token,
+    total_batch, total_token, out_batch, out_token,
     gate_row, shift_row, index_batch, index_token,
-    ADD: tl.constexpr, NORM: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ADD_TWO: tl.constexpr, NORM: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, s = row // tokens, row % tokens
@@ -28,6 +29,8 @@ def _add_norm_kernel(
     value = tl.load(x + b * x_batch + s * x_token + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         added = tl.load(y + b * y_batch + s * y_token + columns, mask=inside, other=0.0).to(tl.float32)
+        if ADD_TWO:
+            added += tl.load(z + b * z_batch + s * z_token + columns, mask=inside, other=0.0).to(tl.float32)
         by = tl.load(gate + table * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
         value += by * added
         tl.store(total + b * total_batch + s * total_token + columns, value, mask=inside)
@@ -136,26 +139,28 @@ def _merge_kernel(
 
 
 def add_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, total: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    out: Tensor | None, eps: float, index: Tensor | None,
+    x: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, total: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, out: Tensor | None, eps: float, index: Tensor | None,
 ) -> None:  # fmt: skip
-    """``total = x + gate * y`` if there is a ``y``, ``out = norm(that) * (1 + scale) + shift`` if there is an ``out``.
+    """``total = x + gate * (y + z)`` if there is ``y``, ``out = norm(that) * (1 + scale) + shift`` if there is ``out``.
 
-    ``x``, ``y``, ``total`` and ``out`` are ``[B, S, C]`` with contiguous rows; the tables ``[n * B, C]`` too; ``index``
-    ``[B, S]`` says which of the n a token takes.
+    There may be no ``z``. ``x``, ``y``, ``z``, ``total`` and ``out`` are ``[B, S, C]`` with contiguous rows; the tables
+    ``[n * B, C]`` too; ``index`` ``[B, S]`` says which of the n a token takes.
     """
     batch, tokens, width = x.shape
     if not x.numel():
         return
-    y_, gate_, total_, shift_, scale_, out_ = (x if t is None else t for t in (y, gate, total, shift, scale, out))
+    y_, z_, gate_, total_, shift_, scale_, out_ = (
+        x if t is None else t for t in (y, z, gate, total, shift, scale, out)
+    )
     block = triton.next_power_of_2(width)
     _add_norm_kernel[(batch * tokens,)](
-        x, y_, gate_, total_, shift_, scale_, out_, x if index is None else index,
+        x, y_, z_, gate_, total_, shift_, scale_, out_, x if index is None else index,
         tokens, batch, width, eps,
-        x.stride(0), x.stride(1), y_.stride(0), y_.stride(1), total_.stride(0), total_.stride(1),
-        out_.stride(0), out_.stride(1), gate_.stride(0), shift_.stride(0),
+        x.stride(0), x.stride(1), y_.stride(0), y_.stride(1), z_.stride(0), z_.stride(1),
+        total_.stride(0), total_.stride(1), out_.stride(0), out_.stride(1), gate_.stride(0), shift_.stride(0),
         0 if index is None else index.stride(0), 0 if index is None else index.stride(1),
-        ADD=y is not None, NORM=out is not None, INDEX=index is not None, BLOCK=block,
+        ADD=y is not None, ADD_TWO=z is not None, NORM=out is not None, INDEX=index is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.wo
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
-EXCHANGES = ("all_to_all", "all_reduce")
+EXCHANGES = ("spread_heads", "gather_heads", "shift", "all_reduce")
 """Those of `parallel_backend.parallel.exchange`, within blocks."""
 START, RENDEZVOUS, COLLECTIVE, BETWEEN = "start", "rendezvous", "collective", "between"
 KINDS = ("kill", "raise", "oom", "exit", "stop", "sleep")

@@ -1,0 +1,210 @@
+"""Exchanges among the GPUs of one host by their copy engines, which leave all SMs to the GEMMs that run meanwhile.
+
+NCCL's kernels take SMs from a GEMM that runs beside them, and wait for it where it has taken all of them. Here a rank
+copies what it sends straight into the memory of the rank that receives it (PyTorch's symmetric memory), and then a 1
+into a flag beside it; only the wait for the flags is a kernel.
+
+What arrives lies in one of a few slots, which others overwrite some exchanges later. Nobody is asked whether a slot is
+free again: that a rank sends a later exchange says so, as it has used what came earlier by then. The constants below
+say how many slots that takes. At the start of a forward, where an earlier one may have broken off, all ranks meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _await_kernel(flags, first, ranks):
+        flag = flags + (first + tl.program_id(0)) % ranks
+        while tl.atomic_cas(flag, 1, 0, sem="acquire", scope="sys") != 1:
+            pass
+
+except ImportError:  # where PyTorch comes without Triton
+    triton = None
+
+
+GRANULE = 2**21
+"""Bytes that a slot's size is rounded up to."""
+ALL_TO_ALL_SLOTS = 2
+"""One is in flight at a time: who sends the next but one has received the next, whose sender had used this one."""
+ALL_REDUCE_SLOTS = 8
+"""Of two ranks. At most three are in flight, so who sends the sixth after this one knows that it was used."""
+
+
+def ring_slots(degree: int) -> int:
+    """A chunk is used after it was sent on, and the news of it goes all the way round."""
+    return degree + 2
+
+
+class _Slot(NamedTuple):
+    memory: Tensor
+    """This rank's, in bytes."""
+    of_ranks: list[Tensor]
+    """The same slot of every rank."""
+
+
+class PeerCopies:
+    """The slots of one axis, and where its next exchange goes. Every rank makes the same exchanges in the same order.
+
+    Args:
+        group: of ranks on one host whose GPUs reach each other's memory.
+        slots: how many.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, slots: int) -> None:
+        self.group, self.rank, self.degree = group, group.rank(), group.size()
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        # A copy's start must not wait for the GEMM that it runs under.
+        self.stream = torch.cuda.Stream(self.device, priority=-1)
+        self.slots: list[_Slot | None] = [None] * slots
+        self.sent = [torch.cuda.Event() for _ in range(slots)]
+        self.outgrown: list[_Slot] = []  # which a recorded graph may still write to
+        self.next = 0
+        self.in_flight: dict[int, tuple[int, int, int]] = {}  # address -> slot, first sender, number of senders
+        self.one = torch.ones(1, dtype=torch.int32, device=self.device)
+        self.flags = _symmetric(slots * self.degree, torch.int32, self.device)
+        self.handle = _rendezvous(self.flags, group)
+        self.flags_of_ranks = [
+            self.handle.get_buffer(rank, (slots, self.degree), torch.int32) for rank in range(self.degree)
+        ]
+        self.begin()
+
+    def begin(self) -> None:
+        """A forward begins: whatever was under way on any rank is over and forgotten."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.handle.barrier()
+        self.flags.zero_()
+        self.handle.barrier()
+        self.in_flight.clear()
+        self.next = 0
+
+    def send(
+        self,
+        x: Tensor,
+        received: Sequence[int],
+        sent: Sequence[int],
+        places: Sequence[int],
+        tokens: Sequence[int],
+        times: int,
+    ) -> Tensor:
+        """Start to exchange rows ``[sum(sent), ...] -> [sum(received), ...]``.
+
+        Args:
+            x: contiguous; must stay as it is until `wait`.
+            received, sent: rows from and to each rank.
+            places: for each rank, the row of its result at which what it gets from this one begins.
+            tokens, times: no rank receives more rows than the largest of tokens so many times; the same on all ranks.
+
+        Returns:
+            In a slot, what is in flight.
+        """
+        row_bytes = math.prod(x.shape[1:]) * x.element_size()
+        slot = self._slot(self.next, max(tokens) * times * row_bytes)
+        data = x.view(-1).view(torch.uint8)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for step in range(1, self.degree + 1):  # so that not all send to the same rank at first; the own part last
+                to = (self.rank + step) % self.degree
+                if not sent[to]:
+                    continue
+                first, size, at = (count * row_bytes for count in (sum(sent[:to]), sent[to], places[to]))
+                slot.of_ranks[to][at : at + size].copy_(data[first : first + size], non_blocking=True)
+                if to != self.rank:
+                    self.flags_of_ranks[to][self.next, self.rank : self.rank + 1].copy_(self.one, non_blocking=True)
+            self.sent[self.next].record(self.stream)
+        senders = [rank for rank in range(self.degree) if received[rank] and rank != self.rank]
+        # All others send, or the previous one alone.
+        first_sender = senders[0] if len(senders) == 1 else (self.rank + 1) % self.degree
+        self.in_flight[slot.memory.data_ptr()] = (self.next, first_sender, len(senders))
+        self.next = (self.next + 1) % len(self.slots)
+        total = sum(received)
+        return slot.memory[: total * row_bytes].view(x.dtype).view(total, *x.shape[1:])
+
+    def wait(self, y: Tensor) -> None:
+        """Have the current stream wait until what was sent has left, and what was to come is there."""
+        slot, first, senders = self.in_flight.pop(y.data_ptr())
+        torch.cuda.current_stream(self.device).wait_event(self.sent[slot])
+        if senders:
+            _await_kernel[(senders,)](self.flags[slot * self.degree :], first, self.degree, num_warps=1)
+
+    def _slot(self, index: int, size: int) -> _Slot:
+        slot = self.slots[index]
+        if slot is not None and slot.memory.numel() >= size:
+            return slot
+        if slot is not None:
+            self.outgrown.append(slot)
+        memory = _symmetric(-(-size // GRANULE) * GRANULE, torch.uint8, self.device)
+        handle = _rendezvous(memory, self.group)
+        of_ranks = [handle.get_buffer(rank, memory.shape, torch.uint8) for rank in range(self.degree)]
+        slot = self.slots[index] = _Slot(memory, of_ranks)
+        return slot
+
+
+def _symmetric(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    return symmetric_memory.empty(count, dtype=dtype, device=device)
+
+
+def _rendezvous(x: Tensor, group: dist.ProcessGroup) -> Any:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    return symmetric_memory.rendezvous(x, group)
+
+
+_of_groups: dict[str, PeerCopies] = {}
+
+
+def begin(group_name: str) -> None:
+    """A forward begins on this rank of a group."""
+    if group_name in _of_groups:
+        _of_groups[group_name].begin()
+
+
+def _send(
+    x: Tensor,
+    received: Sequence[int],
+    sent: Sequence[int],
+    places: Sequence[int],
+    tokens: Sequence[int],
+    times: int,
+    slots: int,
+    group_name: str,
+) -> Tensor:
+    if group_name not in _of_groups:
+        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        _of_groups[group_name] = PeerCopies(group, slots)
+    return _of_groups[group_name].send(x, received, sent, places, tokens, times)
+
+
+def _wait(y: Tensor, x: Tensor, group_name: str) -> None:
+    _of_groups[group_name].wait(y)
+
+
+# The compiler takes what `send_rows` returns for memory of its own; it must not put anything else there (`forwards`).
+_library = torch.library.Library("hybrid_dit", "FRAGMENT")
+_library.define(
+    "send_rows(Tensor x, SymInt[] received, SymInt[] sent, SymInt[] places, SymInt[] tokens, int times, int slots, "
+    "str group) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+_library.define("await_rows(Tensor(a!) y, Tensor x, str group) -> ()", tags=(torch.Tag.needs_exact_strides,))
+_library.impl("send_rows", _send, "CUDA")
+_library.impl("await_rows", _wait, "CUDA")
+torch.library.register_fake(
+    "hybrid_dit::send_rows",
+    lambda x, received, sent, places, tokens, times, slots, group: x.new_empty(sum(received), *x.shape[1:]),
+    lib=_library,
+)
+torch.library.register_fake("hybrid_dit::await_rows", lambda y, x, group: None, lib=_library)
+send_rows, await_rows = torch.ops.hybrid_dit.send_rows, torch.ops.hybrid_dit.await_rows
