@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 KINDS = {
-    "communication": re.compile(r"nccl|gloo:|c10d::|multimem|symm_mem", re.IGNORECASE),
+    "communication": re.compile(r"nccl|gloo:|c10d::|multimem|symm_mem|PtoP|_await_kernel", re.IGNORECASE),
     "attention": re.compile(r"sdpa|fmha|flash|scaled_dot_product", re.IGNORECASE),
     "GEMM": re.compile(r"gemm|nvjet|xmma|cutlass|splitk|aten::(addmm|mm|bmm|baddbmm)$", re.IGNORECASE),
 }

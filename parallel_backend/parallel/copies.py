@@ -125,14 +125,14 @@ class PeerCopies:
         senders = [rank for rank in range(self.degree) if received[rank] and rank != self.rank]
         # All others send, or the previous one alone.
         first_sender = senders[0] if len(senders) == 1 else (self.rank + 1) % self.degree
-        self.in_flight[slot.memory.data_ptr()] = (self.next, first_sender, len(senders))
+        self.in_flight[_place(slot.memory)] = (self.next, first_sender, len(senders))
         self.next = (self.next + 1) % len(self.slots)
         total = sum(received)
         return slot.memory[: total * row_bytes].view(x.dtype).view(total, *x.shape[1:])
 
     def wait(self, y: Tensor) -> None:
         """Have the current stream wait until what was sent has left, and what was to come is there."""
-        slot, first, senders = self.in_flight.pop(y.data_ptr())
+        slot, first, senders = self.in_flight.pop(_place(y))
         torch.cuda.current_stream(self.device).wait_event(self.sent[slot])
         if senders:
             _await_kernel[(senders,)](self.flags[slot * self.degree :], first, self.degree, num_warps=1)
@@ -148,6 +148,11 @@ class PeerCopies:
         of_ranks = [handle.get_buffer(rank, memory.shape, torch.uint8) for rank in range(self.degree)]
         slot = self.slots[index] = _Slot(memory, of_ranks)
         return slot
+
+
+def _place(x: Tensor) -> int:
+    """Where a slot begins; a tensor of no rows has no address, but its memory has."""
+    return x.untyped_storage().data_ptr()
 
 
 def _symmetric(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
