@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="processes a side; which side goes first alternates")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, on both sides")
     parser.add_argument("--cuda-graphs", action="store_true", help="run all blocks as one CUDA graph, on our side")
-    parser.add_argument("--copies", action="store_true", help="exchange by the GPUs' copy engines, on our side")
+    parser.add_argument("--copy-engines", action="store_true", help="exchange by the GPUs' copy engines, on our side")
     parser.add_argument("--rank-only", action="store_true", help="rank 0 alone, on one GPU")
     parser.add_argument("--blocks", type=int, help="of each kind instead of the true depth")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -272,7 +272,7 @@ def main() -> None:
         blocks=arguments.blocks,
         compile=arguments.compile,
         cuda_graphs=arguments.cuda_graphs,
-        copies=arguments.copies,
+        copy_engines=arguments.copy_engines,
         rank_only=arguments.rank_only,
     )
     report = {"device": device_name(arguments.device), "torch": torch.__version__, "task": vars(task)}
@@ -289,10 +289,7 @@ def main() -> None:
                 print(json.dumps({k: v for k, v in row.items() if k not in ("profile", "step_ms")}), flush=True)
                 if arguments.json:  # each time, so that an interrupted run leaves what it has
                     arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
-    parts = ["compiled" if task.compile else "eager"]
-    how = ", ".join(
-        parts + ["CUDA graphs"] * task.cuda_graphs + ["copy engines"] * task.copies + ["rank 0 alone"] * task.rank_only
-    )
+    how = task.speed.describe() + ", rank 0 alone" * task.rank_only
     print(f"\n{task.shape}, {task.width} x {task.height}, {task.text} tokens of text, {how}, {report['device']}")
     print(to_markdown(rows))
 

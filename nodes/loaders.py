@@ -289,7 +289,9 @@ def load(
         path, degrees = find(), layout.degrees
         if layout.auto:
             degrees, reason = choose_degrees(path, layout.devices, dtype, fp8)
-        config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, hosts=layout.hosts)
+        config = ModelConfig.create(
+            path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, layout.speed
+        )
         handle = ModelHandle(config)
         source = handle.get().source
     except (ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""What a user chooses: degrees of parallelism, as a frozen dataclass that validates itself.
+"""What a user chooses: degrees of parallelism, as a frozen dataclass that validates itself, and how blocks run.
 
 Nothing here imports torch, so a wrong degree is refused before any process or device is touched.
 """
@@ -121,6 +121,31 @@ class ParallelismConfig:
                 f"({self.describe()}); on {self.world_size} rank(s) these would work, the rest of the product as ring: "
                 f"{', '.join(fitting)}"
             )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How the blocks of a model run; none of it changes what they compute beyond the order of sums.
+
+    Args:
+        compile: each kind of block as one graph of torch.compile, in which numbers of tokens are dynamic, so that
+            other prompts and resolutions use the same one. The first forward takes a minute or so.
+        cuda_graphs: all blocks of a forward as one CUDA graph, from the third forward of a size on. Worth it where the
+            host holds up small models and small shards; the memory of the activations is then never given back.
+        copy_engines: GPUs of one host that reach each other's memory exchange by copies, not by kernels of NCCL.
+    """
+
+    compile: bool = False
+    cuda_graphs: bool = False
+    copy_engines: bool = False
+
+    def describe(self) -> str:
+        """In words, such as ``compiled, CUDA graphs``."""
+        parts = ["compiled" if self.compile else "eager"]
+        return ", ".join(parts + ["CUDA graphs"] * self.cuda_graphs + ["copy engines"] * self.copy_engines)
+
+
+AS_IT_IS = Speed()
 
 
 def is_int(value: object) -> bool:

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -53,6 +54,7 @@ class Machine:
     memory_total: int | None = None
     memory_available: int | None = None
     memfd: bool = True
+    missing_build_tools: str = ""  # of a compiler and what it needs; empty if all is there
     shm_total: int | None = None
     shm_free: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -73,6 +75,7 @@ def collect() -> Machine:
         memory_total=total,
         memory_available=available,
         memfd=hasattr(os, "memfd_create"),
+        missing_build_tools=missing_build_tools(),
         shm_total=shm and shm.total,
         shm_free=shm and shm.free,
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -133,6 +136,16 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def missing_build_tools() -> str:
+    """What is missing here to build kernels at run time, as Triton and torch.compile do; empty if nothing is."""
+    missing = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing.append("a C compiler (such as the package gcc)")
+    if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        missing.append("Python.h (such as the package python3-dev)")
+    return " and ".join(missing)
 
 
 def host_memory() -> tuple[int | None, int | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MESH_AXES, ParallelismConfig
+from .parallel.copies import obstacle
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,20 @@ class ParallelMesh:
         )
 
 
-def build_mesh(config: ParallelismConfig, device_type: str | None = None, copies: bool = False) -> ParallelMesh:
+def build_mesh(
+    config: ParallelismConfig,
+    device_type: str | None = None,
+    copies: bool = False,
+    warn: Callable[[str], None] = warnings.warn,
+) -> ParallelMesh:
     """Build the mesh of a layout over the initialised default process group. Collective: every rank calls it.
 
     Args:
         config: degrees; their product must be the world size.
         device_type: ``"cuda"`` or ``"cpu"``; by default what the default group's backend serves.
-        copies: of the axes that blocks exchange on, see `Axis`.
+        copies: whether blocks exchange by copy engines, where all GPUs reach each other's memory; else `warn` is
+            told what stands in the way.
+        warn: takes a text.
 
     Raises:
         ValueError: no process group is initialised, or the degrees do not multiply to its size.
@@ -139,6 +149,12 @@ def build_mesh(config: ParallelismConfig, device_type: str | None = None, copies
     device_type = device_type or default_device_type()
     if config.world_size == 1:
         return single_mesh(device_type)
+    if copies:
+        assert dist.group.WORLD is not None
+        why_not = obstacle(dist.group.WORLD)
+        copies = not why_not
+        if why_not:
+            warn(f"ranks exchange without copy engines, since {why_not}")
     shape = (config.ring_size, config.ulysses_size, config.tp_size)
     mesh = ParallelMesh.create(torch.arange(config.world_size).view(shape), device_type, copies)
     assert mesh is not None

@@ -13,17 +13,16 @@ from torch import nn
 from .cache.block_cache import BlockCache, count_blocks
 from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
 from .cache.pipeline_cache import PipelineCache
-from .config import ParallelismConfig
-from .families import Family, Model, ModelAdapter, Speed, family_of_transformer
+from .config import AS_IT_IS, ParallelismConfig, Speed
+from .families import Family, Model, ModelAdapter, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
-from .parallel.sequence import SequenceShards, shard_sequence
+from .parallel.sequence import Entrance, SequenceShards, shard_sequence
 from .parallel.tensor import ParamShard, apply_tensor_parallel
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
-AS_IT_IS = Speed()
 
 
 @dataclass
@@ -44,6 +43,7 @@ def enable_cache(
     parallelism_config: ParallelismConfig | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
+    copy_engines: bool = False,
 ) -> Any:
     """Parallelise and cache a diffusers pipeline, a transformer or a `ModelAdapter` in place.
 
@@ -57,6 +57,7 @@ def enable_cache(
             other sizes and prompts use the same graph. Needs a `parallelism_config` (of one rank, if there is but one).
         cuda_graphs: run all blocks of a step as one CUDA graph, which spares the host; needs a `parallelism_config`
             too. Steps that a cache decides about run without it.
+        copy_engines: have GPUs that reach each other's memory exchange by copies; others warn, and go on with NCCL.
 
     Returns:
         ``pipe_or_model``.
@@ -65,10 +66,13 @@ def enable_cache(
         ValueError: an unsupported model, degrees that do not fit the ranks or the model, thresholds that do not fit
             the model, a second call on the same object, or no initialised process group.
     """
+    speed = Speed(compile, cuda_graphs, copy_engines)
     if calibrator_config is not None and cache_config is None:
         raise ValueError("calibrator_config without cache_config: there are no cached steps to calibrate")
-    if (compile or cuda_graphs) and parallelism_config is None:
-        raise ValueError("compile or cuda_graphs without parallelism_config: for one GPU give ParallelismConfig()")
+    if speed != AS_IT_IS and parallelism_config is None:
+        raise ValueError(
+            "compile, cuda_graphs or copy_engines without parallelism_config: for one GPU give ParallelismConfig()"
+        )
     if parallelism_config is None and cache_config is None:
         return pipe_or_model
 
@@ -90,10 +94,10 @@ def enable_cache(
 
     axis = SINGLE
     if parallelism_config is not None:
-        mesh = build_mesh(parallelism_config)
+        mesh = build_mesh(parallelism_config, copies=speed.copy_engines)
         axis = mesh.world
         extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
-        parallelize_transformer(transformer, family, parallelism_config, mesh, Speed(compile, cuda_graphs))
+        parallelize_transformer(transformer, family, parallelism_config, mesh, speed)
         for name, module in extra:
             parallelize_text_encoder(module, family, mesh, name)
 
@@ -177,6 +181,14 @@ def parallelize_transformer(
     state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
     return state.table
+
+
+def forget_graphs(transformer: Model) -> None:
+    """Forget what CUDA graphs a transformer has recorded, as its weights move or its memory is needed."""
+    state: ParallelState = getattr(transformer, _STATE)
+    for hook in state.hooks:
+        if isinstance(hook, Entrance):
+            hook.forget_graphs()
 
 
 def parallelize_text_encoder(text_encoder: Model, family: Family, mesh: ParallelMesh, name: str) -> None:

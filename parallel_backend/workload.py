@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .config import AS_IT_IS
 from .cost_model import Workload
-from .families import Conditioning, Family, Speed, family_of_name
+from .families import Conditioning, Family, family_of_name
 from .mesh import single_mesh
 from .parallel.attention import Begun, Lengths, ShardedAttention
 from .parallel.sequence import SequenceShards, shard_sequence
@@ -40,7 +41,7 @@ def _count(name: str, config: str, width: int, height: int, text: int) -> Worklo
     family = family_of_name(name)
     model = family.build_transformer(json.loads(config))
     attention = _Recorder(SequenceShards(single_mesh("cpu")))
-    entrance = family.install(model, attention, Speed())
+    entrance = family.install(model, attention, AS_IT_IS)
     shard_sequence(model, attention.shards, family.sequence_inputs, family.output_stream, entrance)
     outputs: list[int] = []
     modules = dict(model.named_modules())

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ParallelismConfig
-from ..families import Conditioning, Family, Model, Speed, family_of_transformer
+from ..config import AS_IT_IS, ParallelismConfig, Speed
+from ..families import Conditioning, Family, Model, family_of_transformer
 from ..mesh import ParallelMesh
 from ..parallel.tensor import ParamShard
-from ..parallelize import AS_IT_IS, parallelize_transformer, shard_text_model, text_axes
+from ..parallelize import parallelize_transformer, shard_text_model, text_axes
 from .shapes import Shape
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from ..cache.block_cache import BlockCache
 from ..cache.config import parse_cache
 from ..cache.decision import Decision, Evaluation
-from ..config import ParallelismConfig
-from ..families import Speed
+from ..config import ParallelismConfig, Speed
 from ..machine import host_memory
 from ..memory import GIB
 from ..mesh import ParallelMesh, build_mesh, single_mesh
@@ -56,7 +55,7 @@ class Task:
     blocks: int | None = None
     compile: bool = False
     cuda_graphs: bool = False
-    copies: bool = False
+    copy_engines: bool = False
     cache: str | None = None
     rank_only: bool = False
 
@@ -66,7 +65,7 @@ class Task:
 
     @property
     def speed(self) -> Speed:
-        return Speed(self.compile, self.cuda_graphs)
+        return Speed(self.compile, self.cuda_graphs, self.copy_engines)
 
 
 def start_ranks(task: Task) -> ParallelMesh:
@@ -80,7 +79,7 @@ def start_ranks(task: Task) -> ParallelMesh:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif world > 1:
         dist.init_process_group("gloo")
-    return build_mesh(task.layout, task.device, task.copies)
+    return build_mesh(task.layout, task.device, task.copy_engines)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..parallel import copies
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -64,9 +66,9 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Allocated device memory at its highest since `reset_peak`; on the CPU the process's resident memory."""
+    """Device memory in use at its highest since `reset_peak`; on the CPU the process's resident memory."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() + copies.held_bytes()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

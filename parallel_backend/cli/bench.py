@@ -19,6 +19,7 @@ from .. import __version__
 from ..bench.shapes import SHAPES, shape_of
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
+from .speed import add_speed_arguments, speed_of
 
 if TYPE_CHECKING:
     from ..bench.rank import Task
@@ -39,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=int, help="tokens of a prompt (default: what suits the shape)")
     parser.add_argument("--steps", type=int, default=20, help="that are timed (default: %(default)s)")
     parser.add_argument("--blocks", type=int, help="of each kind, instead of the true depth")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--cuda-graphs", action="store_true", help="run all blocks of a step as one CUDA graph")
+    add_speed_arguments(parser)
     parser.add_argument("--cache", metavar="PRESET", help="have steps skip blocks, as for generate")
     parser.add_argument(
         "--rank-only", action="store_true", help="rank 0 alone, with nothing in the place of the other ranks"
@@ -73,6 +73,8 @@ def make_task(arguments: argparse.Namespace) -> Task:
     shape = shape_of(arguments.shape)
     if arguments.cache is not None:
         parse_cache(arguments.cache)
+    if arguments.copy_engines and arguments.rank_only:
+        raise ValueError("--copy-engines needs real ranks; leave it or --rank-only out")
     if arguments.steps < 1:
         raise ValueError(f"--steps must be at least 1; got {arguments.steps}")
 
@@ -106,8 +108,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
         dtype="bfloat16" if device == "cuda" else "float32",
         text=arguments.text or shape.text_tokens,
         blocks=arguments.blocks,
-        compile=arguments.compile,
-        cuda_graphs=arguments.cuda_graphs,
+        **asdict(speed_of(arguments)),
         cache=arguments.cache,
         rank_only=arguments.rank_only,
     )
@@ -184,7 +185,7 @@ def describe(task: Task) -> str:
     """What is measured, in words."""
     parts = [f"{task.width} x {task.height}, {task.text} tokens of text", f"{task.dtype} on {task.device}"]
     parts += [f"{task.blocks} blocks of each kind"] if task.blocks else []
-    parts += ["compiled" if task.compile else "eager"] + ["CUDA graphs"] * task.cuda_graphs
+    parts += [task.speed.describe()]
     parts += [f"cache {task.cache}"] if task.cache else []
     return ", ".join(parts)
 

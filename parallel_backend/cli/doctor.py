@@ -106,6 +106,9 @@ def check_machine(machine: Machine) -> list[Finding]:
     if len(machine.gpus) > 1 and machine.nccl is None:
         remedy = "install a CUDA build of torch for Linux: https://pytorch.org/get-started"
         found.append(Finding("FAIL", "torch was built without NCCL, which GPUs talk through", remedy))
+    if machine.gpus and machine.missing_build_tools:
+        text = f"no {machine.missing_build_tools}: elementwise work runs slower, and compile is refused"
+        found.append(Finding("warn", text, "install it"))
     if machine.driver_gpus and not machine.gpus:
         found.append(_hidden_gpus(machine))
     if machine.shm_free is not None and machine.shm_free < GIB:

@@ -14,6 +14,7 @@ from ..cache.config import parse_cache
 from ..config import ParallelismConfig
 from ..runtime.hosts import Hosts
 from .progress import ProgressBar
+from .speed import add_speed_arguments, speed_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
         metavar="PRESET",
         otherwise="every step is computed",
     )
+    add_speed_arguments(parser)
     add("out", "the picture", type=Path)
     add("report", "a report of what it took, as JSON", type=Path, otherwise="none is written")
 
@@ -76,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     layout = ParallelismConfig(arguments.ulysses, arguments.ring, arguments.tp)
     hosts = Hosts(arguments.nnodes, arguments.rdzv_endpoint or "")
     ranks = hosts.ranks_each(layout.world_size)
+    speed = speed_of(arguments)
     cache = None if arguments.cache is None else parse_cache(arguments.cache)
     written = [path for path in (arguments.out, arguments.report) if path is not None]
     for path in written:
@@ -112,9 +115,11 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(map(open_image, arguments.image)),
     )
     drawn = check_request(open_pipeline_folder(folder), request)  # before anything is started
-    config = ModelConfig.create(folder, layout, _devices(arguments.devices, ranks), arguments.dtype, hosts=hosts)
+    config = ModelConfig.create(
+        folder, layout, _devices(arguments.devices, ranks), arguments.dtype, hosts=hosts, speed=speed
+    )
     over = f" of {hosts.count} hosts" if hosts.several else ""
-    print(f"{layout.name}: {layout.describe()} on {config.devices.kind}{over}, {config.dtype}")
+    print(f"{layout.name}: {layout.describe()} on {config.devices.kind}{over}, {config.dtype}, {speed.describe()}")
 
     bar = ProgressBar()
     model = acquire_model(config, bar.show, port=arguments.port)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, Speed, VisionImage
+from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
 from .flux2 import Flux2
 from .qwen_image import QwenImage
 
@@ -76,7 +76,6 @@ __all__ = [
     "Model",
     "ModelAdapter",
     "ReferenceModel",
-    "Speed",
     "VisionImage",
     "family_of_name",
     "family_of_pipeline",

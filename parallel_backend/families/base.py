@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache.block_cache import BlockStack
-from ..config import ParallelismConfig
+from ..config import ParallelismConfig, Speed
 from ..parallel.attention import ShardedAttention
 from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
@@ -36,21 +36,6 @@ class ModelAdapter:
 
     transformer: Model
     text_encoder: Model | None = None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How a model's blocks run.
-
-    Args:
-        compiled: each kind of block as one graph of torch.compile, in which numbers of tokens are dynamic, so that
-            other prompts and resolutions use the same one.
-        cuda_graphs: all blocks of a forward as one CUDA graph, from the third forward of a size on. Worth it where the
-            host holds up small models and small shards; the memory of the activations is then never given back.
-    """
-
-    compiled: bool = False
-    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import Mistral3Config
 
 from ..cache.block_cache import BlockStack
-from ..config import ParallelismConfig
+from ..config import ParallelismConfig, Speed
 from ..parallel.attention import ShardedAttention
 from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
 from . import flux2_blocks, flux2_single_file, flux2_text_file
-from .base import Conditioning, Family, Model, ReferenceModel, Speed
+from .base import Conditioning, Family, Model, ReferenceModel
 from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .flux2_pipeline import Flux2Drawing
 

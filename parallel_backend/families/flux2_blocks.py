@@ -7,10 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import Speed
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.elementwise import gated_add, modulated_norm, swiglu
 from ..parallel.sequence import Entrance, SequenceShards
-from .base import Model, Speed
+from .base import Model
 from .blocks import Kept, clipped, double_block, head_inputs, is_plain, streams_of, table_of, two_part_output
 from .embedding import ExactTime, KeptRotary
 from .forwards import BlockForwards, refuse
@@ -38,6 +39,9 @@ class Flux2Entrance(Entrance):
         ):
             self.rotary.begin(whole, local, (sum(sizes[:rank]), sizes[rank]))
         self._ids = []
+
+    def forget_graphs(self) -> None:
+        self.forwards.forget_graphs()
 
     def remove(self) -> None:
         for part in (self.forwards, self.time, self.rotary):

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from ..config import Speed
 from ..parallel import exchange
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.graphs import BlockGraphs
-from .base import Model, Speed
+from .base import Model
 from .blocks import Kept
 
 _INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -71,6 +72,11 @@ class BlockForwards:
         for block in blocks:
             block.forward = _bind(forward, run, block)
 
+    def forget_graphs(self) -> None:
+        """Forget recorded CUDA graphs, as weights move."""
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def remove(self) -> None:
         """Give the blocks their own forward back."""
         for block in self.blocks:
@@ -85,7 +91,7 @@ class _Runner:
     def __init__(self, core: Callable[..., Any], streams: int, forwards: BlockForwards) -> None:
         self.core, self.streams, self.forwards, self.attention = core, streams, forwards, forwards.attention
         self.compiled = None
-        if forwards.speed.compiled:
+        if forwards.speed.compile:
             options = _INDUCTOR_OPTIONS | (_OPTIONS_OF_COPIES if any(axis.copies for axis in forwards.axes) else {})
             self.compiled = torch.compile(core, fullgraph=True, dynamic=True, options=options)
 

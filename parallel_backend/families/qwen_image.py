@@ -14,11 +14,11 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLConfig
 
 from ..cache.block_cache import BlockStack
-from ..config import ParallelismConfig
+from ..config import ParallelismConfig, Speed
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
 from . import qwen_image_blocks, qwen_image_text
-from .base import Conditioning, Family, Model, ReferenceModel, Speed, VisionImage
+from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .file_shapes import count_blocks, shape_of
 from .qwen_image_pipeline import DRAWINGS, PATCH, QwenImageDrawing

@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import Speed
 from ..parallel.attention import Lengths, ShardedAttention
-from .base import Model, Speed
+from .base import Model
 from .blocks import Kept, double_block, streams_of, table_of
 from .forwards import BlockForwards, refuse
 

@@ -217,6 +217,9 @@ class QwenEntrance(Entrance):
         shapes = [(1, 1, border - first), (1, 1, last - border)]
         arguments["img_shapes"] = [shapes] * arguments["hidden_states"].shape[0]
 
+    def forget_graphs(self) -> None:
+        self.forwards.forget_graphs()
+
     def remove(self) -> None:
         self.forwards.remove()
         self.time.remove()

@@ -12,12 +12,15 @@ say how many slots that takes. At the start of a forward, where an earlier one m
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..machine import missing_build_tools
 
 try:
     import triton
@@ -30,6 +33,8 @@ try:
             pass
 
 except ImportError:  # where PyTorch comes without Triton
+    triton = None
+if missing_build_tools():
     triton = None
 
 
@@ -70,6 +75,8 @@ class PeerCopies:
         self.sent = [torch.cuda.Event() for _ in range(slots)]
         self.outgrown: list[_Slot] = []  # which a recorded graph may still write to
         self.next = 0
+        self.begun = 0
+        """Exchanges, and forwards, that this rank has begun."""
         self.in_flight: dict[int, tuple[int, int, int]] = {}  # address -> slot, first sender, number of senders
         self.one = torch.ones(1, dtype=torch.int32, device=self.device)
         self.flags = _symmetric(slots * self.degree, torch.int32, self.device)
@@ -81,6 +88,7 @@ class PeerCopies:
 
     def begin(self) -> None:
         """A forward begins: whatever was under way on any rank is over and forgotten."""
+        self.begun += 1
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.handle.barrier()
         self.flags.zero_()
@@ -108,6 +116,7 @@ class PeerCopies:
         Returns:
             In a slot, what is in flight.
         """
+        self.begun += 1
         row_bytes = math.prod(x.shape[1:]) * x.element_size()
         slot = self._slot(self.next, max(tokens) * times * row_bytes)
         data = x.view(-1).view(torch.uint8)
@@ -168,6 +177,38 @@ def _rendezvous(x: Tensor, group: dist.ProcessGroup) -> Any:
 
 
 _of_groups: dict[str, PeerCopies] = {}
+
+
+def obstacle(group: dist.ProcessGroup) -> str:
+    """Why the ranks of a group cannot copy into each other's memory; empty where they can. Collective."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    facts: list[Any] = [None] * group.size()
+    dist.all_gather_object(facts, (socket.gethostname(), device, triton is not None), group=group)
+    hosts, devices, kernels = zip(*facts, strict=True)
+    if None in devices or "nccl" not in str(dist.get_backend_config(group)):
+        return "the ranks are on CPUs"
+    if len(set(hosts)) > 1:
+        return "the ranks are on several hosts"
+    if len(set(devices)) < len(devices):
+        return "ranks share a GPU"
+    if not all(kernels):
+        return "Triton, which the wait for them needs, cannot run here"
+    for a in devices:
+        for b in devices:
+            if a != b and not torch.cuda.can_device_access_peer(a, b):
+                return f"GPU {a} does not reach the memory of GPU {b}"
+    return ""
+
+
+def begun(group_name: str) -> int:
+    """How many exchanges and forwards this rank of a group has begun."""
+    return _of_groups[group_name].begun if group_name in _of_groups else 0
+
+
+def held_bytes() -> int:
+    """Memory of this rank that is set aside for exchanges, which PyTorch's allocator does not count."""
+    slots = [slot for copies in _of_groups.values() for slot in (*copies.slots, *copies.outgrown) if slot is not None]
+    return sum(slot.memory.nbytes for slot in slots)
 
 
 def begin(group_name: str) -> None:

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..machine import missing_build_tools
 from . import exchange
 
 try:
     from . import triton_kernels
 except ImportError:  # where PyTorch comes without Triton
+    triton_kernels = None  # type: ignore[assignment]
+if missing_build_tools():
     triton_kernels = None  # type: ignore[assignment]
 
 

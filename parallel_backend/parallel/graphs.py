@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,6 +17,13 @@ MOST = 2
 """Sizes whose graphs are kept, each with the memory of its activations: such as those of two prompts."""
 
 Tensors = tuple[Any, ...]
+
+_live: weakref.WeakSet[_Recording] = weakref.WeakSet()
+
+
+def held_bytes() -> int:
+    """About the memory that recorded graphs use, which PyTorch's allocator counts as unused."""
+    return sum(recording.reserved for recording in _live)
 
 
 class _Recording:
@@ -31,6 +39,9 @@ class _Recording:
         self.statics: list[Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
+        self.reserved = 0
+        """Bytes that PyTorch's allocator took from the device while the graph was recorded."""
+        _live.add(self)
 
 
 class BlockGraphs:
@@ -56,6 +67,13 @@ class BlockGraphs:
         """A forward begins, in which a graph may stand for the blocks."""
         self._abandon()
         self._usable, self._now = usable, None
+
+    def forget(self) -> None:
+        """Give up all recordings and their memory."""
+        self._abandon()
+        self.recordings.clear()
+        self.seen.clear()
+        self._now = None
 
     def call(self, index: int, streams: int, run: Callable[[Tensors], Any], tensors: Tensors, key: Hashable) -> Any:
         """Run a block, or leave it to the graph.
@@ -104,6 +122,7 @@ class BlockGraphs:
         self._now = self.recordings[key]
         if self._now.statics and self._now.graph is None:
             self._now.graph = torch.cuda.CUDAGraph()
+            self._now.reserved = -torch.cuda.memory_reserved()
             # Of other threads, such as the one that watches NCCL, no call must count.
             self._capture = torch.cuda.graph(self._now.graph, capture_error_mode="thread_local")
             self._capture.__enter__()
@@ -143,6 +162,7 @@ class BlockGraphs:
             return result
         self._capture.__exit__(None, None, None)
         self._capture, now.output = None, result
+        now.reserved += torch.cuda.memory_reserved()
         for slot, tensor in self._given.items():
             now.statics[slot].copy_(tensor)
         self._given.clear()
@@ -154,7 +174,7 @@ class BlockGraphs:
         if self._capture is not None:
             capture, self._capture = self._capture, None
             if self._now is not None:
-                self._now.graph, self._now.statics = None, []
+                self._now.graph, self._now.statics, self._now.reserved = None, [], 0
                 self._now.slots.clear()
                 self._now.places.clear()
             with contextlib.suppress(RuntimeError):  # what broke the capture is raised already

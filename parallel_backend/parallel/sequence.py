@@ -32,6 +32,9 @@ class Entrance:
     def localize(self, arguments: dict[str, Any]) -> None:
         """Change them after the sequence was cut; tensors of the sequence are rank-local."""
 
+    def forget_graphs(self) -> None:
+        """Forget CUDA graphs, which know where the weights are."""
+
     def remove(self) -> None:
         """Leave the model as it was."""
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -205,6 +206,7 @@ class WorkerGroup:
             config.encoder_memory,
             orphans,
             content_digest(model.source.path) if config.hosts.several else "",
+            **asdict(config.speed),
         )
         began = time.perf_counter()
         with model.advised("transformer"):

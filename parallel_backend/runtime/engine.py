@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..cache.config import CacheSettings
 from ..cache.decision import Decision, Evaluation
-from ..config import ParallelismConfig
+from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.content import content_digest
 from ..memory import GIB
 from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
+from ..parallel import copies
 from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
 from .room import Room
 
@@ -72,7 +73,7 @@ class Engine:
         self.room = room or Room(device, world, notify)
         self.on_progress = on_progress
         self.models: dict[str, HostedModel] = {}
-        self._meshes: dict[ParallelismConfig, ParallelMesh] = {}
+        self._meshes: dict[tuple[ParallelismConfig, bool], ParallelMesh] = {}
         self._used: OrderedDict[tuple[str, str], Part] = OrderedDict()
         self._granted: tuple[Part | None, int] = (None, 0)
 
@@ -88,6 +89,7 @@ class Engine:
         encoder_memory: str = "auto",
         orphans: Sequence[str] = (),
         content: str = "",
+        speed: Speed = AS_IT_IS,
     ) -> None:
         """Read this rank's shards of a checkpoint; nothing where the model is there already.
 
@@ -100,6 +102,7 @@ class Engine:
             fp8, encoder_memory: see `ModelConfig`.
             orphans: models that nobody refers to any more.
             content: the `content_digest` that the checkpoint must have, where there are several hosts.
+            speed: how the transformer's blocks run.
 
         Raises:
             ValueError: the checkpoint is damaged or does not fit. Nothing of it stays, the other models do.
@@ -111,7 +114,7 @@ class Engine:
                     part.drop()  # on a device it may wait until that room is needed, but host memory is scarce
         if name in self.models:
             return
-        model = self._build(path, layout, dtype, fp8, encoder_memory, content)
+        model = self._build(path, layout, dtype, fp8, encoder_memory, content, speed)
         count = _Counter(sum(p.nbytes for p in model.parts.values() if not p.on_demand), on_progress)
         self.models[name] = model
         try:
@@ -127,11 +130,19 @@ class Engine:
         count.finish()
 
     def _build(
-        self, path: str, layout: ParallelismConfig, dtype: torch.dtype, fp8: str, encoder_memory: str, content: str = ""
+        self,
+        path: str,
+        layout: ParallelismConfig,
+        dtype: torch.dtype,
+        fp8: str,
+        encoder_memory: str,
+        content: str,
+        speed: Speed,
     ) -> HostedModel:
-        if layout not in self._meshes:
-            self._meshes[layout] = build_mesh(layout, self.device.type)
-        mesh = self._meshes[layout]
+        key = layout, speed.copy_engines
+        if key not in self._meshes:
+            self._meshes[key] = build_mesh(layout, self.device.type, speed.copy_engines, self.room.notify)
+        mesh = self._meshes[key]
         source: Checkpoint | ValueError
         try:
             source = _open(Path(path), content)
@@ -139,7 +150,7 @@ class Engine:
             source = error
         raise_together(source if isinstance(source, ValueError) else None, self.room.axis)
         assert not isinstance(source, ValueError)
-        settings = ModelSettings(source, layout, mesh, self.device, dtype, fp8)
+        settings = ModelSettings(source, layout, mesh, self.device, dtype, fp8, speed)
         return HostedModel(settings, encoder_memory, {part: PARTS[part](settings) for part in source.components})
 
     def unload(self, name: str) -> None:
@@ -237,11 +248,13 @@ class Engine:
 
     def collectives_begun(self) -> int | None:
         """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""
-        if self.device.type == "cuda" and any(layout.ring_size > 1 for layout in self._meshes):
+        meshes = list(self._meshes.values())
+        if self.device.type == "cuda" and any(mesh.ring.is_split and not mesh.ring.copies for mesh in meshes):
             return None  # NCCL does not count what is sent from rank to rank
-        axes = (axis for mesh in self._meshes.values() for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
+        axes = (axis for mesh in meshes for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
         groups = {axis.group for axis in (self.room.axis, *axes) if axis.group is not None}
-        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+        numbers = (group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+        return sum(numbers) + sum(copies.begun(group.group_name) for group in groups)
 
     def recover(self) -> None:
         """After a request that failed: give back memory that it held, and make room anew next time."""
@@ -275,7 +288,8 @@ class Engine:
     def stats(self, name: str) -> dict[str, object]:
         """This rank's figures of a model, under the names that docs/report.md explains."""
         if self.device.type == "cuda":
-            peak, device = torch.cuda.max_memory_allocated(self.device), torch.cuda.get_device_name(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device) + copies.held_bytes()
+            device = torch.cuda.get_device_name(self.device)
         else:
             peak, device = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cpu"
         parts = self._model(name).parts

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import ParallelismConfig
+from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..loading.checkpoint import open_checkpoint
 from ..loading.weight_loader import FP8_MODES
+from ..machine import missing_build_tools
 from .devices import Devices, resolve_devices
 from .hosts import ALONE, Hosts
 
@@ -50,6 +51,7 @@ class ModelConfig:
     fp8: str = "cast"
     encoder_memory: str = "auto"
     hosts: Hosts = ALONE
+    speed: Speed = AS_IT_IS
 
     @property
     def group(self) -> GroupConfig:
@@ -66,6 +68,7 @@ class ModelConfig:
         fp8: str = "cast",
         encoder_memory: str = "auto",
         hosts: Hosts = ALONE,
+        speed: Speed = AS_IT_IS,
     ) -> ModelConfig:
         """Check everything that can be checked without starting a process.
 
@@ -77,9 +80,10 @@ class ModelConfig:
             fp8: what becomes of weights that are stored in fp8, one of `FP8_MODES`; ``dtype`` is that of the others.
             encoder_memory: one of `ENCODER_MEMORY`.
             hosts: that the ranks are shared out among.
+            speed: how the transformer's blocks run.
 
         Raises:
-            ValueError: a checkpoint, layout, device or dtype that cannot work, with the remedy.
+            ValueError: a checkpoint, layout, device, dtype or speed that cannot work, with the remedy.
         """
         if not hasattr(os, "memfd_create"):
             raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
@@ -90,12 +94,15 @@ class ModelConfig:
         ):
             if value not in known:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
+        missing = missing_build_tools()
+        if speed.compile and missing:
+            raise ValueError(f"compile needs {missing}, which this machine lacks; install it, or set compile to false")
         source = open_checkpoint(Path(path))
         source.check(layout)
         resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts)
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts, speed)
 
 
 def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devices:

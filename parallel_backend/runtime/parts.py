@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cache.block_cache import BlockCache
-from ..config import ParallelismConfig
+from ..config import ParallelismConfig, Speed
 from ..families import Family, Model, VisionImage
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
@@ -27,7 +27,7 @@ from ..loading.weight_loader import load_weights, shard_bytes
 from ..memory import transformer_activation_bytes, vae_activation_bytes
 from ..mesh import SINGLE, Axis, ParallelMesh, raise_together
 from ..parallel.tensor import ParamShard
-from ..parallelize import parallelize_transformer, shard_text_model, text_axes
+from ..parallelize import forget_graphs, parallelize_transformer, shard_text_model, text_axes
 from .host_copy import HostCopy
 
 
@@ -49,6 +49,7 @@ class ModelSettings:
     device: torch.device
     dtype: torch.dtype
     fp8: str
+    speed: Speed
 
     @property
     def family(self) -> Family:
@@ -162,9 +163,13 @@ class TransformerPart(Part):
         assert not isinstance(settings.source, TextEncoderFile)
         self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
         module = settings.family.build_transformer(self.config)
-        table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh)
+        table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh, settings.speed)
         self.cache = BlockCache(module, settings.family.block_stacks, settings.mesh.world)
         return module, table
+
+    def to_host(self) -> None:
+        forget_graphs(self.module)  # which know where the weights were
+        super().to_host()
 
     def drop(self) -> None:
         self.__dict__.pop("cache", None)  # it holds the module; the next build makes another

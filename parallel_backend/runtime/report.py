@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -42,6 +43,7 @@ def make_report(
         },
         "backend": "nccl" if config.devices.kind == "cuda" else "gloo",
         "model": {"family": family, "path": config.path, "dtype": config.dtype},
+        "speed": asdict(config.speed),
         "versions": {
             "hybrid_dit": __version__,
             "torch": torch.__version__,

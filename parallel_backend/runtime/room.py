@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ..memory import GIB
 from ..mesh import Axis
+from ..parallel import graphs
 from .parts import Part, Place
 
 HOST_RESERVE = 2 * GIB
@@ -40,8 +41,9 @@ class Room:
 
     def _device_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
-        # What torch has set aside and does not use is as good as free.
-        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        # What torch has set aside and does not use is as good as free, but for what a CUDA graph uses.
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + max(0, unused - graphs.held_bytes())
 
     def least_available(self) -> int:
         """Bytes available on the fullest device. Collective."""

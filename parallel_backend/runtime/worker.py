@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from ..config import ParallelismConfig
+from ..config import ParallelismConfig, Speed
 from ..families import VisionImage
 from .channel import Channel, ChannelClosedError
 from .engine import Engine
@@ -154,6 +154,7 @@ def perform(
                 request.encoder_memory,
                 request.orphans,
                 request.content,
+                Speed(request.compile, request.cuda_graphs, request.copy_engines),
             )
             return {}, {}
         case Offload():

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import Speed, blocks
+from parallel_backend.config import ParallelismConfig, Speed
+from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallelize import parallelize_transformer
 from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
@@ -75,7 +75,7 @@ def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
     blocks.TILE = 2
     torch._dynamo.reset()
     counters.clear()
-    parallelize_transformer(model, FLUX2, layout, mesh, Speed(compiled=True))
+    parallelize_transformer(model, FLUX2, layout, mesh, Speed(compile=True))
     first = flux2_inputs(16, [(8, 8)], 1)
     _, codes = run_and_get_code(lambda: model(**first, return_dict=False))
     errors, graphs = [], [counters["stats"]["unique_graphs"]]

@@ -1,7 +1,8 @@
 """Run by torchrun on two GPUs: errors of bf16 against fp32, on one GPU and on every layout of two, for each family.
 
 Rank 0 writes them as JSON to the file that is named: family -> layout ("one" for one GPU) -> relative error of the
-transformer; and what the block cache decided on each rank.
+transformer; what the block cache decided on each rank; and how many exchanges by copy engines brought something else
+than NCCL.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from diffusers import Flux2Transformer2DModel, QwenImageTransformer2DModel
 from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
-from parallel_backend.config import ParallelismConfig
+from parallel_backend.config import AS_IT_IS, ParallelismConfig, Speed
 from parallel_backend.families import Conditioning, family_of_name
-from parallel_backend.mesh import SINGLE, ParallelMesh, build_mesh
+from parallel_backend.mesh import SINGLE, Axis, ParallelMesh, build_mesh
+from parallel_backend.parallel import exchange
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
 from tests.distributed import qwen_cases
 from tests.errors import relative_error
@@ -32,6 +34,7 @@ LAYOUTS = {
     "Ring-2": ParallelismConfig(ring_size=2),
     "TP-2": ParallelismConfig(tp_size=2),
 }
+SPEEDS = {speed.describe(): speed for speed in (Speed(copy_engines=True), Speed(True, True, True))}
 ONE = ParallelMesh(*[SINGLE] * 5, "cuda")
 STEPS = 10
 
@@ -72,11 +75,15 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return family_of_name(name).transformer_inputs(x, torch.tensor([0.7, 0.4], device="cuda"), conditioning)
 
 
-def predict(name: str, dtype: torch.dtype, layout: ParallelismConfig, mesh: ParallelMesh) -> torch.Tensor:
-    """The transformer's output in a layout."""
-    model = new_model(name, dtype)
-    parallelize_transformer(model, family_of_name(name), layout, mesh)
-    return model(**inputs_of(name, dtype), return_dict=False)[0].float()
+def predict(
+    name: str, dtype: torch.dtype, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
+) -> torch.Tensor:
+    """The transformer's output in a layout; that of the fifth forward, by when a CUDA graph is replayed."""
+    model, inputs = new_model(name, dtype), inputs_of(name, dtype)
+    parallelize_transformer(model, family_of_name(name), layout, mesh, speed)
+    for _ in range(4 if speed.cuda_graphs else 0):
+        model(**inputs, return_dict=False)
+    return model(**inputs, return_dict=False)[0].float()
 
 
 def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[bool]:
@@ -95,6 +102,39 @@ def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[
         assert cache.last is not None
         made.append(cache.last.computed)
     return made
+
+
+def compare_exchanges(rounds: int = 60) -> dict[str, int]:
+    """Exchanges of random tensors by NCCL and by copy engines: how many, and how many brought something else."""
+    rank, degree = dist.get_rank(), dist.get_world_size()
+
+    def axis(copies: bool) -> Axis:
+        return Axis(dist.new_group(list(range(degree))), degree, rank, copies)
+
+    plain, heads, ring, sums = axis(False), axis(True), axis(True), axis(True)
+    compared = different = 0
+
+    def compare(start: Callable[..., exchange.InFlight], x: torch.Tensor, quick: Axis, *arguments: Any) -> None:
+        nonlocal compared, different
+        expected = exchange.arrived(start(x.clone(), *arguments, plain))
+        compared += 1
+        different += not torch.equal(exchange.arrived(start(x.clone(), *arguments, quick)), expected)
+
+    def shift(x: torch.Tensor, tokens: list[int], over: Axis) -> exchange.InFlight:
+        return exchange.shift(x, tokens[1 - rank], over, tokens)
+
+    for number in range(rounds):
+        if number % 10 == 0:
+            for each in (heads, ring, sums):
+                exchange.begin(each)
+        torch.manual_seed(2 * number + rank)
+        tokens = ([2304, 2304], [100, 101], [1, 0])[number % 3]
+        local, options = tokens[rank], {"device": "cuda", "dtype": torch.bfloat16}
+        compare(exchange.spread_heads, torch.randn(2 * local, 1, 3, 4, 128, **options), heads, tokens)
+        compare(exchange.gather_heads, torch.randn(sum(tokens), 1, 4, 128, **options), heads, tokens)
+        compare(shift, torch.randn(local, 1, 2, 8, 128, **options), ring, tokens)
+        compare(exchange.all_reduce, torch.randn(1, 100 + number, 1024, **options), sums)
+    return {"compared": compared, "different": different}
 
 
 def text_error(mesh: ParallelMesh) -> dict[str, float]:
@@ -126,11 +166,16 @@ def main(path: Path) -> None:
             for label, layout in LAYOUTS.items():
                 mesh = build_mesh(layout, "cuda")
                 errors[label] = relative_error(predict(name, torch.bfloat16, layout, mesh), exact)
+                for described, speed in SPEEDS.items():
+                    fast = build_mesh(layout, "cuda", speed.copy_engines)
+                    output = predict(name, torch.bfloat16, layout, fast, speed)
+                    errors[f"{label}, {described}"] = relative_error(output, exact)
                 errors[f"{label} fp32"] = relative_error(predict(name, torch.float32, layout, mesh), exact)
                 everyone: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, decisions(name, layout, mesh))
                 made[label] = everyone
             found[name] = {"errors": errors, "decisions": made}
+        found["exchanges"] = compare_exchanges()
         found["text_encoder"] = text_error(build_mesh(LAYOUTS["TP-2"], "cuda"))
     if rank == 0:
         path.write_text(json.dumps(found, indent=2))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel_backend import ParallelismConfig
+from parallel_backend.config import Speed
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.deadlines import VARIABLE
 from parallel_backend.runtime.errors import OutOfMemoryError, WorkersFailedError
@@ -29,6 +30,7 @@ LAYOUTS = {
     "Ring-2": ParallelismConfig(ring_size=2),
     "TP-2": ParallelismConfig(tp_size=2),
 }
+EXCHANGES = {"NCCL": Speed(), "copy engines": Speed(copy_engines=True)}
 LEFT_BYTES = 64 * 2**20
 """What a GPU's free memory may differ by; a rank's CUDA context alone takes some 500 MiB."""
 
@@ -71,10 +73,11 @@ def assert_next_run_works(config: ModelConfig, expected: Tensor) -> None:
 
 
 @two_gpus
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_in_a_collective(folder, layout):
+def test_killed_in_a_collective(folder, layout, exchange):
     before = free()
-    config = ModelConfig.create(folder, LAYOUTS[layout], "0,1")
+    config = ModelConfig.create(folder, LAYOUTS[layout], "0,1", speed=EXCHANGES[exchange])
     model = acquire_model(config)
     expected = step(model)
     os.kill(model.group._pids[0], signal.SIGSTOP)  # so that rank 1 waits for it in a collective
@@ -89,17 +92,18 @@ def test_killed_in_a_collective(folder, layout):
     with pytest.raises(WorkersFailedError, match=r"rank 0 ended, killed by signal 9 \(SIGKILL\)"):
         step(model, check=check)
     took = time.monotonic() - killed[0]
-    print(f"{layout}: killed in a collective, told after {took:.2f} s")
+    print(f"{layout}, {exchange}: killed in a collective, told after {took:.2f} s")
     assert took < FAIL_SECONDS
     assert_memory_is_free(before)
     assert_next_run_works(config, expected)
 
 
 @two_gpus
-def test_stopped(folder, monkeypatch):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_stopped(folder, monkeypatch, exchange):
     monkeypatch.setenv(VARIABLE, "3")
     before = free()
-    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1")
+    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1", speed=EXCHANGES[exchange])
     model = acquire_model(config)
     expected = step(model)
     step(model)
@@ -111,8 +115,9 @@ def test_stopped(folder, monkeypatch):
 
 
 @two_gpus
-def test_out_of_memory_on_one_rank(folder):
-    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1")
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_out_of_memory_on_one_rank(folder, exchange):
+    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1", speed=EXCHANGES[exchange])
     model = acquire_model(config)
     expected = step(model)
     before = free()
@@ -141,8 +146,9 @@ def test_out_of_memory_alone_loads_nothing_again(folder):
 
 
 @two_gpus
-def test_cancel_in_a_step(folder):
-    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1")
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_cancel_in_a_step(folder, exchange):
+    config = ModelConfig.create(folder, LAYOUTS["Ulysses-2"], "0,1", speed=EXCHANGES[exchange])
     model = acquire_model(config)
     expected = step(model)
     stopped = model.group._pids[1]

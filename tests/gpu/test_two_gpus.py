@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from .nccl_cases import SPEEDS
 from .test_demo import demo
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -23,13 +24,14 @@ def on_cpu(tmp_path_factory):
     return folder, demo(folder, "cpu", "--devices", "cpu", "--width", "208", "--height", "272")[0]
 
 
+@pytest.mark.parametrize("fast", [[], ["--compile", "--cuda-graphs", "--copy-engines"]], ids=["as_it_is", "fast"])
 @pytest.mark.parametrize("axis", ["ulysses", "ring", "tp"])
-def test_two_ranks(axis, on_cpu, tmp_path):
+def test_two_ranks(axis, fast, on_cpu, tmp_path):
     folder, expected = on_cpu
     degrees = {name: "2" if name == axis else "1" for name in ("ulysses", "ring", "tp")}
     options = [word for name, degree in degrees.items() for word in (f"--{name}", degree)]
     size = ["--width", "208", "--height", "272"]
-    picture, report = demo(folder, axis, *options, *size, "--devices", "0,1", "--dtype", "float32")
+    picture, report = demo(folder, axis, *options, *size, *fast, "--devices", "0,1", "--dtype", "float32")
     assert report["backend"] == "nccl"
     assert [rank["device"] for rank in report["ranks"]] == ["cuda:0", "cuda:1"]
     # fp32 on both sides; only the order of sums differs.
@@ -40,7 +42,7 @@ def test_two_ranks(axis, on_cpu, tmp_path):
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("nccl") / "found.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, "-m", "tests.gpu.nccl_cases", str(path)], check=True, timeout=300)
+    subprocess.run([*torchrun, "-m", "tests.gpu.nccl_cases", str(path)], check=True, timeout=550)
     return json.loads(path.read_text())
 
 
@@ -50,6 +52,13 @@ def test_bf16_is_as_good_as_on_one_gpu(found, family, layout):
     errors = found[family]["errors"]
     assert errors[f"{layout} fp32"] <= 1e-5
     assert errors[layout] <= WORSE * errors["one"]
+    for speed in SPEEDS:
+        assert errors[f"{layout}, {speed}"] <= WORSE * errors["one"], speed
+
+
+def test_copy_engines_bring_what_nccl_brings(found):
+    assert found["exchanges"]["compared"] > 100
+    assert found["exchanges"]["different"] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
