@@ -58,6 +58,16 @@ class _Slot(NamedTuple):
     """The same slot of every rank."""
 
 
+class _InFlight(NamedTuple):
+    """What has been sent, and is expected, and not yet awaited."""
+
+    slot: int
+    first_sender: int
+    senders: int
+    source: Tensor
+    """Which is read until then: a compiler may have made it for this alone, and drops it at once."""
+
+
 class PeerCopies:
     """The slots of one axis, and where its next exchange goes. Every rank makes the same exchanges in the same order.
 
@@ -77,7 +87,7 @@ class PeerCopies:
         self.next = 0
         self.begun = 0
         """Exchanges, and forwards, that this rank has begun."""
-        self.in_flight: dict[int, tuple[int, int, int]] = {}  # address -> slot, first sender, number of senders
+        self.in_flight: dict[int, _InFlight] = {}  # by the address of their slot
         self.one = torch.ones(1, dtype=torch.int32, device=self.device)
         self.flags = _symmetric(slots * self.degree, torch.int32, self.device)
         self.handle = _rendezvous(self.flags, group)
@@ -108,7 +118,7 @@ class PeerCopies:
         """Start to exchange rows ``[sum(sent), ...] -> [sum(received), ...]``.
 
         Args:
-            x: contiguous; must stay as it is until `wait`.
+            x: contiguous; nobody writes to it until `wait`.
             received, sent: rows from and to each rank.
             places: for each rank, the row of its result at which what it gets from this one begins.
             tokens, times: no rank receives more rows than the largest of tokens so many times; the same on all ranks.
@@ -134,14 +144,14 @@ class PeerCopies:
         senders = [rank for rank in range(self.degree) if received[rank] and rank != self.rank]
         # All others send, or the previous one alone.
         first_sender = senders[0] if len(senders) == 1 else (self.rank + 1) % self.degree
-        self.in_flight[_place(slot.memory)] = (self.next, first_sender, len(senders))
+        self.in_flight[_place(slot.memory)] = _InFlight(self.next, first_sender, len(senders), x)
         self.next = (self.next + 1) % len(self.slots)
         total = sum(received)
         return slot.memory[: total * row_bytes].view(x.dtype).view(total, *x.shape[1:])
 
     def wait(self, y: Tensor) -> None:
         """Have the current stream wait until what was sent has left, and what was to come is there."""
-        slot, first, senders = self.in_flight.pop(_place(y))
+        slot, first, senders, _ = self.in_flight.pop(_place(y))
         torch.cuda.current_stream(self.device).wait_event(self.sent[slot])
         if senders:
             _await_kernel[(senders,)](self.flags[slot * self.degree :], first, self.degree, num_warps=1)
@@ -233,7 +243,7 @@ def _send(
     return _of_groups[group_name].send(x, received, sent, places, tokens, times)
 
 
-def _wait(y: Tensor, x: Tensor, group_name: str) -> None:
+def _wait(y: Tensor, group_name: str) -> None:
     _of_groups[group_name].wait(y)
 
 
@@ -244,7 +254,7 @@ _library.define(
     "str group) -> Tensor",
     tags=(torch.Tag.needs_exact_strides,),
 )
-_library.define("await_rows(Tensor(a!) y, Tensor x, str group) -> ()", tags=(torch.Tag.needs_exact_strides,))
+_library.define("await_rows(Tensor(a!) y, str group) -> ()", tags=(torch.Tag.needs_exact_strides,))
 _library.impl("send_rows", _send, "CUDA")
 _library.impl("await_rows", _wait, "CUDA")
 torch.library.register_fake(
@@ -252,5 +262,5 @@ torch.library.register_fake(
     lambda x, received, sent, places, tokens, times, slots, group: x.new_empty(sum(received), *x.shape[1:]),
     lib=_library,
 )
-torch.library.register_fake("hybrid_dit::await_rows", lambda y, x, group: None, lib=_library)
+torch.library.register_fake("hybrid_dit::await_rows", lambda y, group: None, lib=_library)
 send_rows, await_rows = torch.ops.hybrid_dit.send_rows, torch.ops.hybrid_dit.await_rows

@@ -84,7 +84,7 @@ def summands(moving: InFlight) -> tuple[Tensor, ...]:
     """As `arrived`; but of a sum that is yet to be taken both terms, of which the first is this rank's own memory."""
     if not moving.group:
         return (_functional.wait_tensor(moving.tensor),)
-    copies.await_rows(moving.tensor, moving.source, moving.group)
+    copies.await_rows(moving.tensor, moving.group)
     return (moving.source, moving.tensor.view_as(moving.source)) if moving.adds else (moving.tensor,)
 
 
