@@ -11,6 +11,7 @@ say how many slots that takes. At the start of a forward, where an earlier one m
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 from collections.abc import Sequence
@@ -149,6 +150,10 @@ class PeerCopies:
         total = sum(received)
         return slot.memory[: total * row_bytes].view(x.dtype).view(total, *x.shape[1:])
 
+    def has_sent(self, y: Tensor) -> bool:
+        """Whether a tensor is in flight here."""
+        return _place(y) in self.in_flight
+
     def wait(self, y: Tensor) -> None:
         """Have the current stream wait until what was sent has left, and what was to come is there."""
         slot, first, senders, _ = self.in_flight.pop(_place(y))
@@ -186,14 +191,16 @@ def _rendezvous(x: Tensor, group: dist.ProcessGroup) -> Any:
     return symmetric_memory.rendezvous(x, group)
 
 
-_of_groups: dict[str, PeerCopies] = {}
+_of_groups: dict[str, dict[int, PeerCopies]] = {}
+"""By name of group, since axes of several meshes may share one, and by number of slots: each kind of exchange has its
+own."""
 
 
 def obstacle(group: dist.ProcessGroup) -> str:
     """Why the ranks of a group cannot copy into each other's memory; empty where they can. Collective."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     facts: list[Any] = [None] * group.size()
-    dist.all_gather_object(facts, (socket.gethostname(), device, triton is not None), group=group)
+    dist.all_gather_object(facts, (_machine(), device, triton is not None), group=group)
     hosts, devices, kernels = zip(*facts, strict=True)
     if None in devices or "nccl" not in str(dist.get_backend_config(group)):
         return "the ranks are on CPUs"
@@ -210,21 +217,29 @@ def obstacle(group: dist.ProcessGroup) -> str:
     return ""
 
 
+def _machine() -> str:
+    """What tells this machine from others: names of hosts need not be unique among containers."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return socket.gethostname() + file.read()
+    return socket.gethostname()
+
+
 def begun(group_name: str) -> int:
     """How many exchanges and forwards this rank of a group has begun."""
-    return _of_groups[group_name].begun if group_name in _of_groups else 0
+    return sum(copies.begun for copies in _of_groups.get(group_name, {}).values())
 
 
 def held_bytes() -> int:
     """Memory of this rank that is set aside for exchanges, which PyTorch's allocator does not count."""
-    slots = [slot for copies in _of_groups.values() for slot in (*copies.slots, *copies.outgrown) if slot is not None]
-    return sum(slot.memory.nbytes for slot in slots)
+    everything = [copies for of_group in _of_groups.values() for copies in of_group.values()]
+    slots = [slot for copies in everything for slot in (*copies.slots, *copies.outgrown)]
+    return sum(slot.memory.nbytes for slot in slots if slot is not None)
 
 
 def begin(group_name: str) -> None:
     """A forward begins on this rank of a group."""
-    if group_name in _of_groups:
-        _of_groups[group_name].begin()
+    for copies in _of_groups.get(group_name, {}).values():
+        copies.begin()
 
 
 def _send(
@@ -237,14 +252,14 @@ def _send(
     slots: int,
     group_name: str,
 ) -> Tensor:
-    if group_name not in _of_groups:
-        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-        _of_groups[group_name] = PeerCopies(group, slots)
-    return _of_groups[group_name].send(x, received, sent, places, tokens, times)
+    of_group = _of_groups.setdefault(group_name, {})
+    if slots not in of_group:
+        of_group[slots] = PeerCopies(dist.distributed_c10d._resolve_process_group(group_name), slots)  # type: ignore[arg-type]
+    return of_group[slots].send(x, received, sent, places, tokens, times)
 
 
 def _wait(y: Tensor, group_name: str) -> None:
-    _of_groups[group_name].wait(y)
+    next(copies for copies in _of_groups[group_name].values() if copies.has_sent(y)).wait(y)
 
 
 # The compiler takes what `send_rows` returns for memory of its own; it must not put anything else there (`forwards`).
