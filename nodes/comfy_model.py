@@ -120,6 +120,17 @@ class RemoteDiffusionModel(nn.Module):
 
 
 @functools.cache
+def _kept_class(cond_class: Any) -> Any:
+    """A kind of conditioning whose tensor is handed to each step as it is, not as a copy, where it is alone."""
+
+    class Kept(cond_class):
+        def concat(self, others):
+            return super().concat(others) if others else self.cond
+
+    return Kept
+
+
+@functools.cache
 def _remote_class(model_class: Any) -> Any:
     """ComfyUI's class of a model with everything but the diffusion model: conditioning, sampling, latent format."""
 
@@ -128,6 +139,16 @@ def _remote_class(model_class: Any) -> Any:
             super().__init__(model_config)
             self.diffusion_model = diffusion_model
             self.remote_part = RemotePart(diffusion_model.handle, "transformer")
+
+        def extra_conds(self, **kwargs):
+            # ComfyUI would convert and copy the context in each step: 8M numbers of FLUX.2's.
+            conds = super().extra_conds(**kwargs)
+            context = conds.get("c_crossattn")
+            if context is not None:
+                device, dtype = kwargs["device"], self.get_dtype_inference()
+                tensor = comfy.model_management.cast_to_device(context.cond, device, dtype)
+                conds["c_crossattn"] = _kept_class(type(context))(tensor)
+            return conds
 
         def memory_required(self, input_shape, cond_shapes=None):
             return HOST_MEMORY

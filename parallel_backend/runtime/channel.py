@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .messages import BadMessageError, Message, decode, encode
-from .parcel import Parcel, pack, unpack
+from .parcel import Buffer, Parcel, pack, unpack
 
 MAX_PACKET = 1 << 17
 SEND_SECONDS = 30.0
@@ -70,9 +70,10 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
 
-    def send_tensors(self, message: Message, tensors: Mapping[str, Tensor]) -> None:
-        """Send one message with tensors to this one rank; raises what `pack` and `send` do."""
-        parcel = pack(tensors)
+    def send_tensors(self, message: Message, tensors: Mapping[str, Tensor], buffer: Buffer | None = None) -> None:
+        """Send one message with tensors to this one rank, in a buffer or in fresh memory; raises what `pack` and `send`
+        do."""
+        parcel = pack(tensors, buffer)
         try:
             self.send(message, parcel)
         finally:

@@ -29,9 +29,9 @@ from .deadlines import SILENCE_SECONDS, Owed, Stopped, process_state
 from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
-from .messages import BadMessageError, Done, Failed, Load, Notice, Progress, Unload
+from .messages import BadMessageError, Done, Failed, Load, Notice, Predict, Progress, Unload
 from .other_hosts import OtherHosts
-from .parcel import pack
+from .parcel import Buffer, pack
 from .reception import Reception
 from .remote_model import Check, RemoteModel
 
@@ -61,6 +61,7 @@ class WorkerGroup:
         self._launcher = Launcher(len(self._local), config.devices, port, config.hosts)
         self._others = OtherHosts(config.hosts, self._launcher.card)
         self._channels: dict[int, Channel] = {}
+        self._buffer = Buffer()
         self._pids: dict[int, int] = {}
         self._ids = itertools.count(1)
         self._owed = Owed()
@@ -297,7 +298,8 @@ class WorkerGroup:
         with self.held(check):
             if not self._channels:
                 raise WorkersFailedError(f"the worker group is {self.state}")
-            parcel = pack(tensors)
+            # What else is sent may stay with the ranks as it is.
+            parcel = pack(tensors, self._buffer if isinstance(request, Predict) else None)
             self._owed.sent(request.id, set(range(self.config.ranks)), limit)
             try:
                 for rank, channel in self._told().items():
@@ -309,7 +311,11 @@ class WorkerGroup:
                         self._lost(rank, check)
             finally:
                 parcel.close()
-            return self._collect(request.id, check, on_progress)
+            try:
+                return self._collect(request.id, check, on_progress)
+            except BaseException:
+                self._buffer = Buffer()  # ranks may still be reading
+                raise
 
     def _collect(
         self, request_id: int, check: Check, on_progress: Callable[[Progress], None]

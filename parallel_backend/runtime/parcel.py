@@ -79,8 +79,34 @@ class Parcel:
             os.close(self.descriptor)
 
 
-def pack(tensors: Mapping[str, Tensor]) -> Parcel:
-    """Copy tensors (from any device) into one piece of shared memory.
+class Buffer:
+    """Shared memory that is used again and again, as the pages of fresh memory cost more than what is written to them.
+
+    Who uses it knows that nobody reads the last parcel any more.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor: int | None = None
+        self.memory: mmap.mmap | None = None
+
+    def take(self, size: int) -> tuple[int, mmap.mmap]:
+        """A descriptor of the memory, which the caller closes, and the memory; at least so many bytes."""
+        if self.memory is None or self.descriptor is None or len(self.memory) < size:
+            self.close()
+            self.descriptor, self.memory = _shared(size)
+        return os.dup(self.descriptor), self.memory
+
+    def close(self) -> None:
+        """Forget the memory; who has a parcel of it keeps it."""
+        descriptor, self.descriptor, self.memory = self.descriptor, None, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    __del__ = close
+
+
+def pack(tensors: Mapping[str, Tensor], buffer: Buffer | None = None) -> Parcel:
+    """Copy tensors (from any device) into one piece of shared memory: that of a buffer, or fresh one.
 
     Raises:
         ValueError: see `arrange`.
@@ -89,17 +115,25 @@ def pack(tensors: Mapping[str, Tensor]) -> Parcel:
     plain = [vars(spec) for spec in specs]
     if not size:
         return Parcel(None, plain)
-    descriptor = os.memfd_create("hybrid-dit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor, memory = _shared(size) if buffer is None else buffer.take(size)
     try:
-        os.ftruncate(descriptor, size)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        memory = mmap.mmap(descriptor, size)
         for spec, tensor in zip(specs, tensors.values(), strict=True):
             spec.view(memory).copy_(tensor)
     except BaseException:
         os.close(descriptor)
         raise
     return Parcel(descriptor, plain)
+
+
+def _shared(size: int) -> tuple[int, mmap.mmap]:
+    descriptor = os.memfd_create("hybrid-dit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return descriptor, mmap.mmap(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def arrange(tensors: Mapping[str, Tensor]) -> tuple[list[Spec], int]:

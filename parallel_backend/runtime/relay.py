@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .channel import Channel, ChannelClosedError
 from .messages import Failed, Message, decode, encode
-from .parcel import ALIGNMENT, arrange, checked
+from .parcel import ALIGNMENT, Buffer, arrange, checked
 
 PATIENCE = timedelta(days=365)
 """Nobody may ask for anything for long."""
@@ -62,14 +62,14 @@ class Relay:
         """
         self.send_tensors(message, {})
 
-    def send_tensors(self, message: Message, tensors: Mapping[str, Tensor]) -> None:
+    def send_tensors(self, message: Message, tensors: Mapping[str, Tensor], buffer: Buffer | None = None) -> None:
         """The same, with tensors of rank 0."""
         if isinstance(message, Failed):
             # Others may be waiting for this rank in a collective, and never come to the answers.
             self.channel.send(message)
         answers = self._gather(torch.frombuffer(bytearray(encode(message, [])), dtype=torch.uint8))
         if self.rank == 0:
-            self.channel.send_tensors(message, tensors)
+            self.channel.send_tensors(message, tensors, buffer)
             for answer in answers[1:]:
                 self.channel.send(decode(_bytes(answer))[0])
 

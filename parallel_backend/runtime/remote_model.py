@@ -148,7 +148,7 @@ class RemoteModel:
             if decision is not None:
                 run.note(evaluation, decision, time.perf_counter() - began)
                 self.last_run = run
-            return results["prediction"]
+            return results["prediction"].clone()  # the next one comes in the same memory
 
     def end_run(self, run: CacheRun) -> None:
         """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.

@@ -46,6 +46,7 @@ from .messages import (
     Unload,
 )
 from .out_of_memory import out_of_memory
+from .parcel import Buffer
 from .rank_log import end_at_once, log_file, log_to
 from .relay import Relay
 
@@ -116,6 +117,7 @@ def _end_with_client(descriptor: int) -> None:
 
 def serve(channel: Channel | Relay, engine: Engine) -> None:
     """Carry out requests until the client is gone (ChannelClosedError)."""
+    buffer = Buffer()
     while True:
         request, tensors = channel.receive()
         started = time.perf_counter()
@@ -133,7 +135,8 @@ def serve(channel: Channel | Relay, engine: Engine) -> None:
             continue
         done = Done(request_id, engine.rank, time.perf_counter() - started, data)
         if engine.rank == 0 and answer:
-            channel.send_tensors(done, answer)
+            # The client has copied one prediction before it asks for the next.
+            channel.send_tensors(done, answer, buffer if isinstance(request, Predict) else None)
         else:
             channel.send(done)
 
