@@ -12,6 +12,7 @@ say how many slots that takes. At the start of a forward, where an earlier one m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import socket
 from collections.abc import Sequence
@@ -198,12 +199,12 @@ own."""
 
 def obstacle(group: dist.ProcessGroup) -> str:
     """Why the ranks of a group cannot copy into each other's memory; empty where they can. Collective."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    facts: list[Any] = [None] * group.size()
-    dist.all_gather_object(facts, (_machine(), device, triton is not None), group=group)
-    hosts, devices, kernels = zip(*facts, strict=True)
-    if None in devices or "nccl" not in str(dist.get_backend_config(group)):
+    if not torch.cuda.is_available() or "nccl" not in str(dist.get_backend_config(group)):
         return "the ranks are on CPUs"
+    own = torch.tensor([_machine(), torch.cuda.current_device(), int(triton is not None)], device="cuda")
+    facts = own.new_empty(group.size(), len(own))
+    dist.all_gather_into_tensor(facts, own, group=group)
+    hosts, devices, kernels = facts.T.tolist()
     if len(set(hosts)) > 1:
         return "the ranks are on several hosts"
     if len(set(devices)) < len(devices):
@@ -217,11 +218,12 @@ def obstacle(group: dist.ProcessGroup) -> str:
     return ""
 
 
-def _machine() -> str:
+def _machine() -> int:
     """What tells this machine from others: names of hosts need not be unique among containers."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return socket.gethostname() + file.read()
-    return socket.gethostname()
+    name = socket.gethostname().encode()
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        name += file.read()
+    return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
 
 
 def begun(group_name: str) -> int:
