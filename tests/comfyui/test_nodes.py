@@ -90,6 +90,7 @@ def test_defaults_are_small(definitions):
     inputs = inputs_of(definitions["HybridDiT_ParallelLayout"])
     defaults = {name: spec[1]["default"] for name, spec in inputs.items()}
     options = {"nnodes": 1, "rdzv_endpoint": "", "auto": False}
+    options |= {"compile": False, "cuda_graphs": False, "copy_engines": False}
     assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto", **options}
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from parallel_backend.runtime import messages
-from parallel_backend.runtime.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, pack, peer
+from parallel_backend.runtime.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, peer
 from parallel_backend.runtime.messages import Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
+from parallel_backend.runtime.parcel import Buffer, pack
 
 EVERY_MESSAGE = [
     Hello(rank=3, pid=4711),
@@ -188,6 +189,20 @@ def test_a_receiver_has_a_tensor_of_its_own(ends):
     assert not first.any()
     for channel in other:
         channel.close()
+
+
+def test_a_buffer_is_used_again_and_grows(ends):
+    buffer = Buffer()
+    inodes = []
+    for size in (2000, 1000, 5000):
+        sent = torch.randn(size)
+        ends[0].send_tensors(EncodeText(1, "m1"), {"x": sent}, buffer)
+        assert torch.equal(ends[1].receive()[1]["x"], sent)
+        assert buffer.descriptor is not None
+        inodes.append(os.fstat(buffer.descriptor).st_ino)
+    assert inodes[0] == inodes[1] != inodes[2]
+    buffer.close()
+    assert buffer.descriptor is None
 
 
 def test_a_tensor_outlives_its_parcel_and_its_channel():
