@@ -136,8 +136,8 @@ class Engine:
         dtype: torch.dtype,
         fp8: str,
         encoder_memory: str,
-        content: str,
-        speed: Speed,
+        content: str = "",
+        speed: Speed = AS_IT_IS,
     ) -> HostedModel:
         key = layout, speed.copy_engines
         if key not in self._meshes:

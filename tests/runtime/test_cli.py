@@ -234,7 +234,7 @@ def test_the_exit_status_reaches_the_shell(pipeline, tmp_path):
 def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys, gpus, expected):
     asked = []
 
-    def create(folder, layout, devices, dtype, hosts):
+    def create(folder, layout, devices, dtype, hosts, speed):
         asked.append(devices)
         raise ValueError("that is enough")
 
