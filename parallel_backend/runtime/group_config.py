@@ -94,8 +94,7 @@ class ModelConfig:
         ):
             if value not in known:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
-        missing = missing_build_tools()
-        if speed.compile and missing:
+        if speed.compile and (missing := missing_build_tools()):
             raise ValueError(f"compile needs {missing}, which this machine lacks; install it, or set compile to false")
         source = open_checkpoint(Path(path))
         source.check(layout)
