@@ -54,19 +54,22 @@ class Copies:
         slot.copy_(arrived)
 
 
-_of_groups: dict[str, Copies] = {}
+_of_groups: dict[tuple[str, int], Copies] = {}
+"""By name of group and number of slots, as on GPUs."""
 
 
 def _send(
     x: Tensor, received: Any, sent: Any, places: Any, tokens: Sequence[int], times: int, slots: int, name: str
 ) -> Tensor:
-    if name not in _of_groups:
-        _of_groups[name] = Copies(dist.distributed_c10d._resolve_process_group(name), slots)
-    return _of_groups[name].send(x, received, sent, max(tokens) * times * math.prod(x.shape[1:]))
+    key = name, slots
+    if key not in _of_groups:
+        _of_groups[key] = Copies(dist.distributed_c10d._resolve_process_group(name), slots)
+    return _of_groups[key].send(x, received, sent, max(tokens) * times * math.prod(x.shape[1:]))
 
 
 def _wait(y: Tensor, name: str) -> None:
-    _of_groups[name].wait(y)
+    place = y.untyped_storage().data_ptr()
+    next(group for (of, _), group in _of_groups.items() if of == name and place in group.in_flight).wait(y)
 
 
 _library = torch.library.Library("hybrid_dit", "FRAGMENT")
