@@ -37,11 +37,22 @@ class _Recording:
         self.slots: dict[int, list[tuple[int, int]]] = {}  # block -> (argument, slot), where a slot is seen first
         self.places: dict[tuple[int, int], int] = {}  # (block, argument) -> slot
         self.statics: list[Tensor] = []
+        self.noted = False
+        """Whether a forward has shown all of that."""
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
         self.reserved = 0
         """Bytes that PyTorch's allocator took from the device while the graph was recorded."""
         _live.add(self)
+
+    def clear(self) -> None:
+        """Know nothing again."""
+        self.slots, self.places, self.statics, self.noted, self.graph, self.reserved = {}, {}, [], False, None, 0
+
+    def inputs(self, index: int, tensors: Tensors) -> Tensors:
+        """A block's tensors, with those from outside where the graph reads them."""
+        places = [self.places.get((index, argument)) for argument in range(len(tensors))]
+        return tuple(x if at is None else self.statics[at] for x, at in zip(tensors, places, strict=True))
 
 
 class BlockGraphs:
@@ -100,10 +111,9 @@ class BlockGraphs:
             now.graph.replay()
             return now.output
         if now.graph is None:
-            self._note(index, streams, tensors)
-            result = run(tensors)
+            result = run(self._note(index, streams, tensors))
             if index == self.last:
-                now.statics = [_alike(self._given[slot]) for slot in range(len(self._given))]
+                now.noted = True
                 self._given.clear()
             return result
         return self._record(index, run, tensors)
@@ -120,17 +130,24 @@ class BlockGraphs:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(key)
         self._now = self.recordings[key]
-        if self._now.statics and self._now.graph is None:
+        if self._now.noted and self._now.graph is None:
             self._now.graph = torch.cuda.CUDAGraph()
             self._now.reserved = -torch.cuda.memory_reserved()
             # Of other threads, such as the one that watches NCCL, no call must count.
             self._capture = torch.cuda.graph(self._now.graph, capture_error_mode="thread_local")
             self._capture.__enter__()
 
-    def _note(self, index: int, streams: int, tensors: Tensors) -> None:
-        """In the last forward before a recording: what comes from outside?"""
+    def _note(self, index: int, streams: int, tensors: Tensors) -> Tensors:
+        """In the last forward before a recording: what comes from outside?
+
+        Returns:
+            The block's tensors, with those from outside where the graph will read them. What is compiled for a tensor
+            need not do for a copy of it (the tensor may be a view), and nothing can be compiled during a recording.
+        """
         now = self._now
         assert now is not None
+        if index == 0:
+            now.clear()
         known = {id(tensor): slot for slot, tensor in self._given.items()}
         for argument in range(0 if index == 0 else streams, len(tensors)):
             tensor = tensors[argument]
@@ -140,8 +157,10 @@ class BlockGraphs:
             if slot is None:
                 slot = known[id(tensor)] = len(self._given)
                 self._given[slot] = tensor
+                now.statics.append(_alike(tensor).copy_(tensor))
                 now.slots.setdefault(index, []).append((argument, slot))
             now.places[index, argument] = slot
+        return now.inputs(index, tensors)
 
     def _record(self, index: int, run: Callable[[Tensors], Any], tensors: Tensors) -> Any:
         now = self._now
@@ -149,12 +168,8 @@ class BlockGraphs:
         assert now.graph is not None
         for argument, slot in now.slots.get(index, ()):
             self._given[slot] = tensors[argument]
-        inputs = list(tensors)
-        for argument in range(len(inputs)):
-            if (index, argument) in now.places:
-                inputs[argument] = now.statics[now.places[index, argument]]
         try:
-            result = run(tuple(inputs))
+            result = run(now.inputs(index, tensors))
         except BaseException:
             self._abandon()
             raise
@@ -174,9 +189,7 @@ class BlockGraphs:
         if self._capture is not None:
             capture, self._capture = self._capture, None
             if self._now is not None:
-                self._now.graph, self._now.statics, self._now.reserved = None, [], 0
-                self._now.slots.clear()
-                self._now.places.clear()
+                self._now.clear()
             with contextlib.suppress(RuntimeError):  # what broke the capture is raised already
                 capture.__exit__(None, None, None)
         self._given.clear()

@@ -42,7 +42,9 @@ class GatheredTogether:
             gathered = all_gather(torch.cat(local, dim=-1), self.axis)  # [degree, B, out_local of all]
             parts = gathered.split([part.shape[-1] for part in local], dim=-1)
             self.outputs = {one: part.movedim(0, -2).flatten(-2) for one, part in zip(self.linears, parts, strict=True)}
-        return self.outputs[linear][: x.shape[0]]
+        found = self.outputs[linear]
+        # Not a view where it need not be one: a compiler makes other code for views.
+        return found if found.shape[0] == x.shape[0] else found[: x.shape[0]]
 
 
 def gather_together(model: nn.Module, axis: Axis) -> None:
