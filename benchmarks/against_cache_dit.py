@@ -3,8 +3,11 @@
 Both sides run diffusers' module with random bf16 weights, on the same inputs, with cuDNN's attention, eager or with
 compiled blocks. With ``--rank-only`` torch's fake process group stands in for the other ranks: shapes, weights,
 activations and compute of rank 0 are true, collectives move nothing, and one GPU is enough for any layout; without it
-there is a rank on each GPU. A side that fails is reported, and the others go on. Each measurement is a process (or a
-torchrun job) of its own, since memory has to start clean; the sides take turns.
+there is a rank on each GPU. With ``--mask`` both sides' block caches compute and skip the same steps, whatever the
+numbers (their static policy), one block of a list being computed always. A side that fails is reported, and the others
+go on. Each measurement is a process (or a torchrun job) of its own, since memory has to start clean; the sides take
+turns.
+
 ``python benchmarks/against_cache_dit.py --shape flux2-dev --layouts Ulysses-2,TP-2 [--rank-only] [--compile]
 [--json FILE]``; it needs ``pip install -e '.[bench]'`` and, for FLUX.2-dev, 80 GB.
 """
@@ -14,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +42,13 @@ from parallel_backend.bench.profile import profile_step, shares
 from parallel_backend.bench.rank import WARMUP, Task, device_name, start_ranks
 from parallel_backend.bench.shapes import SHAPES, shape_of
 from parallel_backend.bench.timing import Spread, seconds_of, time_steps
+from parallel_backend.cache.block_cache import BlockCache
+from parallel_backend.cache.config import CacheSettings, parse_cache
+from parallel_backend.cache.decision import Evaluation
 from parallel_backend.cli.bench import run_ranks
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Model
+from parallel_backend.mesh import ParallelMesh
 
 OURS, PEER = "ours", "cache-dit"
 GIB = 2**30
@@ -55,11 +64,16 @@ def layout_of(name: str) -> ParallelismConfig:
     return layout
 
 
-def parallelize_peer(model: Model, layout: ParallelismConfig, attention: str, uneven: bool) -> None:
+def parallelize_peer(
+    model: Model, layout: ParallelismConfig, attention: str, uneven: bool, cache: CacheSettings | None
+) -> None:
     """cache-dit's public way, with the degrees of a layout."""
     import cache_dit
 
+    cached = {} if cache is None else {"cache_config": peer_cache(cache)}
     if layout.world_size == 1:
+        if cached:
+            cache_dit.enable_cache(model, **cached)
         cache_dit.set_attn_backend(model, attention)
         return
     degrees = {
@@ -70,7 +84,30 @@ def parallelize_peer(model: Model, layout: ParallelismConfig, attention: str, un
     if uneven and layout.ulysses_size > 1:
         degrees["ulysses_anything"] = True
     config = cache_dit.ParallelismConfig(**degrees)
-    cache_dit.enable_cache(model, parallelism_config=config, attention_backend=attention)
+    cache_dit.enable_cache(model, **cached, parallelism_config=config, attention_backend=attention)
+
+
+def cache_of(mask: str) -> CacheSettings:
+    """A block cache that computes the steps that are 1 in a mask, and in all others one block."""
+    return parse_cache(
+        f"steps_computation_mask={mask},steps_computation_policy=static,"
+        "Fn_compute_blocks=1,Bn_compute_blocks=0,max_warmup_steps=1"
+    )
+
+
+def peer_cache(settings: CacheSettings) -> Any:
+    """The same for cache-dit."""
+    import cache_dit
+
+    config = settings.config
+    return cache_dit.DBCacheConfig(
+        Fn_compute_blocks=config.Fn_compute_blocks,
+        Bn_compute_blocks=config.Bn_compute_blocks,
+        max_warmup_steps=config.max_warmup_steps,
+        num_inference_steps=len(config.steps_computation_mask or ()),
+        steps_computation_mask=list(config.steps_computation_mask or ()),
+        steps_computation_policy=config.steps_computation_policy,
+    )
 
 
 def mend_peer(model: Model, head_dim: int) -> bool:
@@ -112,7 +149,7 @@ def build_peer(task: Task, attention: str, inputs: dict[str, Any], x: torch.Tens
     uneven = any(count % layout.cp_size for count in tokens)
     if uneven and layout.ulysses_size > 1:
         figures["note"] = "ulysses_anything, since tokens do not divide"
-    parallelize_peer(model, layout, attention, uneven)
+    parallelize_peer(model, layout, attention, uneven, None if task.cache is None else cache_of(task.cache))
     fill(model, device, dtype)
     if task.compile:
         model.compile_repeated_blocks()
@@ -135,7 +172,10 @@ def measure(task: Task, side: str, attention: str) -> dict[str, Any]:
     figures["build_s"] = time.perf_counter() - began
     figures["weight_bytes"] = weight_bytes(model)
 
-    def step(_: int = 0) -> torch.Tensor:
+    begin = begin_steps(task, side, model, mesh)
+
+    def step(number: int = 0) -> torch.Tensor:
+        begin(number)
         return family.prediction(model(**inputs, return_dict=False)[0], x)
 
     try:
@@ -155,6 +195,31 @@ def measure(task: Task, side: str, attention: str) -> dict[str, Any]:
     figures["profile"] = shares(profile_step(step, task.device), Spread.of(timed.ms).median)
     figures["device"] = device_name(task.device)
     return figures
+
+
+def begin_steps(task: Task, side: str, model: Model, mesh: ParallelMesh) -> Callable[[int], None]:
+    """What is to be called before a step: it tells the block cache, if there is one, the step's number in its run."""
+    if task.cache is None:
+        return lambda number: None
+    settings = cache_of(task.cache)
+    if side == OURS:
+        family, _ = transformer_config(shape_of(task.shape), task.blocks)
+        cache = BlockCache(model, family.block_stacks, mesh.world)
+
+        def begin(number: int) -> None:
+            if number == 0:
+                cache.forget("run")
+            cache.plan(settings, Evaluation("run", "", float(number), task.steps))
+
+        return begin
+
+    import cache_dit
+
+    def begin_peer(number: int) -> None:
+        if number == 0:
+            cache_dit.refresh_context(model, cache_config=peer_cache(settings), verbose=False)
+
+    return begin_peer
 
 
 def first_line(error: BaseException) -> str:
@@ -193,8 +258,19 @@ def in_process(task: Task, side: str, arguments: argparse.Namespace) -> dict[str
         return json.loads(figures.read_text()) if figures.exists() else {"error": failure}
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
+def of_mask(rows: Sequence[dict[str, Any]], mask: str) -> str:
+    """Medians of the computed and of the cached steps of runs that followed a mask."""
+    steps = [(kind, ms) for row in rows for kind, ms in zip(mask, row["step_ms"], strict=True)]
+    return ", ".join(
+        f"{mask.count(kind)} {name}: {statistics.median(ms for found, ms in steps if found == kind):.1f} ms"
+        for kind, name in (("1", "computed"), ("0", "cached"))
+    )
+
+
+def to_markdown(rows: list[dict[str, Any]], mask: str | None = None) -> str:
     """A line a layout: medians over all rounds, spread from the fastest to the slowest step; ratios are ours / peer.
+
+    With a cache, a step's time is the mean of a run's, and the note has the medians of computed and cached steps.
 
     Where the kernels' sum is far below the step, the host held the step up. Kernels run a little faster on numbers that
     are not finite, which the exchanges that move nothing can leave.
@@ -219,8 +295,12 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
             kernels[side] = sum(profile["ms"].values())
             parts = " + ".join(f"{profile['ms'][kind]:.1f}" for kind in ("GEMM", "attention", "communication", "rest"))
             note = last.get("note", "") + ("" if last["finite"] == 1 else f" {last['finite']:.2f} of values finite")
+            said = str(spread)
+            if mask:
+                medians[side] = statistics.mean(ms for row in good for ms in row["step_ms"])
+                said, note = f"{medians[side]:.1f}", f"{note} {of_mask(good, mask)}"
             lines.append(
-                f"| {layout} | {side} | {spread} | {parts} = {kernels[side]:.1f} | {profile['count']} | "
+                f"| {layout} | {side} | {said} | {parts} = {kernels[side]:.1f} | {profile['count']} | "
                 f"{profile['exposed_ms']:.1f} | {profile['gaps_ms']:.1f} | {last['weight_bytes'] / GIB:.2f} | "
                 f"{peaks[side] / GIB:.2f} | {last['first_step_s']:.1f} | {note.strip()} |"
             )
@@ -245,6 +325,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the blocks, on both sides")
     parser.add_argument("--cuda-graphs", action="store_true", help="run all blocks as one CUDA graph, on our side")
     parser.add_argument("--copy-engines", action="store_true", help="exchange by the GPUs' copy engines, on our side")
+    parser.add_argument("--mask", help="1 for each step that is computed, 0 for each that is cached, on both sides")
     parser.add_argument("--rank-only", action="store_true", help="rank 0 alone, on one GPU")
     parser.add_argument("--blocks", type=int, help="of each kind instead of the true depth")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -256,6 +337,8 @@ def main() -> None:
     if arguments.one:
         one(arguments.one)
         return
+    if arguments.mask and not re.fullmatch("1(?=.*1)(?=.*0)[01]+", arguments.mask):
+        parser.error(f"--mask {arguments.mask}: it wants ones and zeros, both, the first a 1; such as 110010001")
     shape = shape_of(arguments.shape)
     sides = arguments.sides.split(",")
     task = Task(
@@ -265,7 +348,7 @@ def main() -> None:
         tp=1,
         width=arguments.width or shape.side,
         height=arguments.height or shape.side,
-        steps=arguments.steps,
+        steps=len(arguments.mask) if arguments.mask else arguments.steps,
         device=arguments.device,
         dtype="bfloat16" if arguments.device == "cuda" else "float32",
         text=arguments.text or shape.text_tokens,
@@ -273,6 +356,7 @@ def main() -> None:
         compile=arguments.compile,
         cuda_graphs=arguments.cuda_graphs,
         copy_engines=arguments.copy_engines,
+        cache=arguments.mask,
         rank_only=arguments.rank_only,
     )
     report = {"device": device_name(arguments.device), "torch": torch.__version__, "task": vars(task)}
@@ -290,8 +374,9 @@ def main() -> None:
                 if arguments.json:  # each time, so that an interrupted run leaves what it has
                     arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     how = task.speed.describe() + ", rank 0 alone" * task.rank_only
+    how += f", steps {arguments.mask}" if arguments.mask else ""
     print(f"\n{task.shape}, {task.width} x {task.height}, {task.text} tokens of text, {how}, {report['device']}")
-    print(to_markdown(rows))
+    print(to_markdown(rows, arguments.mask))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,10 @@ class CountingReader(FileReader):
 
 
 class HostMemory:
-    """The most anonymous and page-locked memory of this process in a span of time, above what it was at its start."""
+    """The most anonymous memory of a process in a span of time, above what it was at its start."""
+
+    def __init__(self, pid: int | str = "self") -> None:
+        self.status = Path(f"/proc/{pid}/status")
 
     def __enter__(self) -> HostMemory:
         self.peak, self._base, self._done = 0, self._now(), threading.Event()
@@ -78,10 +81,9 @@ class HostMemory:
         while not self._done.wait(0.005):
             self.peak = max(self.peak, self._now() - self._base)
 
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    def _now(self) -> int:
+        lines = self.status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def config_of(depth: float, heads: int) -> dict[str, Any]:
@@ -206,9 +208,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def disk_bytes() -> int:
-    """Read by this process from disks so far."""
-    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
+def disk_bytes(pid: int | str = "self") -> int:
+    """Read by a process from disks so far."""
+    return int(dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())["read_bytes"])
 
 
 def load(

@@ -34,9 +34,12 @@ LAYOUTS = {
     "Ring-2": ParallelismConfig(ring_size=2),
     "TP-2": ParallelismConfig(tp_size=2),
 }
-SPEEDS = {speed.describe(): speed for speed in (Speed(copy_engines=True), Speed(True, True, True))}
+SPEEDS = {
+    speed.describe(): speed for speed in (Speed(copy_engines=True), Speed(True, False, True), Speed(True, True, True))
+}
 ONE = ParallelMesh(*[SINGLE] * 5, "cuda")
 STEPS = 10
+FORWARDS = 5
 
 
 def flux2() -> Any:
@@ -77,13 +80,19 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def predict(
     name: str, dtype: torch.dtype, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
-) -> torch.Tensor:
-    """The transformer's output in a layout; that of the fifth forward, by when a CUDA graph is replayed."""
+) -> list[torch.Tensor]:
+    """The transformer's output in a layout, of five forwards on the same inputs; by the fifth a CUDA graph is replayed.
+
+    What others sent for one forward must not turn up in another, so each of them counts.
+    """
     model, inputs = new_model(name, dtype), inputs_of(name, dtype)
     parallelize_transformer(model, family_of_name(name), layout, mesh, speed)
-    for _ in range(4 if speed.cuda_graphs else 0):
-        model(**inputs, return_dict=False)
-    return model(**inputs, return_dict=False)[0].float()
+    return [model(**inputs, return_dict=False)[0].float() for _ in range(FORWARDS)]
+
+
+def worst_error(outputs: list[torch.Tensor], exact: torch.Tensor) -> float:
+    """The largest relative error of them."""
+    return max(relative_error(output, exact) for output in outputs)
 
 
 def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[bool]:
@@ -159,18 +168,18 @@ def main(path: Path) -> None:
     found: dict[str, Any] = {}
     with torch.no_grad():
         for name in MODELS:
-            exact = predict(name, torch.float32, ParallelismConfig(), ONE)
+            exact = predict(name, torch.float32, ParallelismConfig(), ONE)[0]
             one = predict(name, torch.bfloat16, ParallelismConfig(), ONE)
-            errors = {"one": relative_error(one, exact)}
+            errors = {"one": worst_error(one, exact)}
             made: dict[str, list[list[bool]]] = {}
             for label, layout in LAYOUTS.items():
                 mesh = build_mesh(layout, "cuda")
-                errors[label] = relative_error(predict(name, torch.bfloat16, layout, mesh), exact)
+                errors[label] = worst_error(predict(name, torch.bfloat16, layout, mesh), exact)
                 for described, speed in SPEEDS.items():
                     fast = build_mesh(layout, "cuda", speed.copy_engines)
-                    output = predict(name, torch.bfloat16, layout, fast, speed)
-                    errors[f"{label}, {described}"] = relative_error(output, exact)
-                errors[f"{label} fp32"] = relative_error(predict(name, torch.float32, layout, mesh), exact)
+                    outputs = predict(name, torch.bfloat16, layout, fast, speed)
+                    errors[f"{label}, {described}"] = worst_error(outputs, exact)
+                errors[f"{label} fp32"] = worst_error(predict(name, torch.float32, layout, mesh), exact)
                 everyone: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, decisions(name, layout, mesh))
                 made[label] = everyone
