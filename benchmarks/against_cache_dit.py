@@ -70,10 +70,9 @@ def parallelize_peer(
     """cache-dit's public way, with the degrees of a layout."""
     import cache_dit
 
-    cached = {} if cache is None else {"cache_config": peer_cache(cache)}
+    if cache is not None:  # for a transformer alone, cache-dit 1.5.3 does not take both in one call
+        cache_dit.enable_cache(model, cache_config=peer_cache(cache))
     if layout.world_size == 1:
-        if cached:
-            cache_dit.enable_cache(model, **cached)
         cache_dit.set_attn_backend(model, attention)
         return
     degrees = {
@@ -84,7 +83,7 @@ def parallelize_peer(
     if uneven and layout.ulysses_size > 1:
         degrees["ulysses_anything"] = True
     config = cache_dit.ParallelismConfig(**degrees)
-    cache_dit.enable_cache(model, **cached, parallelism_config=config, attention_backend=attention)
+    cache_dit.enable_cache(model, parallelism_config=config, attention_backend=attention)
 
 
 def cache_of(mask: str) -> CacheSettings:
