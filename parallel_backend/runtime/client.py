@@ -280,6 +280,7 @@ class WorkerGroup:
         check: Check = lambda: None,
         on_progress: Callable[[Progress], None] = lambda _: None,
         limit: float | None = SILENCE_SECONDS,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[list[Done], dict[str, Tensor]]:
         """Send a request to every rank and wait for every answer: the answers in rank order, and rank 0's tensors.
 
@@ -289,6 +290,7 @@ class WorkerGroup:
             check: called every 50 ms; may raise to give up waiting. The ranks go on.
             on_progress: told what ranks report meanwhile.
             limit: seconds without a word from the ranks after which they count as hung; None: any time is fine.
+            meanwhile: called once the request is sent.
 
         Raises:
             ValueError: the request was at fault.
@@ -312,6 +314,7 @@ class WorkerGroup:
             finally:
                 parcel.close()
             try:
+                meanwhile()
                 return self._collect(request.id, check, on_progress)
             except BaseException:
                 self._buffer = Buffer()  # ranks may still be reading

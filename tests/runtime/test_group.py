@@ -339,6 +339,29 @@ class TestConditioning:
         assert relative_error(after, before) > 1e-3
         assert relative_error(after, expected_prediction(untouched, **given)) <= TOLERANCE
 
+    @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+    def test_a_change_that_the_sample_misses_is_found_meanwhile(self, single, sent, untouched, monkeypatch, cached):
+        monkeypatch.setattr(remote_model, "GUESSED_BYTES", 0)
+        monkeypatch.setattr(single, "_guesses", True)
+        given = inputs(seed=115 + cached)
+        run = CacheRun(PRESETS["speed"], steps=28)
+        runs = [{"cache": (run, run.evaluation("", float(20 + step)))} if cached else {} for step in range(3)]
+        evaluate(single, **given, **runs[0])
+        evaluate(single, **given, **runs[1])
+        assert [type(message) for message in sent] == [Keep, Predict, Predict]
+        given["context"] = given["context"].clone()
+        given["context"][0, -1, -1] += 100  # which is not the first of its numbers
+        sent.clear()
+        actual = evaluate(single, **given, **runs[2])
+        end = [EndRun] if cached else []
+        assert [type(message) for message in sent] == [Predict, *end, Keep, Predict]
+        assert relative_error(actual, expected_prediction(untouched, **given)) <= TOLERANCE
+        # Conditioning of which a sample does not say enough is compared in full from then on.
+        sent.clear()
+        given["context"][0, -1, -1] += 100
+        evaluate(single, **given)
+        assert [type(message) for message in sent] == [Keep, Predict]
+
     def test_another_dtype_is_not_the_same(self, single, sent):
         given = inputs(seed=120)
         evaluate(single, **given)
