@@ -33,7 +33,7 @@ from parallel_backend.demo_model import (
     new_vae,
 )
 from parallel_backend.families import Conditioning
-from parallel_backend.runtime.group_config import ModelConfig
+from parallel_backend.runtime.group_config import DTYPES, ModelConfig
 from parallel_backend.runtime.groups import acquire_model, close_groups
 from parallel_backend.runtime.remote_model import RemoteModel
 
@@ -87,9 +87,10 @@ def predict_steps(model: RemoteModel, steps: int, device: str) -> dict[str, floa
     }
 
 
-def client(folder: Path, ranks: int, steps: int, device: str) -> dict[str, float]:
+def client(folder: Path, ranks: int, steps: int, device: str, dtype: str) -> dict[str, float]:
     """`predict_steps` over a fresh group."""
-    config = ModelConfig.create(folder, ParallelismConfig(ulysses_size=ranks), "auto" if device == "cuda" else device)
+    devices = "auto" if device == "cuda" else device
+    config = ModelConfig.create(folder, ParallelismConfig(ulysses_size=ranks), devices, dtype)
     try:
         return predict_steps(acquire_model(config), steps, device)
     finally:
@@ -101,7 +102,8 @@ def comfyui(folder: Path, ranks: int, steps: int) -> dict[str, float]:
     from tests.comfyui.graphs import Graph, add_loader, add_prompt, run_well, save_latent
     from tests.comfyui.server import ComfyServer
 
-    def draw(server: ComfyServer, count: int, seed: int) -> tuple[float, list[float]]:
+    def draw(server: ComfyServer, count: int, seed: int) -> tuple[float, list[float], list[float]]:
+        """Seconds of a picture, and of each step: as the client sees it, and of the workers' own."""
         graph = Graph()
         loader = add_loader(graph, folder.name, ulysses=ranks, tp=1)
         prompt = add_prompt(graph, loader)
@@ -117,19 +119,22 @@ def comfyui(folder: Path, ranks: int, steps: int) -> dict[str, float]:
         after = Graph()
         report = after.add("HybridDiT_WorkersReport", model=(add_loader(after, folder.name, ulysses=ranks, tp=1), 0))
         text = run_well(server, after).outputs[str(report)]["text"][0]
-        return took, json.loads(text)["seconds"]["workers"][-count:]
+        seconds = json.loads(text)["seconds"]
+        return took, seconds["steps"][-count:], seconds["workers"][-count:]
 
     with ComfyServer(diffusers_folder=folder.parent) as server:
         draw(server, FEW, seed=1)  # loads
         rounds = []
         for number in range(3):
-            short, short_own = draw(server, FEW, seed=2 * number + 2)
-            long, long_own = draw(server, steps + FEW, seed=2 * number + 3)
+            short, *short_parts = draw(server, FEW, seed=2 * number + 2)
+            long, *long_parts = draw(server, steps + FEW, seed=2 * number + 3)
             whole = 1000 * (long - short) / steps
-            own = 1000 * (sum(long_own) - sum(short_own)) / steps
-            rounds.append((whole, own, whole - own))
-    whole, own, beyond = (statistics.median(part) for part in zip(*rounds, strict=True))
-    return {"step_ms": whole, "workers_ms": own, "beyond_ms": beyond}
+            step, own = (
+                1000 * (sum(more) - sum(fewer)) / steps for more, fewer in zip(long_parts, short_parts, strict=True)
+            )
+            rounds.append((whole, own, whole - own, whole - step))
+    whole, own, beyond, others = (statistics.median(part) for part in zip(*rounds, strict=True))
+    return {"step_ms": whole, "workers_ms": own, "beyond_ms": beyond, "comfyui_ms": others}
 
 
 def main() -> None:
@@ -137,16 +142,18 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="Ulysses ranks (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the host's tensors and the ranks")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model and the host's tensors")
     parser.add_argument("--comfyui", action="store_true", help="also on a real ComfyUI server")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hybrid-dit-bench-") as name:
         folder = make_pipeline(Path(name) / "round-trip")
-        report = {"client": client(folder, arguments.ranks, arguments.steps, arguments.device)}
+        report = {"client": client(folder, arguments.ranks, arguments.steps, arguments.device, arguments.dtype)}
         if arguments.comfyui:
             report["comfyui"] = comfyui(folder, arguments.ranks, arguments.steps)
     for kind, figures in report.items():
         sent = f", {figures['contexts_sent']:.0f} context sent" if "contexts_sent" in figures else ""
+        sent += f", {figures['comfyui_ms']:.2f} of them ComfyUI's and the sampler's" if "comfyui_ms" in figures else ""
         print(
             f"round trip ({kind}, {arguments.ranks} rank(s) on {arguments.device}): {figures['beyond_ms']:.2f} ms a "
             f"step beyond the workers' own {figures['workers_ms']:.1f} ms{sent}"
