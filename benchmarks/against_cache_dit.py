@@ -1,13 +1,12 @@
 """Step time and peak memory in any layout, ours against cache-dit 1.5.3, at a model's true shape.
 
 Both sides run diffusers' module with random bf16 weights, on the same inputs, with cuDNN's attention, eager or with
-compiled blocks. With ``--rank-only`` torch's fake process group stands in for the other ranks: shapes, weights,
-activations and compute of rank 0 are true, collectives move nothing, and one GPU is enough for any layout; without it
-there is a rank on each GPU. With ``--mask`` both sides' block caches compute and skip the same steps, whatever the
-numbers (their static policy), one block of a list being computed always. A side that fails is reported, and the others
-go on. Each measurement is a process (or a torchrun job) of its own, since memory has to start clean; the sides take
-turns.
-
+compiled blocks. With ``--rank-only`` a process group stands in for the other ranks (`parallel_backend.bench.alone`):
+shapes, weights, activations and compute of rank 0 are true, exchanges cost nothing but a copy, and one GPU is enough
+for any layout; without it there is a rank on each GPU. With ``--mask`` both sides' block caches compute and skip the
+same steps, whatever the numbers (their static policy), one block of a list being computed always. A side that fails is
+reported, and the others go on. Each measurement is a process (or a torchrun job) of its own, since memory has to start
+clean; the sides take turns. With ``--json`` a run goes on where an earlier one with the same arguments stopped.
 ``python benchmarks/against_cache_dit.py --shape flux2-dev --layouts Ulysses-2,TP-2 [--rank-only] [--compile]
 [--json FILE]``; it needs ``pip install -e '.[bench]'`` and, for FLUX.2-dev, 80 GB.
 """
@@ -15,7 +14,9 @@ turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -31,9 +32,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cache_dit_peer import build_peer, cache_of, mend_peer, peer_cache
 from parallel_backend.bench.model import (
     build_transformer,
-    fill,
     make_inputs,
     transformer_config,
     weight_bytes,
@@ -43,7 +44,6 @@ from parallel_backend.bench.rank import WARMUP, Task, device_name, start_ranks
 from parallel_backend.bench.shapes import SHAPES, shape_of
 from parallel_backend.bench.timing import Spread, seconds_of, time_steps
 from parallel_backend.cache.block_cache import BlockCache
-from parallel_backend.cache.config import CacheSettings, parse_cache
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.cli.bench import run_ranks
 from parallel_backend.config import ParallelismConfig
@@ -62,97 +62,6 @@ def layout_of(name: str) -> ParallelismConfig:
     if match is None or layout.name != name:
         raise ValueError(f"{name!r} names no layout; names are like Ulysses-4, TP-2, USP-2-2-TP-2, single")
     return layout
-
-
-def parallelize_peer(
-    model: Model, layout: ParallelismConfig, attention: str, uneven: bool, cache: CacheSettings | None
-) -> None:
-    """cache-dit's public way, with the degrees of a layout."""
-    import cache_dit
-
-    if cache is not None:  # for a transformer alone, cache-dit 1.5.3 does not take both in one call
-        cache_dit.enable_cache(model, cache_config=peer_cache(cache))
-    if layout.world_size == 1:
-        cache_dit.set_attn_backend(model, attention)
-        return
-    degrees = {
-        name: degree
-        for name in ("ulysses_size", "ring_size", "tp_size")
-        if (degree := getattr(layout, name)) > 1  # it has None for "not asked for"
-    }
-    if uneven and layout.ulysses_size > 1:
-        degrees["ulysses_anything"] = True
-    config = cache_dit.ParallelismConfig(**degrees)
-    cache_dit.enable_cache(model, parallelism_config=config, attention_backend=attention)
-
-
-def cache_of(mask: str) -> CacheSettings:
-    """A block cache that computes the steps that are 1 in a mask, and in all others one block."""
-    return parse_cache(
-        f"steps_computation_mask={mask},steps_computation_policy=static,"
-        "Fn_compute_blocks=1,Bn_compute_blocks=0,max_warmup_steps=1"
-    )
-
-
-def peer_cache(settings: CacheSettings) -> Any:
-    """The same for cache-dit."""
-    import cache_dit
-
-    config = settings.config
-    return cache_dit.DBCacheConfig(
-        Fn_compute_blocks=config.Fn_compute_blocks,
-        Bn_compute_blocks=config.Bn_compute_blocks,
-        max_warmup_steps=config.max_warmup_steps,
-        num_inference_steps=len(config.steps_computation_mask or ()),
-        steps_computation_mask=list(config.steps_computation_mask or ()),
-        steps_computation_policy=config.steps_computation_policy,
-    )
-
-
-def mend_peer(model: Model, head_dim: int) -> bool:
-    """Repair what keeps cache-dit 1.5.3 from running Qwen-Image under tensor parallelism; False if that is not it.
-
-    It divides an attention's ``heads``, but not ``inner_dim``; diffusers 0.42 takes a head's width from their ratio.
-    """
-    broken = [
-        module
-        for block in model.transformer_blocks
-        if hasattr(module := block.attn, "inner_dim") and module.inner_dim != module.heads * head_dim
-    ]
-    for module in broken:
-        module.inner_dim = module.heads * head_dim
-    return bool(broken)
-
-
-def adapt_inputs_to_peer(model: Model, inputs: dict[str, Any], x: torch.Tensor) -> None:
-    """What diffusers' forward takes as it is, where ours takes something else."""
-    for name in ("img_ids", "txt_ids"):  # cache-dit's plan for FLUX.2 wants them with a batch
-        if name in inputs:
-            inputs[name] = inputs[name][None]
-    if "img_shapes" in inputs:
-        inputs["img_shapes"] = [[(1, *(-(-side // model.config.patch_size) for side in x.shape[-2:]))]]
-        # Its tables of positions are no buffers, so that they came to be on the meta device.
-        model.pos_embed = type(model.pos_embed)(10000, list(model.config.axes_dims_rope), scale_rope=True)
-
-
-def build_peer(task: Task, attention: str, inputs: dict[str, Any], x: torch.Tensor, figures: dict[str, Any]) -> Model:
-    """The peer's part of a rank, with weights of its own."""
-    family, config = transformer_config(shape_of(task.shape), task.blocks)
-    device, dtype, layout = torch.device(task.device), getattr(torch, task.dtype), task.layout
-    model = family.build_transformer(config)
-    # Its planners want real weights, so the model is there in whole first. Rank-only, its shards come out of a scatter,
-    # which moves nothing: they are filled anew.
-    fill(model, device, dtype)
-    adapt_inputs_to_peer(model, inputs, x)
-    tokens = (inputs["hidden_states"].shape[1], task.text)
-    uneven = any(count % layout.cp_size for count in tokens)
-    if uneven and layout.ulysses_size > 1:
-        figures["note"] = "ulysses_anything, since tokens do not divide"
-    parallelize_peer(model, layout, attention, uneven, None if task.cache is None else cache_of(task.cache))
-    fill(model, device, dtype)
-    if task.compile:
-        model.compile_repeated_blocks()
-    return model
 
 
 @torch.no_grad()
@@ -257,6 +166,22 @@ def in_process(task: Task, side: str, arguments: argparse.Namespace) -> dict[str
         return json.loads(figures.read_text()) if figures.exists() else {"error": failure}
 
 
+def measured(file: Path | None, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier run of the same measurement left in a file; those that failed are not among them.
+
+    Raises:
+        ValueError: the file is of another measurement.
+    """
+    if file is None or not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    others = [name for name in report if found.get(name) != report[name]]
+    if others:
+        theirs, wanted = ({name: one.get(name) for name in others} for one in (found, report))
+        raise ValueError(f"{file} is of another measurement ({theirs}, not {wanted}); name another file")
+    return [row for row in found["rows"] if "error" not in row]
+
+
 def of_mask(rows: Sequence[dict[str, Any]], mask: str) -> str:
     """Medians of the computed and of the cached steps of runs that followed a mask."""
     steps = [(kind, ms) for row in rows for kind, ms in zip(mask, row["step_ms"], strict=True)]
@@ -330,7 +255,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer-attention", default="_sdpa_cudnn", help="backend (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a process may take (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no other measurement is begun")
+    parser.add_argument("--json", type=Path, help="for the figures; what is in it already is not measured again")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -359,19 +285,23 @@ def main() -> None:
         rank_only=arguments.rank_only,
     )
     report = {"device": device_name(arguments.device), "torch": torch.__version__, "task": vars(task)}
-    rows: list[dict[str, Any]] = []
+    try:
+        rows = measured(arguments.json, report)
+    except ValueError as error:
+        parser.error(str(error))
     layouts = [layout_of(name) for name in arguments.layouts.split(",")]
-    for turn in range(arguments.rounds):
-        for index, layout in enumerate(layouts):
-            job = replace(task, ulysses=layout.ulysses_size, ring=layout.ring_size, tp=layout.tp_size)
-            for side in sides if (turn + index) % 2 == 0 else sides[::-1]:
-                began = time.perf_counter()
-                row = {"layout": layout.name, "side": side, "turn": turn, **in_process(job, side, arguments)}
-                row["process_s"] = time.perf_counter() - began
-                rows.append(row)
-                print(json.dumps({k: v for k, v in row.items() if k not in ("profile", "step_ms")}), flush=True)
-                if arguments.json:  # each time, so that an interrupted run leaves what it has
-                    arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    began = time.perf_counter()
+    for turn, (index, layout) in itertools.product(range(arguments.rounds), enumerate(layouts)):
+        job = replace(task, ulysses=layout.ulysses_size, ring=layout.ring_size, tp=layout.tp_size)
+        for side in sides if (turn + index) % 2 == 0 else sides[::-1]:
+            key = {"layout": layout.name, "side": side, "turn": turn}
+            if any(key.items() <= row.items() for row in rows) or time.perf_counter() - began > arguments.seconds:
+                continue
+            row = key | in_process(job, side, arguments)
+            rows.append(row)
+            print(json.dumps({k: v for k, v in row.items() if k not in ("profile", "step_ms")}), flush=True)
+            if arguments.json:  # each time, so that an interrupted run leaves what it has
+                arguments.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     how = task.speed.describe() + ", rank 0 alone" * task.rank_only
     how += f", steps {arguments.mask}" if arguments.mask else ""
     print(f"\n{task.shape}, {task.width} x {task.height}, {task.text} tokens of text, {how}, {report['device']}")

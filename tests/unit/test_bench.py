@@ -1,10 +1,12 @@
 """The parts of the benchmarks: shares of a profile, random weights that are one model's, and a rank that is alone."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.against_cache_dit import layout_of, to_markdown
+from benchmarks.against_cache_dit import layout_of, measured, to_markdown
 from parallel_backend.bench.alone import start_alone
 from parallel_backend.bench.model import build_transformer, fill, make_inputs, transformer_config
 from parallel_backend.bench.profile import Work, shares, union
@@ -32,6 +34,16 @@ def test_shares_of_a_step():
     assert (found["busy_ms"], found["gaps_ms"]) == (24, 16)
     assert found["longest_rest"] == [[4, 2, "elementwise_kernel"]]
     assert found["count"] == 5
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path):
+    file, report = tmp_path / "rows.json", {"device": "a GPU", "task": {"steps": 10}}
+    assert measured(None, report) == measured(file, report) == []
+    rows = [{"layout": "TP-2", "side": "ours", "step_ms": [1.0]}, {"layout": "TP-2", "side": "cache-dit", "error": "x"}]
+    file.write_text(json.dumps(report | {"rows": rows}))
+    assert measured(file, report) == rows[:1]
+    with pytest.raises(ValueError, match=r"of another measurement .*'steps': 10.*name another file"):
+        measured(file, {"device": "a GPU", "task": {"steps": 12}})
 
 
 def test_kinds_of_operators_on_the_cpu():
@@ -113,6 +125,17 @@ def test_the_table_has_medians_spreads_and_ratios():
     table = to_markdown([row("ours", 90.0), row("cache-dit", 100.0), row("ours", 94.0)]).splitlines()
     assert table[2].startswith("| TP-2 | ours | 93.0 (90.0 to 96.0) | 93.0 + 0.0 + 0.0 + 1.0 = 94.0 |")
     assert table[4].startswith(f"| TP-2 | ratio | {93 / 101:.3f} |")
+
+
+def test_a_run_with_a_mask_counts_as_a_whole():
+    rows = [
+        row("ours", 90.0) | {"step_ms": [90.0, 80.0, 10.0]},
+        row("cache-dit", 100.0) | {"step_ms": [100.0, 90.0, 20.0]},
+    ]
+    table = to_markdown(rows, "110").splitlines()
+    assert table[2].startswith("| TP-2 | ours | 60.0 | ")
+    assert table[2].endswith(" 2 computed: 85.0 ms, 1 cached: 10.0 ms |")
+    assert table[4].startswith(f"| TP-2 | ratio | {60 / 70:.3f} |")
 
 
 def test_the_table_says_why_a_side_has_no_figures():
