@@ -84,7 +84,9 @@ def measure(task: Task, side: str, attention: str) -> dict[str, Any]:
 
     def step(number: int = 0) -> torch.Tensor:
         begin(number)
-        return family.prediction(model(**inputs, return_dict=False)[0], x)
+        if side == OURS:
+            return family.evaluate(model, inputs, x)
+        return family.prediction(model(**inputs, return_dict=False)[0], x)  # without gradients, as in its pipelines
 
     try:
         figures["first_step_s"] = seconds_of(step, task.device)

@@ -73,7 +73,7 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     for _ in range(steps + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        family.prediction(transformer(**inputs, return_dict=False)[0], x)
+        family.evaluate(transformer, inputs, x)
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))

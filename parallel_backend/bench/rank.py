@@ -151,7 +151,7 @@ class Sampler:
     def evaluate(self, scale: float = 1.0) -> Tensor:
         """The prediction for the latent times ``scale``, with every block computed."""
         inputs = self.inputs if scale == 1 else self.inputs | {"hidden_states": self.inputs["hidden_states"] * scale}
-        return self.family.prediction(self.transformer(**inputs, return_dict=False)[0], self.x)
+        return self.family.evaluate(self.transformer, inputs, self.x)
 
     def step(self, number: int) -> None:
         """A step of a run; step 0 begins one."""

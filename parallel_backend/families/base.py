@@ -169,6 +169,14 @@ class Family(ABC):
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
 
+    def evaluate(self, transformer: Model, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
+        """The `prediction` of a transformer for its `transformer_inputs`.
+
+        In inference mode, which spares the host a fifth of what it does for each operation, and more for collectives.
+        """
+        with torch.inference_mode():
+            return self.prediction(transformer(**inputs, return_dict=False)[0], x)
+
     @abstractmethod
     def activation_width(self, config: Mapping[str, Any], tp: int) -> int:
         """About the features of a local token that a forward holds at its peak, on a rank of a tp degree."""

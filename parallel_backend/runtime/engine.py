@@ -240,7 +240,7 @@ class Engine:
         self._bring(name, part, tokens)
         if cache is not None:
             part.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
-        prediction = family.prediction(part.module(**inputs, return_dict=False)[0], x)
+        prediction = family.evaluate(part.module, inputs, x)
         if self.device.type == "cuda":
             # It is sent next, which waits for it anyway; here the wait counts among the worker's own seconds.
             torch.cuda.synchronize(self.device)

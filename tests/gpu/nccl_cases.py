@@ -87,7 +87,8 @@ def predict(
     """
     model, inputs = new_model(name, dtype), inputs_of(name, dtype)
     parallelize_transformer(model, family_of_name(name), layout, mesh, speed)
-    return [model(**inputs, return_dict=False)[0].float() for _ in range(FORWARDS)]
+    with torch.inference_mode():  # as the workers do
+        return [model(**inputs, return_dict=False)[0].float() for _ in range(FORWARDS)]
 
 
 def worst_error(outputs: list[torch.Tensor], exact: torch.Tensor) -> float:
@@ -107,7 +108,8 @@ def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[
         if step >= STEPS // 2:
             inputs["hidden_states"] = -inputs["hidden_states"]
         cache.plan(settings, Evaluation("run", "", float(step), STEPS))
-        model(**inputs, return_dict=False)
+        with torch.inference_mode():
+            model(**inputs, return_dict=False)
         assert cache.last is not None
         made.append(cache.last.computed)
     return made
