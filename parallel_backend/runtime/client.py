@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..loading.checkpoint import open_checkpoint
 from ..loading.content import content_digest
-from ..memory import GIB
 from .channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
 from .deadlines import SILENCE_SECONDS, Owed, Stopped, process_state
-from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
+from .errors import RequestFailedError, WorkersFailedError
+from .failures import FRESH, failure, silence
 from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
 from .messages import BadMessageError, Done, Failed, Load, Notice, Predict, Progress, Unload
@@ -378,27 +378,11 @@ class WorkerGroup:
     # --- what goes wrong ---------------------------------------------------------------------------------------------
 
     def _failed(self, failures: list[Failed]) -> NoReturn:
-        """Raise what ranks failed of, the one that ran out of memory first; the group goes unless they agree."""
-        all_failed = len(failures) == self.config.ranks
-        first = min(failures, key=lambda failed: (failed.out_of_memory is None, failed.bad_input, failed.rank))
-        if all_failed and all(failed.bad_input for failed in failures):
-            raise ValueError(first.error)
-        # Ranks that have not begun the same collectives would take each other's next messages for what they are not.
-        begun = {failed.collectives for failed in failures}
-        same_place = all_failed and (self.config.ranks == 1 or (len(begun) == 1 and None not in begun))
-        text = f"rank {first.rank} failed: {first.error}"
-        if first.out_of_memory is not None:
-            asked, free = (size / GIB for size in first.out_of_memory)
-            wanted = f"{asked:.2f} GiB" if asked else "more"
-            text = f"rank {first.rank} ran out of memory: it asked for {wanted} where {free:.2f} GiB were free"
-        text += f"\n(log: {self._log_of(first.rank)})"
-        details = f"\n{first.traceback}"
-        if not same_place:
-            text += f"\n{_FRESH}"
+        """Raise what ranks failed of; the group goes unless they agree."""
+        error, usable = failure(failures, self.config.ranks, self._log_of)
+        if not usable:
             self.close(state="failed", wait=False)
-        if first.out_of_memory is not None:
-            raise OutOfMemoryError(text, details)
-        raise RequestFailedError(text + details) if same_place else WorkersFailedError(text + details)
+        raise error
 
     def _lost(self, rank: int, check: Check) -> NoReturn:
         """A rank's connection is closed: it has ended."""
@@ -408,34 +392,23 @@ class WorkerGroup:
                 self._end(trouble)
         self.close(state="failed", wait=False)
         self.ended(3.0)  # then torchrun has said how
-        raise WorkersFailedError(f"{self._launcher.explain(rank)}\n{_FRESH}")
+        raise WorkersFailedError(f"{self._launcher.explain(rank)}\n{FRESH}")
 
     def _hung(self, ranks: set[int], limit: float) -> NoReturn:
         """Ranks have not answered in time. Those that can still do so write to their logs where they are."""
         states = {rank: process_state(pid) for rank, pid in self._pids.items() if rank in ranks}
-        stopped = sorted(rank for rank, state in states.items() if state == "T")
-        for rank in set(states) - set(stopped):
-            with suppress(ProcessLookupError):
-                os.kill(self._pids[rank], signal.SIGUSR1)
+        for rank, state in states.items():
+            if state != "T":
+                with suppress(ProcessLookupError):
+                    os.kill(self._pids[rank], signal.SIGUSR1)
         time.sleep(0.2)
-        who = f"rank {_listed(ranks)} did not answer within {limit:.0f} s"
-        if stopped:
-            who = f"rank {_listed(stopped)} is stopped (SIGSTOP), and the group did not answer within {limit:.0f} s"
-        where = "the logs say where each rank was" if len(states) > len(stopped) else "its log may say more"
-        self._end(f"{who}; {where}", min(stopped or ranks))
+        self._end(*silence(ranks, states, limit))
 
     def _end(self, text: str, rank: int | None = None) -> NoReturn:
         """End the group and raise; a rank's log is named."""
         self.close(state="failed", wait=False)
         log_of = "" if rank is None else f"\n(log: {self._log_of(rank)})"
-        raise WorkersFailedError(f"{text}{log_of}\n{_FRESH}")
+        raise WorkersFailedError(f"{text}{log_of}\n{FRESH}")
 
     def _log_of(self, rank: int) -> str:
         return self._others.log_of(rank) or str(self._launcher.log_of(rank))
-
-
-_FRESH = "The workers were stopped; the next run starts a fresh group."
-
-
-def _listed(ranks: Any) -> str:
-    return ", ".join(map(str, sorted(ranks)))

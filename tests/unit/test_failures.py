@@ -1,0 +1,64 @@
+"""What the failures of some ranks amount to, and whether the group survives them."""
+
+import pytest
+
+from parallel_backend.runtime.errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
+from parallel_backend.runtime.failures import FRESH, failure, silence
+from parallel_backend.runtime.messages import Failed
+
+GIB = 2**30
+
+
+def failed(rank, *, bad_input=False, memory=None, collectives=7):
+    return Failed(1, rank, f"error {rank}", bad_input, f"traceback {rank}", memory, collectives)
+
+
+def log_of(rank):
+    return f"log-{rank}"
+
+
+def test_bad_input_that_all_ranks_refuse():
+    error, usable = failure([failed(1, bad_input=True), failed(0, bad_input=True)], 2, log_of)
+    assert (type(error), str(error), usable) == (ValueError, "error 0", True)
+
+
+@pytest.mark.parametrize(
+    ("failures", "ranks", "usable"),
+    [
+        ([failed(0)], 1, True),
+        ([failed(0), failed(1)], 2, True),
+        ([failed(1)], 2, False),  # the other may wait for it in a collective
+        ([failed(0), failed(1, collectives=8)], 2, False),
+        ([failed(0, collectives=None), failed(1, collectives=None)], 2, False),  # nobody knows
+        ([failed(0, collectives=None)], 1, True),
+    ],
+)
+def test_the_group_survives_what_all_ranks_fail_at_the_same_place(failures, ranks, usable):
+    error, found = failure(failures, ranks, log_of)
+    assert found is usable
+    assert type(error) is (RequestFailedError if usable else WorkersFailedError)
+    first = failures[0].rank
+    assert str(error).startswith(f"rank {first} failed: error {first}\n(log: log-{first})")
+    assert (FRESH in str(error)) is not usable
+    assert f"traceback {first}" in str(error)
+
+
+def test_who_ran_out_of_memory_comes_first():
+    error, usable = failure([failed(0, collectives=9), failed(1, memory=[3 * GIB, GIB])], 2, log_of)
+    assert type(error) is OutOfMemoryError
+    assert not usable
+    assert str(error).startswith(
+        "rank 1 ran out of memory: it asked for 3.00 GiB where 1.00 GiB were free\n(log: log-1)"
+    )
+
+
+def test_silence():
+    assert silence({0, 2}, {0: "S", 2: "S"}, 30) == (
+        "rank 0, 2 did not answer within 30 s; the logs say where each rank was",
+        0,
+    )
+    assert silence({0, 1}, {0: "S", 1: "T"}, 5) == (
+        "rank 1 is stopped (SIGSTOP), and the group did not answer within 5 s; the logs say where each rank was",
+        1,
+    )
+    assert silence({3}, {}, 5) == ("rank 3 did not answer within 5 s; its log may say more", 3)
