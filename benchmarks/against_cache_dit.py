@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cache_dit_peer import build_peer, cache_of, mend_peer, peer_cache
+from benchmarks.cache_dit_peer import build_peer, mend_peer, peer_cache
 from parallel_backend.bench.model import (
     build_transformer,
     make_inputs,
@@ -40,11 +40,11 @@ from parallel_backend.bench.model import (
     weight_bytes,
 )
 from parallel_backend.bench.profile import profile_step, shares
-from parallel_backend.bench.rank import WARMUP, Task, device_name, start_ranks
+from parallel_backend.bench.rank import WARMUP, Task, begin_step, device_name, start_ranks
 from parallel_backend.bench.shapes import SHAPES, shape_of
 from parallel_backend.bench.timing import Spread, seconds_of, time_steps
 from parallel_backend.cache.block_cache import BlockCache
-from parallel_backend.cache.decision import Evaluation
+from parallel_backend.cache.config import parse_cache
 from parallel_backend.cli.bench import run_ranks
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Model
@@ -107,21 +107,23 @@ def measure(task: Task, side: str, attention: str) -> dict[str, Any]:
     return figures
 
 
+def cache_of(mask: str) -> str:
+    """A block cache, for `parse_cache`, that computes the steps that are 1 in a mask, and in all others one block."""
+    return (
+        f"steps_computation_mask={mask},steps_computation_policy=static,"
+        "Fn_compute_blocks=1,Bn_compute_blocks=0,max_warmup_steps=1"
+    )
+
+
 def begin_steps(task: Task, side: str, model: Model, mesh: ParallelMesh) -> Callable[[int], None]:
     """What is to be called before a step: it tells the block cache, if there is one, the step's number in its run."""
     if task.cache is None:
         return lambda number: None
-    settings = cache_of(task.cache)
+    settings = parse_cache(task.cache)
     if side == OURS:
         family, _ = transformer_config(shape_of(task.shape), task.blocks)
         cache = BlockCache(model, family.block_stacks, mesh.world)
-
-        def begin(number: int) -> None:
-            if number == 0:
-                cache.forget("run")
-            cache.plan(settings, Evaluation("run", "", float(number), task.steps))
-
-        return begin
+        return lambda number: begin_step(cache, settings, number, task.steps)
 
     import cache_dit
 
@@ -283,7 +285,7 @@ def main() -> None:
         compile=arguments.compile,
         cuda_graphs=arguments.cuda_graphs,
         copy_engines=arguments.copy_engines,
-        cache=arguments.mask,
+        cache=cache_of(arguments.mask) if arguments.mask else None,
         rank_only=arguments.rank_only,
     )
     report = {"device": device_name(arguments.device), "torch": torch.__version__, "task": vars(task)}

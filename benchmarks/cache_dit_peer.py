@@ -14,16 +14,8 @@ from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Model
 
 
-def cache_of(mask: str) -> CacheSettings:
-    """A block cache that computes the steps that are 1 in a mask, and in all others one block."""
-    return parse_cache(
-        f"steps_computation_mask={mask},steps_computation_policy=static,"
-        "Fn_compute_blocks=1,Bn_compute_blocks=0,max_warmup_steps=1"
-    )
-
-
 def peer_cache(settings: CacheSettings) -> Any:
-    """The same for cache-dit."""
+    """A block cache that follows a mask, for cache-dit."""
     import cache_dit
 
     config = settings.config
@@ -98,7 +90,7 @@ def build_peer(task: Task, attention: str, inputs: dict[str, Any], x: torch.Tens
     uneven = any(count % layout.cp_size for count in tokens)
     if uneven and layout.ulysses_size > 1:
         figures["note"] = "ulysses_anything, since tokens do not divide"
-    parallelize_peer(model, layout, attention, uneven, None if task.cache is None else cache_of(task.cache))
+    parallelize_peer(model, layout, attention, uneven, None if task.cache is None else parse_cache(task.cache))
     fill(model, device, dtype)
     if task.compile:
         model.compile_repeated_blocks()

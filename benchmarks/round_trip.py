@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="Ulysses ranks (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the host's tensors and the ranks")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model and the host's tensors")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the model and the host's tensors; not on ComfyUI's server"
+    )
     parser.add_argument("--comfyui", action="store_true", help="also on a real ComfyUI server")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cache.block_cache import BlockCache
-from ..cache.config import parse_cache
+from ..cache.config import CacheSettings, parse_cache
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig, Speed
 from ..machine import host_memory
@@ -134,6 +134,13 @@ def _measure_text(shape: Shape, mesh: ParallelMesh, dtype: torch.dtype, task: Ta
     reset_peak(task.device)
 
 
+def begin_step(cache: BlockCache, settings: CacheSettings, number: int, steps: int) -> None:
+    """Tell a block cache which step of a run comes next; step 0 begins another run."""
+    if number == 0:
+        cache.forget("run")
+    cache.plan(settings, Evaluation("run", "", float(number), steps))
+
+
 class Sampler:
     """Evaluates a transformer as a sampler would; with the cache, where there is one, over changing latents."""
 
@@ -159,9 +166,8 @@ class Sampler:
             self.evaluate()
             return
         if number == 0:
-            self.cache.forget("run")
             self.decisions = []
-        self.cache.plan(self.settings, Evaluation("run", "", float(number), self.steps))
+        begin_step(self.cache, self.settings, number, self.steps)
         self.evaluate(1 - 0.5 * number / self.steps)
         assert self.cache.last is not None
         self.decisions.append(self.cache.last)

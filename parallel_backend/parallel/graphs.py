@@ -34,6 +34,11 @@ class _Recording:
     """
 
     def __init__(self) -> None:
+        self.clear()
+        _live.add(self)
+
+    def clear(self) -> None:
+        """Know nothing, as at first."""
         self.slots: dict[int, list[tuple[int, int]]] = {}  # block -> (argument, slot), where a slot is seen first
         self.places: dict[tuple[int, int], int] = {}  # (block, argument) -> slot
         self.statics: list[Tensor] = []
@@ -43,11 +48,6 @@ class _Recording:
         self.output: Any = None
         self.reserved = 0
         """Bytes that PyTorch's allocator took from the device while the graph was recorded."""
-        _live.add(self)
-
-    def clear(self) -> None:
-        """Know nothing again."""
-        self.slots, self.places, self.statics, self.noted, self.graph, self.reserved = {}, {}, [], False, None, 0
 
     def inputs(self, index: int, tensors: Tensors) -> Tensors:
         """A block's tensors, with those from outside where the graph reads them."""

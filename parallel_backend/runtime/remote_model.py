@@ -55,11 +55,8 @@ def same_content(a: Tensor, b: Tensor) -> bool:
 
 def looks_the_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors whose content takes a while to compare are the same in a sample of it."""
-    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape) or a.device.type != "cpu":
-        return False
-    if a.nbytes < GUESSED_BYTES or not (a.is_contiguous() and b.is_contiguous()):
-        return False
-    return torch.equal(a.view(-1)[::SAMPLED], b.view(-1)[::SAMPLED])
+    large = all(x.device.type == "cpu" and x.nbytes >= GUESSED_BYTES and x.is_contiguous() for x in (a, b))
+    return large and a.shape == b.shape and same_content(a.view(-1)[::SAMPLED], b.view(-1)[::SAMPLED])
 
 
 class RemoteModel:
@@ -165,7 +162,7 @@ class RemoteModel:
             if wrong:  # hardly ever: the sample misses what differs
                 self._guesses = False
                 if cache is not None:
-                    self.group.post(EndRun(self.group.next_id(), self.name, run.id))
+                    self.end_run(run)
                 names, _ = self._names(given, check)
                 began = time.perf_counter()
                 answers, results = self._use("transformer", request(names), tensors, check, limit)
@@ -250,13 +247,14 @@ class RemoteModel:
         names: list[str] = []
         guesses: dict[str, Tensor] = {}
         for tensor in tensors:
-            likely = [name for name, kept in self._kept.items() if self._guesses and looks_the_same(kept, tensor)]
-            if likely and likely[-1] not in guesses:
-                names.append(likely[-1])
-                guesses[likely[-1]] = tensor
-                self._kept.move_to_end(likely[-1])
-            else:
+            last_used_first = reversed(self._kept) if self._guesses else ()
+            likely = next((name for name in last_used_first if looks_the_same(self._kept[name], tensor)), None)
+            if likely is None or likely in guesses:
                 names.append(self._name(tensor, names, check))
+            else:
+                names.append(likely)
+                guesses[likely] = tensor
+                self._kept.move_to_end(likely)
         return names, guesses
 
     def _wrong(self, guesses: Mapping[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from parallel_backend.config import ParallelismConfig, Speed
 from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallel.graphs import _alike
 from parallel_backend.parallelize import parallelize_transformer
 from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
 
@@ -71,10 +72,8 @@ def eager_order(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list
 
 
 def of_copies(_: Any, args: Any, kwargs: Any) -> Any:
-    """What a block is given, copied to memory with the same strides, as a CUDA graph reads it."""
-    return tree_map_only(
-        torch.Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x), (args, kwargs)
-    )
+    """What a block is given, copied to where a CUDA graph would read it."""
+    return tree_map_only(torch.Tensor, lambda x: _alike(x).copy_(x), (args, kwargs))
 
 
 def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
