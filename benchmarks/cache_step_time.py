@@ -4,7 +4,8 @@ A static mask says which steps are cached, so that nothing depends on the weight
 are measured (with a threshold that is always met, or never): by CUDA events around it, so that the wait of the host and
 the device's idling while it waits are in, and, in cached steps, by the difference from the same steps by the mask.
 ``python benchmarks/cache_step_time.py [--rounds 3]`` needs about 70 GiB; started by ``torchrun --nproc-per-node 2`` it
-is two Ulysses ranks, which decide together, and rank 0 says what it took. ``--shape tiny --device cpu`` tries it out.
+is two Ulysses ranks, which meet before they decide together, and rank 0 says what both took. ``--shape tiny --device
+cpu`` tries it out.
 """
 
 from __future__ import annotations
@@ -64,19 +65,26 @@ class Timer:
         self.images = [self.inputs["hidden_states"], self.inputs["hidden_states"] * 1.5]
         self.cache = BlockCache(self.transformer, self.family.block_stacks, mesh.world)
         self.runs = 0
-        self.decisions: list[tuple[Any, Any]] = []
+        self.decisions: list[tuple[Any, Any, Any]] = []
+        """Where each began: meeting the other ranks, deciding, what comes then."""
         decide = block_cache._Pass._decide
+        nothing = torch.zeros(1, device=task.device)
 
         def timed(one: Any, outputs: Any) -> None:
+            meet = mark(self.device)
+            if mesh.world.is_split:
+                dist.all_reduce(nothing, group=mesh.world.group)
             begin = mark(self.device)
             decide(one, outputs)
-            self.decisions.append((begin, mark(self.device)))
+            self.decisions.append((meet, begin, mark(self.device)))
 
         block_cache._Pass._decide = timed  # type: ignore[method-assign]
 
-    def decision_ms(self) -> float:
-        """Median of the decisions of the last run, without its first two steps."""
-        return statistics.median(elapsed_ms(*marks) for marks in self.decisions[2:])
+    def decision_ms(self) -> tuple[float, ...]:
+        """Medians of meeting and deciding in the last run, without its first two steps."""
+        return tuple(
+            statistics.median(elapsed_ms(*marks[part : part + 2]) for marks in self.decisions[2:]) for part in (0, 1)
+        )
 
     def seconds(self, head: int, tail: int, order: int, **rules: Any) -> float:
         """A step in a run of equal steps, after the first two."""
@@ -127,7 +135,7 @@ def main() -> None:
                 "cached, measured": {"residual_diff_threshold": 1},
             }
             samples: dict[str, list[float]] = {name: [] for name in kinds}
-            decisions: dict[str, list[float]] = {name: [] for name in kinds}
+            decisions: dict[str, list[tuple[float, ...]]] = {name: [] for name in kinds}
             for turn in range(arguments.rounds + 1):
                 for name, rules in kinds.items():
                     took = 1000 * timer.seconds(head, tail, order, **rules)
@@ -142,7 +150,8 @@ def main() -> None:
                 "ms": ms,
                 "spread_ms": {name: max(values) - min(values) for name, values in samples.items()},
                 "bound_ms": (head + tail) / timer.cache.blocks * ms["full"] + 2,
-                "decision_ms": {name: statistics.median(values) for name, values in decisions.items()},
+                "meeting_ms": {name: statistics.median(one[0] for one in found) for name, found in decisions.items()},
+                "decision_ms": {name: statistics.median(one[1] for one in found) for name, found in decisions.items()},
                 "cached_measured_minus_cached_ms": ms["cached, measured"] - ms["cached"],
             }
             rows.append(row)

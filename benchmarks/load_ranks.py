@@ -1,11 +1,11 @@
 """How long real ranks take to load FLUX.2-dev's transformer from one disk, and what they read and hold meanwhile.
 
-A checkpoint of random numbers, at a share of the true depth, is written to a folder and removed again. A worker group
-of each layout loads it, as the nodes do, with nothing of it in the page cache and with all of it. "Disk" is what all
-ranks together read from the disk; "host" and "GPU" are the most that one rank took of host memory for itself (beside
-the page cache and page-locked buffers), and of its GPU beyond the weights. `load_speed.py` compares a single rank with
-what disk and bus can do.
-``python benchmarks/load_ranks.py /tmp/weights --layouts TP-2,Ulysses-2 [--depth 1] [--json FILE]``
+A checkpoint of random numbers, at a share of the true depth, is written to a folder and removed again (or kept). A
+worker group of each layout loads it, as the nodes do, with nothing of it in the page cache and with all of it. "Disk" is
+what all ranks together read from the disk; "host" and "GPU" are the most that one rank took of host memory for itself
+(beside the page cache and page-locked buffers), and of its GPU beyond the weights. `load_speed.py` compares a single
+rank with what disk and bus can do.
+``python benchmarks/load_ranks.py /tmp/weights --layouts TP-2,Ulysses-2 [--depth 1] [--keep] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ from benchmarks.round_trip import make_pipeline
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.runtime.client import WorkerGroup
 from parallel_backend.runtime.group_config import ModelConfig
+
+COMPLETE = "complete"
+"""A file that says that all others of a folder were written."""
+
+
+def write_pipeline(folder: Path, depth: float) -> None:
+    """Make a pipeline folder whose transformer has FLUX.2-dev's width and a share of its depth."""
+    transformer = make_pipeline(folder) / "transformer"
+    shutil.rmtree(transformer)
+    transformer.mkdir()
+    config = config_of(depth, 48)
+    make("folder", transformer, config)
+    FAMILY.build_transformer(config).save_config(transformer)
+    (folder / COMPLETE).touch()
 
 
 def measure(folder: Path, layout: ParallelismConfig, device: str) -> dict[str, Any]:
@@ -60,23 +74,21 @@ def main() -> None:
     """Print a row for each layout and state of the page cache, and write all of them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint is written, and removed again")
+    parser.add_argument("--keep", action="store_true", help="do not remove it, and use it if it is there")
     parser.add_argument("--layouts", default="TP-2,Ulysses-2")
     parser.add_argument("--states", nargs="+", choices=["cold", "cached"], default=["cold", "cached"])
     parser.add_argument("--depth", type=float, default=1.0, help="share of FLUX.2-dev's blocks (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder, rows = make_pipeline(arguments.folder / "flux2"), []
+    folder, rows = arguments.folder / "flux2", []
     try:
-        transformer = folder / "transformer"
-        shutil.rmtree(transformer)
-        transformer.mkdir()
-        config = config_of(arguments.depth, 48)
-        files = make("folder", transformer, config)
-        FAMILY.build_transformer(config).save_config(transformer)
+        if not (folder / COMPLETE).exists():
+            write_pipeline(folder, arguments.depth)
+        files = sorted((folder / "transformer").glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"{size / GIB:.1f} GiB\n| layout | page cache | s | GiB a rank | GB/s | disk GiB | host MiB | GPU MiB |")
-        for layout in map(layout_of, arguments.layouts.split(",")):
+        for layout in map(layout_of, filter(None, arguments.layouts.split(","))):
             for state in arguments.states:
                 drop(files) if state == "cold" else read_plainly(files, size)
                 row = {
@@ -95,7 +107,8 @@ def main() -> None:
                 if arguments.json:
                     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     finally:
-        shutil.rmtree(folder)
+        if not arguments.keep:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

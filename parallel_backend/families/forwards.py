@@ -27,6 +27,9 @@ _OPTIONS_OF_COPIES: dict[str, Any] = {
     # What arrives lies in memory that others write to, which the compiler would take for a buffer to use again.
     "inplace_buffers": False,
     "allow_buffer_reuse": False,
+    # So what comes of it is kept where it is needed again, rather than computed anew when it may have been overwritten:
+    # that reads four tensors at least, the two terms of a sum, a gate, and what they are added to.
+    "realize_reads_threshold": 3,
 }
 
 

@@ -5,8 +5,8 @@ copies what it sends straight into the memory of the rank that receives it (PyTo
 into a flag beside it; only the wait for the flags is a kernel.
 
 What arrives lies in one of a few slots, which others overwrite some exchanges later. Nobody is asked whether a slot is
-free again: that a rank sends a later exchange says so, as it has used what came earlier by then. The constants below
-say how many slots that takes. At the start of a forward, where an earlier one may have broken off, all ranks meet.
+free again: that a rank sends a later exchange says so, as it has used what came earlier by then. How many slots that
+takes is said below. At the start of a forward, where an earlier one may have broken off, all ranks meet.
 """
 
 from __future__ import annotations
@@ -44,13 +44,23 @@ GRANULE = 2**21
 """Bytes that a slot's size is rounded up to."""
 ALL_TO_ALL_SLOTS = 2
 """One is in flight at a time: who sends the next but one has received the next, whose sender had used this one."""
-ALL_REDUCE_SLOTS = 8
-"""Of two ranks. At most three are in flight, so who sends the sixth after this one knows that it was used."""
+
+
+def all_reduce_slots(pieces: int) -> int:
+    """Of two ranks: in flight are at most the pieces of one output, and one other sum.
+
+    Who sends a sum has received the one that lies as many before it, whose sender had used those as many before that.
+    """
+    return 2 * (pieces + 1)
 
 
 def ring_slots(degree: int) -> int:
-    """A chunk is used after it was sent on, and the news of it goes all the way round."""
-    return degree + 2
+    """Of a ring's hops, one in flight at a time.
+
+    A chunk is used after it was sent on, and the news of it goes all the way round. But nobody begins an attention
+    before all have ended the last but one, so no more than the hops of two are ever needed.
+    """
+    return min(degree + 2, 2 * (degree - 1))
 
 
 class _Slot(NamedTuple):

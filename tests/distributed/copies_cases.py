@@ -18,6 +18,7 @@ from torch import Tensor
 from parallel_backend.config import ParallelismConfig, Speed
 from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallel import copies
 from parallel_backend.parallelize import parallelize_transformer
 from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
 
@@ -28,24 +29,28 @@ class Copies:
     def __init__(self, group: dist.ProcessGroup, slots: int) -> None:
         self.group = group
         self.slots: list[Tensor | None] = [None] * slots
+        # A ring's chunk is used after it was sent on; all else that was received has been used when more is sent.
+        self.keeps = group.size() > 2 and slots == copies.ring_slots(group.size())
         self.next = 0
         self.in_flight: dict[int, tuple[Any, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def send(self, x: Tensor, received: Sequence[int], sent: Sequence[int], size: int) -> Tensor:
         old = self.slots[self.next]
-        # What others send may come at any time after they were allowed to send it.
         if old is None or old.numel() < size:
             old = self.slots[self.next] = torch.empty(size)
-        old.fill_(math.nan)
+        # What others send may come at any time after they were allowed to send it, and they may be ahead.
+        for slot in (old,) if self.keeps else self.slots:
+            if slot is not None and slot.untyped_storage().data_ptr() not in self.in_flight:
+                slot.fill_(math.nan)
         total = sum(received)
         count = math.prod(x.shape[1:])
-        slot = old[: total * count].view(total, *x.shape[1:])
-        arriving = torch.empty_like(slot)
+        received_here = old[: total * count].view(total, *x.shape[1:])
+        arriving = torch.empty_like(received_here)
         assert x.is_contiguous()
         work = dist.all_to_all_single(arriving, x, list(received), list(sent), group=self.group, async_op=True)
-        self.in_flight[old.untyped_storage().data_ptr()] = (work, arriving, slot, x, x.clone())
+        self.in_flight[old.untyped_storage().data_ptr()] = (work, arriving, received_here, x, x.clone())
         self.next = (self.next + 1) % len(self.slots)
-        return slot
+        return received_here
 
     def wait(self, y: Tensor) -> None:
         work, arrived, slot, source, as_sent = self.in_flight.pop(y.untyped_storage().data_ptr())
@@ -77,17 +82,24 @@ _library.impl("send_rows", _send, "CPU")
 _library.impl("await_rows", _wait, "CPU")
 
 
-def errors(mesh: ParallelMesh, layout: ParallelismConfig, speed: Speed, **changes: Any) -> list[float]:
-    """Errors of a model that exchanges by copies against the untouched one, for inputs of several sizes."""
+def errors(
+    mesh: ParallelMesh, layout: ParallelismConfig, speed: Speed, long: int = blocks.LONG, **changes: Any
+) -> list[float]:
+    """Errors of a model that exchanges by copies against the untouched one, for inputs of several sizes.
+
+    Args:
+        long: tokens from which on sums come in four pieces.
+    """
     copying = {name: replace(getattr(mesh, name), copies=True) for name in ("ulysses", "ring", "tp")}
     copying = {name: axis for name, axis in copying.items() if axis.is_split}
     whole, model = tiny_transformer(**changes), tiny_transformer(**changes)
-    blocks.TILE = 2
+    blocks.TILE, before, blocks.LONG = 2, blocks.LONG, long
     torch._dynamo.reset()
     parallelize_transformer(model, FLUX2, layout, replace(mesh, **copying), speed)
     found = []
     for text, size in ((16, (8, 8)), (17, (7, 9)), (40, (3, 5))):
         inputs = flux2_inputs(text, [size], 1)
         found.append(relative_error(model(**inputs).sample, whole(**inputs).sample))
+    blocks.LONG = before
     assert all(not group.in_flight for group in _of_groups.values())
     return found
