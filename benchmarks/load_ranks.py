@@ -1,10 +1,10 @@
 """How long real ranks take to load FLUX.2-dev's transformer from one disk, and what they read and hold meanwhile.
 
 A checkpoint of random numbers, at a share of the true depth, is written to a folder and removed again (or kept). A
-worker group of each layout loads it, as the nodes do, with nothing of it in the page cache and with all of it. "Disk" is
-what all ranks together read from the disk; "host" and "GPU" are the most that one rank took of host memory for itself
-(beside the page cache and page-locked buffers), and of its GPU beyond the weights. `load_speed.py` compares a single
-rank with what disk and bus can do.
+worker group of each layout loads it, as the nodes do, with nothing of it in the page cache and with all of it. "Disk"
+is what all ranks together read from the disk; "host" and "GPU" are the most that one rank took of host memory for
+itself (beside the page cache and page-locked buffers), and of its GPU beyond the weights. `load_speed.py` compares a
+single rank with what disk and bus can do.
 ``python benchmarks/load_ranks.py /tmp/weights --layouts TP-2,Ulysses-2 [--depth 1] [--keep] [--json FILE]``
 """
 

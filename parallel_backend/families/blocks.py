@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,6 @@ from .base import Model
 Kept = list[list[Tensor]] | None
 TILE = 128
 """Tokens that a matrix product works on at a time: pieces are multiples of it."""
-LONG = 8192
-"""Tokens of which four pieces are still large enough for a matrix product to be as fast as on all of them."""
 
 
 class Stream(NamedTuple):
@@ -126,12 +124,12 @@ def row_output(linear: Model, x: Tensor, cut: bool = False) -> Pieces:
     Args:
         linear: column-parallel linears come before it.
         x: ``[B, S, in_local]``.
-        cut: sum in pieces, each of them while the next is computed.
+        cut: sum in two pieces, the first of them while the second is computed.
     """
     if type(linear) is not RowParallelLinear:
         return Pieces((linear(x),))
-    parts, dim = cut_up(x) if cut else ((x,), 1)
-    return Pieces([exchange.all_reduce(linear.partial(part), linear.axis, len(parts)) for part in parts], dim)
+    parts, dim = halves(x) if cut else ((x,), 1)
+    return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim)
 
 
 def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], waits: bool) -> Pieces:
@@ -148,7 +146,7 @@ def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], wa
     summed = type(linear) is RowParallelLinear
     weight, bias = linear.weight, linear.partial_bias() if summed else linear.bias
     border = weight.shape[1] - early.shape[-1]
-    parts, dim = cut_up(early) if summed else ((early,), 1)
+    parts, dim = halves(early) if summed else ((early,), 1)
     outputs = [F.linear(part, weight[:, border:], bias) for part in parts] if waits else []
     inputs = late()
     pieces, first = [], 0
@@ -160,7 +158,7 @@ def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], wa
             y = add_product(y, x, weight[:, :border])
         else:
             y = y + F.linear(x, weight[:, :border])  # which is made one with the gated sum that comes next
-        pieces.append(exchange.all_reduce(y, linear.axis, len(parts)) if summed else y)
+        pieces.append(exchange.all_reduce(y, linear.axis) if summed else y)
         first += size
     return Pieces(pieces, dim)
 
@@ -172,19 +170,13 @@ def is_plain(linear: Model) -> bool:
     return getattr(linear, "weight_scale", None) is None
 
 
-def cut_up(x: Tensor) -> tuple[Sequence[Tensor], int]:
-    """``[B, S, C]`` in two parts (four of many tokens, one of few) whose rows lie together, and the dim that was cut.
-
-    The exchange of the last part has nothing to run under, so the smaller it is the better.
-    """
+def halves(x: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """``[B, S, C]`` in two parts whose rows lie together (in one if they are few), and the dim that was cut."""
     if x.shape[0] > 1:
         first = x.shape[0] // 2
         return (x[:first], x[first:]), 0
-    count = 4 if x.shape[1] >= LONG else 2
-    size = x.shape[1] // (count * TILE) * TILE
-    if not size:
-        return (x,), 1
-    return [x[:, at * size : (at + 1) * size if at + 1 < count else None] for at in range(count)], 1
+    first = x.shape[1] // (2 * TILE) * TILE
+    return ((x[:, :first], x[:, first:]) if first else (x,)), 1
 
 
 def clipped(x: Tensor) -> Tensor:

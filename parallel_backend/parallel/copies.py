@@ -44,14 +44,8 @@ GRANULE = 2**21
 """Bytes that a slot's size is rounded up to."""
 ALL_TO_ALL_SLOTS = 2
 """One is in flight at a time: who sends the next but one has received the next, whose sender had used this one."""
-
-
-def all_reduce_slots(pieces: int) -> int:
-    """Of two ranks: in flight are at most the pieces of one output, and one other sum.
-
-    Who sends a sum has received the one that lies as many before it, whose sender had used those as many before that.
-    """
-    return 2 * (pieces + 1)
+ALL_REDUCE_SLOTS = 6
+"""Of two ranks. At most three are in flight, so who sends the sixth after this one knows that it was used."""
 
 
 def ring_slots(degree: int) -> int:

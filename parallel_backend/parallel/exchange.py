@@ -62,15 +62,11 @@ def shift(x: Tensor, received: int, axis: Axis, tokens: Sequence[int]) -> InFlig
     return _shift(x, received, axis, tokens, copies.ring_slots(axis.degree))
 
 
-def all_reduce(x: Tensor, axis: Axis, pieces: int = 1) -> InFlight:
-    """Start to sum a contiguous tensor over an axis, in its own memory.
-
-    Args:
-        pieces: of how many of an output it is one; they are in flight together.
-    """
+def all_reduce(x: Tensor, axis: Axis) -> InFlight:
+    """Start to sum a contiguous tensor over an axis, in its own memory."""
     if axis.copies and axis.degree == 2:  # sums of more ranks go in steps, which need SMs
         rows = x.view(-1, x.shape[-1])
-        theirs = _shift(rows, rows.shape[0], axis, [rows.shape[0]], copies.all_reduce_slots(pieces)).tensor
+        theirs = _shift(rows, rows.shape[0], axis, [rows.shape[0]], copies.ALL_REDUCE_SLOTS).tensor
         return InFlight(theirs, x, axis.name, adds=True)
     if torch.compiler.is_compiling():
         # The compiler finds out that it may reuse the memory.

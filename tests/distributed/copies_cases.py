@@ -82,24 +82,17 @@ _library.impl("send_rows", _send, "CPU")
 _library.impl("await_rows", _wait, "CPU")
 
 
-def errors(
-    mesh: ParallelMesh, layout: ParallelismConfig, speed: Speed, long: int = blocks.LONG, **changes: Any
-) -> list[float]:
-    """Errors of a model that exchanges by copies against the untouched one, for inputs of several sizes.
-
-    Args:
-        long: tokens from which on sums come in four pieces.
-    """
+def errors(mesh: ParallelMesh, layout: ParallelismConfig, speed: Speed, **changes: Any) -> list[float]:
+    """Errors of a model that exchanges by copies against the untouched one, for inputs of several sizes."""
     copying = {name: replace(getattr(mesh, name), copies=True) for name in ("ulysses", "ring", "tp")}
     copying = {name: axis for name, axis in copying.items() if axis.is_split}
     whole, model = tiny_transformer(**changes), tiny_transformer(**changes)
-    blocks.TILE, before, blocks.LONG = 2, blocks.LONG, long
+    blocks.TILE = 2
     torch._dynamo.reset()
     parallelize_transformer(model, FLUX2, layout, replace(mesh, **copying), speed)
     found = []
     for text, size in ((16, (8, 8)), (17, (7, 9)), (40, (3, 5))):
         inputs = flux2_inputs(text, [size], 1)
         found.append(relative_error(model(**inputs).sample, whole(**inputs).sample))
-    blocks.LONG = before
     assert all(not group.in_flight for group in _of_groups.values())
     return found

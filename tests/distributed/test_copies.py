@@ -17,14 +17,6 @@ def test_eager(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_sums_in_four_pieces(world, compiled):
-    # Of 80 tokens in all, and 64 of the picture; the others are few enough for two pieces.
-    speed = Speed(compile=compiled)
-    for errors in world.run(copies_cases.errors, REFERENCE_TABLE["TP-2"], speed, long=60, timeout=300):
-        assert max(errors) <= TOLERANCE
-
-
 @pytest.mark.parametrize(("name", "changes"), [("Ulysses-2", {}), ("TP-2", {}), ("Ring-2", HEADS_OF_24)])
 def test_compiled(world, name, changes):
     for errors in world.run(copies_cases.errors, REFERENCE_TABLE[name], Speed(compile=True), timeout=300, **changes):
