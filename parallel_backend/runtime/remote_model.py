@@ -22,6 +22,7 @@ from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
 from .group_config import ModelConfig
 from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
 from .out_of_memory import advice
+from .parcel import copy_into
 from .report import make_report
 
 if TYPE_CHECKING:
@@ -174,7 +175,9 @@ class RemoteModel:
             if decision is not None:
                 run.note(evaluation, decision, time.perf_counter() - began)
                 self.last_run = run
-            return results["prediction"].clone()  # the next one comes in the same memory
+            prediction = torch.empty_like(results["prediction"])
+            copy_into(prediction, results["prediction"])  # the next one comes in the same memory
+            return prediction
 
     def end_run(self, run: CacheRun) -> None:
         """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.
