@@ -10,8 +10,8 @@ demo: $(READY)
 	$(BIN)/python -m parallel_backend demo --devices cpu --out demo.png --report demo.json
 
 test: lint
-	$(BIN)/python -m pytest
 	-$(BIN)/python benchmarks/round_trip.py --steps 5
+	$(BIN)/python -m pytest
 
 # 200 prompts on a real ComfyUI server with a fault in every fifth; soak.json has what came of it.
 soak: $(READY)
