@@ -108,7 +108,7 @@ def main() -> None:
                     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     finally:
         if not arguments.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

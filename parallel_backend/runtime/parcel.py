@@ -132,7 +132,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
     PyTorch has several, of which each has to get a core before the copy is complete: on a busy host that takes many
     times what one needs for a latent.
     """
-    if source.device.type == "cpu" and source.is_contiguous():
+    if source.device.type == "cpu" and source.is_contiguous() and not source.is_neg():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
         target.copy_(source)

@@ -155,8 +155,9 @@ def test_nothing_but_empty_tensors(ends):
         lambda x: x[1:2].expand(4, -1),
         lambda x: x.flip(0),
         lambda x: x.requires_grad_(),
+        lambda x: torch._neg_view(x),
     ],
-    ids=["transposed", "strided", "expanded", "flipped", "with gradient"],
+    ids=["transposed", "strided", "expanded", "flipped", "with gradient", "negative by its name alone"],
 )
 def test_tensors_that_are_not_plain_memory(ends, change):
     sent = change(torch.randn(6, 8))
