@@ -30,7 +30,7 @@ from parallel_backend.runtime.client import WorkerGroup
 from parallel_backend.runtime.group_config import ModelConfig
 
 COMPLETE = "complete"
-"""A file that says that all others of a folder were written."""
+"""A file that says that all others of a folder were written, and at which depth."""
 
 
 def write_pipeline(folder: Path, depth: float) -> None:
@@ -41,7 +41,7 @@ def write_pipeline(folder: Path, depth: float) -> None:
     config = config_of(depth, 48)
     make("folder", transformer, config)
     FAMILY.build_transformer(config).save_config(transformer)
-    (folder / COMPLETE).touch()
+    (folder / COMPLETE).write_text(str(depth))
 
 
 def measure(folder: Path, layout: ParallelismConfig, device: str) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def main() -> None:
     """Print a row for each layout and state of the page cache, and write all of them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the checkpoint is written, and removed again")
-    parser.add_argument("--keep", action="store_true", help="do not remove it, and use it if it is there")
-    parser.add_argument("--layouts", default="TP-2,Ulysses-2")
+    parser.add_argument("--keep", action="store_true", help="do not remove it; use one of this depth that is there")
+    parser.add_argument("--layouts", default="TP-2,Ulysses-2", help="default: %(default)s; empty: only write")
     parser.add_argument("--states", nargs="+", choices=["cold", "cached"], default=["cold", "cached"])
     parser.add_argument("--depth", type=float, default=1.0, help="share of FLUX.2-dev's blocks (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, rows = arguments.folder / "flux2", []
     try:
-        if not (folder / COMPLETE).exists():
+        complete = folder / COMPLETE
+        if not complete.exists() or complete.read_text() != str(arguments.depth):
+            complete.unlink(missing_ok=True)
             write_pipeline(folder, arguments.depth)
         files = sorted((folder / "transformer").glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)

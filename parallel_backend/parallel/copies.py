@@ -197,8 +197,8 @@ def _rendezvous(x: Tensor, group: dist.ProcessGroup) -> Any:
 
 
 _of_groups: dict[str, dict[int, PeerCopies]] = {}
-"""By name of group, since axes of several meshes may share one, and by number of slots: each kind of exchange has its
-own."""
+"""By name of group, since axes of several meshes may share one, and by number of slots: exchanges that need more have
+their own. Those that need as many are of models whose forwards take turns, each of which begins anew."""
 
 
 def obstacle(group: dist.ProcessGroup) -> str:
