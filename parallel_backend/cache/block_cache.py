@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..mesh import Axis
+from ..parallel.elementwise import change
 from .config import CacheSettings, DBCacheConfig
 from .decision import Decision, Evaluation, StreamRules
 from .taylorseer import Forecast
@@ -29,6 +31,9 @@ Tokens = tuple[Tensor, ...]
 
 MOST_STREAMS = 16
 """Streams whose residuals are kept; the least recently used goes first. Runs that end free theirs before."""
+
+ASKING_SECONDS = 1e-3
+"""For how long the host asks again and again whether sums are there; then it waits."""
 
 
 @dataclass(frozen=True)
@@ -208,28 +213,31 @@ class _Pass:
             image = image[:, image.shape[1] - self.before[-1].shape[1] :]
         decision = stream.rules.before_measuring(self.position, stream.residual is not None)
         if decision is None or decision.computed:
-            residual = image - self.before[-1]
-            norm = _l1(residual)  # queued before the device is waited for, so that it does not idle afterwards
+            reached = _mark(image)
+            residual, sums = change(image, self.before[-1], stream.residual if decision is None else None)
         if decision is None:
-            decision = stream.rules.after_measuring(self._difference(residual))
+            decision = stream.rules.after_measuring(self._difference(sums, reached))
         stream.rules.note(decision)
         self.decision = decision
         if decision.computed:
-            stream.residual, stream.norm = residual, norm
+            stream.residual, stream.norm = residual, sums[0]
         self.before = ()
 
-    def _difference(self, residual: Tensor) -> float:
+    def _difference(self, sums: Tensor, reached: torch.cuda.Event | None) -> float:
         """Relative L1 difference from the residual that was last computed, over all ranks: sums in fp32, one host sync.
 
         Sums, not means: a rank with more tokens counts for more.
+
+        Args:
+            sums: of this rank, as `change` gives them.
+            reached: of `_mark`, from before they were queued.
         """
-        assert self.stream.residual is not None
         assert self.stream.norm is not None
-        sums = torch.stack([_l1(self.stream.residual - residual), self.stream.norm])
+        both = torch.stack([sums[1], self.stream.norm])
         if self.axis.is_split:
-            dist.all_reduce(sums, group=self.axis.group)
-        change, norm = _to_host(sums)
-        return change / norm if norm > 0 else float(change > 0)
+            dist.all_reduce(both, group=self.axis.group)
+        difference, norm = _to_host(both, reached)
+        return difference / norm if norm > 0 else float(difference > 0)
 
     def _leave_middle(self, outputs: Tokens) -> Tokens:
         """At the end of the middle blocks: keep what they added, or add a forecast of it."""
@@ -244,17 +252,29 @@ class _Pass:
         return outputs
 
 
-def _l1(tokens: Tensor) -> Tensor:
-    """Sum of absolute values in fp32, a scalar on the device."""
-    return torch.linalg.vector_norm(tokens, ord=1, dtype=torch.float32)
+def _mark(tokens: Tensor) -> torch.cuda.Event | None:
+    """A place in the device's work."""
+    if tokens.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tokens.device))
+    return event
 
 
-def _to_host(sums: Tensor) -> list[float]:
-    """The one wait for the device."""
-    if sums.device.type != "cuda":
+def _to_host(sums: Tensor, reached: torch.cuda.Event | None) -> list[float]:
+    """The one wait for the device, which has reached an event a little earlier."""
+    if reached is None:
         return sums.tolist()
     # Into pinned memory, which the device writes without the driver's staging.
     out = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     out.copy_(sums, non_blocking=True)
-    torch.cuda.current_stream(sums.device).synchronize()
+    done = _mark(sums)
+    assert done is not None
+    # After a long wait the host is slow for some 0.2 ms, as its caches are cold. So it is back while the sums are still
+    # computed, and warms up by asking for them.
+    reached.synchronize()
+    until = time.perf_counter() + ASKING_SECONDS
+    while not done.query() and time.perf_counter() < until:
+        pass
+    done.synchronize()
     return out.tolist()

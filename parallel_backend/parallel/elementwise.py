@@ -1,7 +1,8 @@
-"""What a block computes between its matrix products, in plain PyTorch, and in one kernel each where Triton can.
+"""What a block computes between its matrix products, and a cache between blocks: one kernel each where Triton can.
 
-In eager code on a GPU the kernels of `triton_kernels` run; the compiler fuses the plain form itself, but for `pack`,
-whose shuffles it does not. The CPU runs the plain form.
+Everything has a plain form in PyTorch, which the CPU runs. In eager code on a GPU the kernels of `triton_kernels` run;
+the compiler fuses the plain form itself, but for `pack`, whose shuffles it does not, and `modulated_norm`, for which it
+would read its input twice.
 """
 
 from __future__ import annotations
@@ -66,12 +67,21 @@ def has_kernels(x: Tensor) -> bool:
 
 def modulated_norm(x: Tensor, table: Table, eps: float) -> Tensor:
     """``norm(x) * (1 + scale) + shift`` of ``[B, S, C]``."""
-    if has_kernels(x) and not torch.compiler.is_compiling():
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        triton_kernels.add_norm(x, None, None, None, None, table.shift, table.scale, out, eps, table.picks)
-        return out
+    if has_kernels(x):
+        run = torch.ops.hybrid_dit.modulated_norm if torch.compiler.is_compiling() else _norm_with_kernel
+        return run(x, table.shift, table.scale, eps, table.picks)
+    return _plain_norm(x, table, eps)
+
+
+def _plain_norm(x: Tensor, table: Table, eps: float) -> Tensor:
     shift, scale = (_of_tokens(values, table.picks) for values in (table.shift, table.scale))
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def _norm_with_kernel(x: Tensor, shift: Tensor, scale: Tensor, eps: float, picks: Tensor | None) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    triton_kernels.add_norm(x, None, None, None, None, shift, scale, out, eps, picks)
+    return out
 
 
 def gated_add(x: Tensor, gate: Table, pieces: Pieces) -> Tensor:
@@ -92,7 +102,7 @@ def _add(x: Tensor, gate: Table, pieces: Pieces, table: Table | None, eps: float
         parts = [term[0] if len(term) == 1 else term[0] + term[1] for term in terms]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=pieces.dim)
         added = x + _of_tokens(gate.gate, gate.picks) * y
-        return added, None if table is None else modulated_norm(added, table, eps)
+        return added, None if table is None else _plain_norm(added, table, eps)
     whole = len(pieces.tensors) == 1
     total: Tensor | None = None if whole else torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = None if table is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -192,6 +202,9 @@ def _pack_buffers(
 
 # The compiler sees one operation: what it makes of a kernel of Triton's with dynamic sizes does not always work (2.11).
 _library = torch.library.Library("hybrid_dit", "FRAGMENT")
+_library.define("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps, Tensor? picks) -> Tensor")
+_library.impl("modulated_norm", _norm_with_kernel, "CUDA")
+torch.library.register_fake("hybrid_dit::modulated_norm", lambda x, *_: x.new_empty(x.shape), lib=_library)
 _library.define("pack(Tensor[] streams, Tensor cos, Tensor sin, float eps, int parts, bool apart) -> Tensor[]")
 _library.impl("pack", _pack_with_kernel, "CUDA")
 torch.library.register_fake("hybrid_dit::pack", _pack_buffers, lib=_library)
@@ -212,6 +225,23 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, dtype: torch.dtype
     mine, theirs = a.float(), b.float()
     merged = mine - torch.sigmoid(b_lse - a_lse) * (mine - theirs)
     return merged.to(dtype), torch.logaddexp(a_lse, b_lse)
+
+
+def change(after: Tensor, before: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``after - before`` of ``[B, S, C]``, and two sums over it, in fp32 at least.
+
+    Args:
+        kept: what an earlier call returned.
+
+    Returns:
+        The difference, and ``[2]``: the L1 norm of it, and that of what it differs from ``kept`` by (0 without).
+    """
+    if has_kernels(after) and after.stride(2) == before.stride(2) == 1 and (kept is None or kept.is_contiguous()):
+        return triton_kernels.change(after, before, kept)
+    difference = after - before
+    terms = [difference, torch.zeros_like(difference) if kept is None else kept - difference]
+    wide = torch.promote_types(after.dtype, torch.float32)
+    return difference, torch.stack([torch.linalg.vector_norm(x, ord=1, dtype=wide) for x in terms])
 
 
 def _with_starts(streams: Sequence[HeadInputs]) -> list[tuple[HeadInputs, int]]:

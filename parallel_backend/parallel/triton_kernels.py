@@ -138,6 +138,33 @@ def _merge_kernel(
     tl.store(out_lse + batch * heads * queries + head * queries + query, lse, mask=inside)
 
 
+@triton.jit
+def _change_kernel(
+    after, before, kept, out, sums, tokens, width,
+    after_batch, after_token, before_batch, before_token,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, s = row // tokens, row % tokens
+    norm = tl.zeros([BLOCK], tl.float32)
+    change = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < width
+        to = tl.load(after + b * after_batch + s * after_token + columns, mask=inside, other=0.0).to(tl.float32)
+        since = tl.load(before + b * before_batch + s * before_token + columns, mask=inside, other=0.0).to(tl.float32)
+        # What is kept, and compared the next time, is the rounded difference.
+        residual = (to - since).to(out.dtype.element_ty)
+        tl.store(out + row * width + columns, residual, mask=inside)
+        value = residual.to(tl.float32)
+        norm += tl.abs(value)
+        if KEPT:
+            was = tl.load(kept + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+            change += tl.abs(was - value)
+    tl.store(sums + 2 * row, tl.sum(norm, axis=0))
+    tl.store(sums + 2 * row + 1, tl.sum(change, axis=0))
+
+
 def add_norm(
     x: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, total: Tensor | None,
     shift: Tensor | None, scale: Tensor | None, out: Tensor | None, eps: float, index: Tensor | None,
@@ -190,13 +217,13 @@ def pack(
     heads = parts * local_heads
     if not q.numel():
         return
-    block = min(16, triton.next_power_of_2(heads))
+    block = 16 if heads % 16 == 0 else min(8, triton.next_power_of_2(heads))
     _pack_kernel[(batch * tokens, triton.cdiv(heads, block), 3)](
         q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin,
         tokens, heads, local_heads, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         q_out.stride(0), q_out.stride(1), q_out.stride(2), k_out.stride(0), k_out.stride(1), k_out.stride(2),
-        DIM=dim, BLOCK=block, num_warps=4,
+        DIM=dim, BLOCK=block, num_warps=2,
     )  # fmt: skip
 
 
@@ -212,3 +239,22 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, dtype: torch.dtype
         b_lse.stride(0), b_lse.stride(2), DIM=dim, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out, lse.transpose(1, 2).unsqueeze(-1)
+
+
+def change(after: Tensor, before: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``after - before`` ``[B, S, C]``, contiguous, and the L1 norms ``[2]`` of it and of its distance to ``kept``.
+
+    Rows of ``after`` and ``before`` are contiguous; ``kept`` is what an earlier call returned. Without it the second
+    norm is 0. They are in fp32, added up in the same order in each call.
+    """
+    batch, tokens, width = after.shape
+    out = torch.empty(after.shape, dtype=after.dtype, device=after.device)
+    sums = torch.empty(batch * tokens, 2, dtype=torch.float32, device=after.device)
+    if after.numel():
+        block = min(2048, triton.next_power_of_2(width))
+        _change_kernel[(batch * tokens,)](
+            after, before, out if kept is None else kept, out, sums, tokens, width,
+            after.stride(0), after.stride(1), before.stride(0), before.stride(1),
+            KEPT=kept is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out, sums.sum(0)

@@ -122,6 +122,34 @@ def test_pack(monkeypatch, dtype, parts, apart, batch, heads, dim):
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("again", [False, True])
+def test_change(monkeypatch, shape, dtype, again):
+    batch, tokens, width = shape
+    # As a cache has them: the image's part of all tokens, and a tensor of its own.
+    after, before = draw(batch, tokens + 2, width, dtype=dtype)[:, 2:], draw(*shape, dtype=dtype, seed=1)
+    kept = draw(*shape, dtype=dtype, seed=2) if again else None
+    difference, sums = elementwise.change(after, before, kept)
+    expected, norms = plain(monkeypatch, elementwise.change, after, before, kept)
+    assert error(difference, expected) <= TOLERANCE[dtype]
+    assert difference.is_contiguous()
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), norms.double(), rtol=TOLERANCE[dtype], atol=0)
+    assert torch.equal(sums, elementwise.change(after, before, kept)[1])
+
+
+@DTYPES
+@pytest.mark.parametrize("chosen", [False, True])
+def test_compiled_norm_is_the_kernels(dtype, chosen):
+    if INTERPRETED:
+        pytest.skip("the compiler wants a GPU")
+    x = draw(2, 300, 3072, dtype=dtype)
+    args = (x, table(2, 3072, dtype, 300 if chosen else None), 1e-6)
+    compiled = torch.compile(elementwise.modulated_norm, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(*args), elementwise.modulated_norm(*args))
+
+
+@DTYPES
 def test_merge(monkeypatch, dtype):
     a, b = (draw(2, 5, 6, 16, dtype=dtype, seed=seed) for seed in (0, 1))
     lses = [draw(2, 6, 5, dtype=torch.float32, seed=seed).transpose(1, 2).unsqueeze(-1) for seed in (2, 3)]
