@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,6 @@ Tokens = tuple[Tensor, ...]
 
 MOST_STREAMS = 16
 """Streams whose residuals are kept; the least recently used goes first. Runs that end free theirs before."""
-
-ASKING_SECONDS = 1e-3
-"""For how long the host asks again and again whether sums are there; then it waits."""
 
 
 @dataclass(frozen=True)
@@ -213,30 +209,28 @@ class _Pass:
             image = image[:, image.shape[1] - self.before[-1].shape[1] :]
         decision = stream.rules.before_measuring(self.position, stream.residual is not None)
         if decision is None or decision.computed:
-            reached = _mark(image)
             residual, sums = change(image, self.before[-1], stream.residual if decision is None else None)
         if decision is None:
-            decision = stream.rules.after_measuring(self._difference(sums, reached))
+            decision = stream.rules.after_measuring(self._difference(sums))
         stream.rules.note(decision)
         self.decision = decision
         if decision.computed:
             stream.residual, stream.norm = residual, sums[0]
         self.before = ()
 
-    def _difference(self, sums: Tensor, reached: torch.cuda.Event | None) -> float:
+    def _difference(self, sums: Tensor) -> float:
         """Relative L1 difference from the residual that was last computed, over all ranks: sums in fp32, one host sync.
 
         Sums, not means: a rank with more tokens counts for more.
 
         Args:
             sums: of this rank, as `change` gives them.
-            reached: of `_mark`, from before they were queued.
         """
         assert self.stream.norm is not None
         both = torch.stack([sums[1], self.stream.norm])
         if self.axis.is_split:
             dist.all_reduce(both, group=self.axis.group)
-        difference, norm = _to_host(both, reached)
+        difference, norm = _to_host(both)
         return difference / norm if norm > 0 else float(difference > 0)
 
     def _leave_middle(self, outputs: Tokens) -> Tokens:
@@ -252,29 +246,12 @@ class _Pass:
         return outputs
 
 
-def _mark(tokens: Tensor) -> torch.cuda.Event | None:
-    """A place in the device's work."""
-    if tokens.device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tokens.device))
-    return event
-
-
-def _to_host(sums: Tensor, reached: torch.cuda.Event | None) -> list[float]:
-    """The one wait for the device, which has reached an event a little earlier."""
-    if reached is None:
+def _to_host(sums: Tensor) -> list[float]:
+    """The one wait for the device."""
+    if sums.device.type != "cuda":
         return sums.tolist()
     # Into pinned memory, which the device writes without the driver's staging.
     out = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     out.copy_(sums, non_blocking=True)
-    done = _mark(sums)
-    assert done is not None
-    # After a long wait the host is slow for some 0.2 ms, as its caches are cold. So it is back while the sums are still
-    # computed, and warms up by asking for them.
-    reached.synchronize()
-    until = time.perf_counter() + ASKING_SECONDS
-    while not done.query() and time.perf_counter() < until:
-        pass
-    done.synchronize()
+    torch.cuda.current_stream(sums.device).synchronize()
     return out.tolist()

@@ -48,7 +48,7 @@ def test_the_cpus_decisions_and_outputs(order):
 
 def test_only_a_measured_step_waits_for_the_device_and_once(monkeypatch):
     waits = []
-    monkeypatch.setattr(block_cache, "_to_host", lambda sums, reached: waits.append(sums.shape) or [0.1, 1.0])
+    monkeypatch.setattr(block_cache, "_to_host", lambda sums: waits.append(sums.shape) or [0.1, 1.0])
     static = settings(1, steps_computation_mask=(1, 1, *(0, 1) * 5), steps_computation_policy="static")
     transformer, inputs = tiny_transformer(num_single_layers=4).cuda(), flux2_inputs(7, [(5, 7)], 1)
     moved = {name: value.cuda() for name, value in inputs.items()}
