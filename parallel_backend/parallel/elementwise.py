@@ -239,9 +239,12 @@ def change(after: Tensor, before: Tensor, kept: Tensor | None) -> tuple[Tensor, 
     if has_kernels(after) and after.stride(2) == before.stride(2) == 1 and (kept is None or kept.is_contiguous()):
         return triton_kernels.change(after, before, kept)
     difference = after - before
-    terms = [difference, torch.zeros_like(difference) if kept is None else kept - difference]
-    wide = torch.promote_types(after.dtype, torch.float32)
-    return difference, torch.stack([torch.linalg.vector_norm(x, ord=1, dtype=wide) for x in terms])
+    norm = _l1(difference)
+    return difference, torch.stack([norm, torch.zeros_like(norm) if kept is None else _l1(kept - difference)])
+
+
+def _l1(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, ord=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _with_starts(streams: Sequence[HeadInputs]) -> list[tuple[HeadInputs, int]]:
