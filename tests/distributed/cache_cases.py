@@ -101,18 +101,18 @@ def sample(
 def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any) -> tuple[list[bool], list[float]]:
     """The decisions of a run, and this rank's own difference at each step that was measured."""
     own: list[float] = []
-    kind = block_cache._Pass
-    measure = kind._difference
+    measure = block_cache.change
 
-    def note(self: Any, sums: torch.Tensor) -> float:
-        own.append((sums[1] / self.stream.norm).item())
-        return measure(self, sums)
+    def note(after: torch.Tensor, before: torch.Tensor, kept: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if kept is not None:
+            own.append(((kept - (after - before)).abs().sum() / kept.abs().sum()).item())
+        return measure(after, before, kept)
 
-    kind._difference = note
+    block_cache.change = note
     try:
         return sample(mesh, layout, *args).computed, own
     finally:
-        kind._difference = measure
+        block_cache.change = measure
 
 
 def library(mesh: ParallelMesh | None, layout: ParallelismConfig | None) -> tuple[torch.Tensor, list[bool]]:
