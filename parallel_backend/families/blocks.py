@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..parallel import exchange
+from ..parallel import exchange, long_mlp
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.elementwise import (
     HeadInputs,
@@ -18,7 +19,9 @@ from ..parallel.elementwise import (
     gated_add,
     gated_add_and_norm,
     modulated_norm,
+    swiglu,
 )
+from ..parallel.long_mlp import Mlp, is_long, mlp_in_pieces, mlp_in_place
 from ..parallel.products import add_product
 from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from .base import Model
@@ -112,7 +115,7 @@ def double_block(
     )
     del out
     image, normed = gated_add_and_norm(image, image_tables[0], image_out, image_tables[1], image_stream.eps)
-    image_out = row_output(image_stream.mlp_out, activation(image_stream.mlp_in(normed)), True)
+    image_out = _mlp_output(image_stream, activation, normed)
     text, normed = gated_add_and_norm(text, text_tables[0], text_out, text_tables[1], text_stream.eps)
     text_out = row_output(text_stream.mlp_out, activation(text_stream.mlp_in(normed)))
     return clipped(gated_add(text, text_tables[1], text_out)), clipped(gated_add(image, image_tables[1], image_out))
@@ -132,35 +135,85 @@ def row_output(linear: Model, x: Tensor, cut: bool = False) -> Pieces:
     return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim)
 
 
-def two_part_output(linear: Model, early: Tensor, late: Callable[[], Tensor], waits: bool) -> Pieces:
+class Early(NamedTuple):
+    """Of a linear for two inputs side by side: its outputs for the second of them, in pieces along a dim."""
+
+    outputs: Sequence[Callable[[], Tensor]]
+    """Compute a piece each, as memory that may be written to."""
+    dim: int = 1
+    inputs: Tensor | None = None
+    """Instead of outputs, where the linear's weight cannot be used in parts."""
+
+
+def early_output(linear: Model, x: Tensor) -> Early:
+    """The half of a linear's output that is of ``x`` ``[B, S, early]``, its last input features."""
+    if not is_plain(linear):
+        return Early([], inputs=x)
+    weight, bias = _early_half(linear, x.shape[-1])
+    parts, dim = halves(x) if type(linear) is RowParallelLinear else ((x,), 1)
+    return Early([functools.partial(F.linear, part, weight, bias) for part in parts], dim)
+
+
+def early_output_of_long(linear: Model, normed: Tensor, into: Tensor, into_bias: Tensor | None, waits: bool) -> Early:
+    """As `early_output`, for what an MLP makes of many tokens: a piece of them at a time.
+
+    Args:
+        linear: plain; the MLP's output is the last of its input features.
+        normed: the MLP's input, contiguous ``[B, S, C]``; it is used up.
+        into, into_bias: what the MLP begins with, ``[2 F, C]``.
+        waits: whether attention waits for an exchange: a part of the tokens is computed now.
+    """
+    mlp = Mlp(into, into_bias, *_early_half(linear, into.shape[0] // 2))
+    if type(linear) is RowParallelLinear:
+        parts, dim = halves(normed)
+        outputs: list[Callable[[], Tensor]] = [functools.partial(mlp_in_pieces, part, mlp) for part in parts]
+        if waits:
+            first = outputs[0]()
+            outputs[0] = lambda: first
+        return Early(outputs, dim)
+    now = long_mlp.PIECE if waits else 0
+    # What is sent and what arrives are there at the same time as this part of the MLP.
+    mlp_in_place(normed, 0, now, long_mlp.PIECE // 2, mlp)
+
+    def rest() -> Tensor:
+        mlp_in_place(normed, now, normed.shape[0] * normed.shape[1], long_mlp.PIECE, mlp)
+        return normed
+
+    return Early([rest])
+
+
+def two_part_output(linear: Model, early: Early, late: Callable[[], Tensor], waits: bool) -> Pieces:
     """A linear's output ``[B, S, out]`` for two inputs side by side, of which the second half is there earlier.
 
     Args:
         linear: of ``late`` and ``early`` features.
-        early: ``[B, S, early]``.
+        early: what it makes of its last features.
         late: gives ``[B, S, late]``.
-        waits: whether ``late`` waits for an exchange; all of ``early`` is multiplied before it is asked for.
+        waits: whether ``late`` waits for an exchange; all of ``early`` is computed before it is asked for.
     """
-    if not is_plain(linear):
-        return row_output(linear, torch.cat([late(), early], dim=-1), True)
+    if early.inputs is not None:
+        return row_output(linear, torch.cat([late(), early.inputs], dim=-1), True)
     summed = type(linear) is RowParallelLinear
-    weight, bias = linear.weight, linear.partial_bias() if summed else linear.bias
-    border = weight.shape[1] - early.shape[-1]
-    parts, dim = halves(early) if summed else ((early,), 1)
-    outputs = [F.linear(part, weight[:, border:], bias) for part in parts] if waits else []
+    done = [output() for output in early.outputs] if waits else []
     inputs = late()
+    weight = linear.weight[:, : inputs.shape[-1]]
     pieces, first = [], 0
-    for index, part in enumerate(parts):
-        size = part.shape[dim]
-        x = inputs.narrow(dim, first, size)
-        y = outputs[index] if waits else F.linear(part, weight[:, border:], bias)
-        if summed or not torch.compiler.is_compiling():
-            y = add_product(y, x, weight[:, :border])
-        else:
-            y = y + F.linear(x, weight[:, :border])  # which is made one with the gated sum that comes next
+    for index, output in enumerate(early.outputs):
+        y = done[index] if waits else output()
+        size = y.shape[early.dim]
+        x = inputs.narrow(early.dim, first, size)
+        # Where nothing is summed the compiler makes the product one with the gated sum that comes next.
+        apart = summed or not torch.compiler.is_compiling()
+        y = add_product(y, x, weight) if apart else y + F.linear(x, weight)
         pieces.append(exchange.all_reduce(y, linear.axis) if summed else y)
         first += size
-    return Pieces(pieces, dim)
+    return Pieces(pieces, early.dim)
+
+
+def _early_half(linear: Model, features: int) -> tuple[Tensor, Tensor | None]:
+    """What a linear multiplies its last features with, and its bias on this rank."""
+    bias = linear.partial_bias() if type(linear) is RowParallelLinear else linear.bias
+    return linear.weight[:, linear.weight.shape[1] - features :], bias
 
 
 def is_plain(linear: Model) -> bool:
@@ -195,5 +248,24 @@ def _head_inputs(stream: Stream, x: Tensor) -> HeadInputs:
 
 
 def head_inputs(query: Tensor, key: Tensor, value: Tensor, query_norm: Model, key_norm: Model) -> HeadInputs:
-    eps = torch.finfo(query.dtype).eps if query_norm.eps is None else query_norm.eps
-    return HeadInputs(query, key, value, query_norm.weight, key_norm.weight, eps)
+    """A stream's, with what its norms are made of."""
+    return HeadInputs(query, key, value, *head_norms(query_norm, key_norm, query.dtype))
+
+
+def head_norms(query_norm: Model, key_norm: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The weights ``[D]`` of both, and their epsilon."""
+    return query_norm.weight, key_norm.weight, torch.finfo(dtype).eps if query_norm.eps is None else query_norm.eps
+
+
+def _mlp_output(stream: Stream, activation: Callable[[Tensor], Tensor], x: Tensor) -> Pieces:
+    """The output of a stream's MLP, as of `row_output` in two pieces; ``x`` is used up."""
+    if activation is not swiglu or not is_long(x) or not (is_plain(stream.mlp_in) and is_plain(stream.mlp_out)):
+        return row_output(stream.mlp_out, activation(stream.mlp_in(x)), True)
+    summed = type(stream.mlp_out) is RowParallelLinear
+    bias = stream.mlp_out.partial_bias() if summed else stream.mlp_out.bias
+    mlp = Mlp(stream.mlp_in.weight, stream.mlp_in.bias, stream.mlp_out.weight, bias)
+    if not summed:
+        mlp_in_place(x, 0, x.shape[0] * x.shape[1], long_mlp.PIECE, mlp)
+        return Pieces((x,))
+    parts, dim = halves(x)
+    return Pieces([exchange.all_reduce(mlp_in_pieces(part, mlp), stream.mlp_out.axis) for part in parts], dim)

@@ -10,9 +10,21 @@ from torch import Tensor
 from ..config import Speed
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.elementwise import gated_add, modulated_norm, swiglu
+from ..parallel.long_mlp import is_long
 from ..parallel.sequence import Entrance, SequenceShards
 from .base import Model
-from .blocks import Kept, clipped, double_block, head_inputs, is_plain, streams_of, table_of, two_part_output
+from .blocks import (
+    Kept,
+    clipped,
+    double_block,
+    early_output,
+    early_output_of_long,
+    head_norms,
+    is_plain,
+    streams_of,
+    table_of,
+    two_part_output,
+)
 from .embedding import ExactTime, KeptRotary
 from .forwards import BlockForwards, refuse
 
@@ -157,13 +169,18 @@ def _single(
     else:
         whole = into(normed)
         fused = whole[..., : 3 * local]
-    query, key, value = fused.split(local, dim=-1)
-    begun = attention.begin([head_inputs(query, key, value, attn.norm_q, attn.norm_k)], cos, sin, lengths)
-    del query, key, value, fused
+    begun = attention.begin_fused(fused, *head_norms(attn.norm_q, attn.norm_k, x.dtype), cos, sin, lengths)
+    del fused
     # The MLP runs on the same input as attention: its first half under the way there, its second under the way back.
-    mlp = swiglu(F.linear(normed, into.weight[3 * local :], bias[1]) if whole is None else whole[..., 3 * local :])
+    if whole is None and is_plain(attn.to_out) and is_long(normed):
+        waits = attention.ulysses.is_split or attention.ring.is_split
+        early = early_output_of_long(attn.to_out, normed, into.weight[3 * local :], bias[1], waits)
+    else:
+        gate_up = F.linear(normed, into.weight[3 * local :], bias[1]) if whole is None else whole[..., 3 * local :]
+        early = early_output(attn.to_out, swiglu(gate_up))
+        del gate_up
     del normed, whole
     out = attention.attend(begun, lengths, kept)
     del begun
-    pieces = two_part_output(attn.to_out, mlp, lambda: attention.collect(out), attention.ulysses.is_split)
+    pieces = two_part_output(attn.to_out, early, lambda: attention.collect(out), attention.ulysses.is_split)
     return clipped(gated_add(x, table, pieces))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import exchange
-from .elementwise import HeadInputs, pack
+from .elementwise import HeadInputs, pack, turn
 from .exchange import InFlight
 from .kernels import attention
 from .ring import first_hop, ring_attention
@@ -71,6 +71,25 @@ class ShardedAttention(nn.Module):
         if self.ulysses.is_split:
             return Begun(exchange.spread_heads(packed[0], lengths.ulysses, self.ulysses))
         return Begun(packed[0])
+
+    def begin_fused(
+        self,
+        fused: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Lengths,
+    ) -> Begun:
+        """As `begin`, for one stream whose queries, keys and values lie side by side, ``[B, S, 3 * H * D]``.
+
+        They are used up: where they stay on this rank, they may stay in their memory, too.
+        """
+        if self.ulysses.is_split or self.ring.is_split:
+            query, key, value = fused.chunk(3, dim=-1)
+            return self.begin([HeadInputs(query, key, value, query_weight, key_weight, eps)], cos, sin, lengths)
+        return Begun(turn(fused, query_weight, key_weight, eps, cos, sin).transpose(0, 1))
 
     def attend(self, begun: Begun, lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor | InFlight:
         """Wait for what was begun, compute, and start the output's way back.

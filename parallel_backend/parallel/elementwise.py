@@ -1,8 +1,8 @@
 """What a block computes between its matrix products, and a cache between blocks: one kernel each where Triton can.
 
 Everything has a plain form in PyTorch, which the CPU runs. In eager code on a GPU the kernels of `triton_kernels` run;
-the compiler fuses the plain form itself, but for `pack`, whose shuffles it does not, and `modulated_norm`, for which it
-would read its input twice.
+the compiler fuses the plain form itself, but for `pack` and `turn`, whose shuffles it does not, and `modulated_norm`,
+for which it would read its input twice.
 """
 
 from __future__ import annotations
@@ -133,10 +133,21 @@ def _add(x: Tensor, gate: Table, pieces: Pieces, table: Table | None, eps: float
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu`` of the first half of the features, times the second half: ``[..., 2 F] -> [..., F]``."""
-    if has_kernels(x) and not torch.compiler.is_compiling() and x.is_contiguous():
-        return triton_kernels.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    if not has_kernels(x) or torch.compiler.is_compiling() or not x.is_contiguous():
+        return F.silu(gate) * up
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    triton_kernels.swiglu(x, out)
+    return out
+
+
+def swiglu_in_place(x: Tensor) -> Tensor:
+    """`swiglu` of contiguous ``[..., 2 F]``, in the memory of its first half."""
+    gate, up = x.chunk(2, dim=-1)
+    if has_kernels(x):
+        triton_kernels.swiglu(x, gate)
+        return gate
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def pack(streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, parts: int, *, apart: bool = False) -> list[Tensor]:
@@ -165,6 +176,26 @@ def pack(streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, parts: int, *,
     if torch.compiler.is_compiling():
         return torch.ops.hybrid_dit.pack(tensors, cos, sin, streams[0].eps, parts, apart)
     return _pack_with_kernel(tensors, cos, sin, streams[0].eps, parts, apart)
+
+
+def turn(fused: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `pack` makes of one stream for one rank, in the memory of its queries, keys and values where it can.
+
+    Args:
+        fused: they lie side by side, ``[B, S, 3 * H * D]``, each token's together, and are used up.
+        query_weight, key_weight, eps: of their norms.
+        cos, sin: ``[S, D]``, fp32.
+
+    Returns:
+        ``[B, S, 3, H, D]``.
+    """
+    dim = query_weight.shape[0]
+    if not has_kernels(fused) or dim & (dim - 1):
+        query, key, value = fused.chunk(3, dim=-1)
+        return _plain_heads(HeadInputs(query, key, value, query_weight, key_weight, eps), cos, sin, 0)
+    run = torch.ops.hybrid_dit.turn if torch.compiler.is_compiling() else triton_kernels.turn
+    run(fused, query_weight, key_weight, eps, cos, sin)
+    return fused.unflatten(2, (3, -1, dim))
 
 
 def _pack_with_kernel(
@@ -208,6 +239,12 @@ torch.library.register_fake("hybrid_dit::modulated_norm", lambda x, *_: x.new_em
 _library.define("pack(Tensor[] streams, Tensor cos, Tensor sin, float eps, int parts, bool apart) -> Tensor[]")
 _library.impl("pack", _pack_with_kernel, "CUDA")
 torch.library.register_fake("hybrid_dit::pack", _pack_buffers, lib=_library)
+_library.define(
+    "turn(Tensor(a!) fused, Tensor query_weight, Tensor key_weight, float eps, Tensor cos, Tensor sin) -> ()"
+)
+if triton_kernels is not None:
+    _library.impl("turn", triton_kernels.turn, "CUDA")
+torch.library.register_fake("hybrid_dit::turn", lambda *_: None, lib=_library)
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -44,13 +44,13 @@ def _add_norm_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(x, out, x_row, width, BLOCK: tl.constexpr):
+def _swiglu_kernel(x, out, x_row, out_row, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate = tl.load(x + row * x_row + columns, mask=inside).to(tl.float32)
     up = tl.load(x + row * x_row + width + columns, mask=inside).to(tl.float32)
-    tl.store(out + row * width + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+    tl.store(out + row * out_row + columns, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @triton.jit
@@ -192,15 +192,17 @@ def add_norm(
     )  # fmt: skip
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """``silu(x[..., :F]) * x[..., F:]`` of rows ``[..., 2 F]`` that lie evenly in memory."""
+def swiglu(x: Tensor, out: Tensor) -> None:
+    """``out = silu(x[..., :F]) * x[..., F:]`` of rows ``[..., 2 F]`` that lie evenly in memory, as those of ``out`` do.
+
+    ``out`` may be the first half of ``x``.
+    """
     width = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], width)
     rows = out.numel() // width
     if rows:
         block = min(2048, triton.next_power_of_2(width))
-        _swiglu_kernel[(rows, triton.cdiv(width, block))](x, out, x.stride(-2), width, BLOCK=block, num_warps=4)
-    return out
+        grid = (rows, triton.cdiv(width, block))
+        _swiglu_kernel[grid](x, out, x.stride(-2), out.stride(-2), width, BLOCK=block, num_warps=4)
 
 
 def pack(
@@ -217,7 +219,7 @@ def pack(
     heads = parts * local_heads
     if not q.numel():
         return
-    block = 16 if heads % 16 == 0 else min(8, triton.next_power_of_2(heads))
+    block = _heads_of_a_program(heads)
     _pack_kernel[(batch * tokens, triton.cdiv(heads, block), 3)](
         q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin,
         tokens, heads, local_heads, eps,
@@ -225,6 +227,26 @@ def pack(
         q_out.stride(0), q_out.stride(1), q_out.stride(2), k_out.stride(0), k_out.stride(1), k_out.stride(2),
         DIM=dim, BLOCK=block, num_warps=2,
     )  # fmt: skip
+
+
+def turn(fused: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> None:
+    """Norm and rotate, in place, queries and keys of ``[B, S, 3 * H * D]`` with contiguous rows; values come last."""
+    batch, tokens, width = fused.shape
+    dim = q_weight.shape[0]
+    heads = width // 3 // dim
+    if not fused.numel():
+        return
+    q, k, v = fused.chunk(3, dim=-1)
+    block, rows = _heads_of_a_program(heads), (fused.stride(0), fused.stride(1))
+    _pack_kernel[(batch * tokens, triton.cdiv(heads, block), 2)](
+        q, k, v, q, k, v, q_weight, k_weight, cos, sin,
+        tokens, heads, heads, eps, *rows, *rows, *rows,
+        0, rows[1], rows[0], 0, rows[1], rows[0], DIM=dim, BLOCK=block, num_warps=2,
+    )  # fmt: skip
+
+
+def _heads_of_a_program(heads: int) -> int:
+    return 16 if heads % 16 == 0 else min(8, triton.next_power_of_2(heads))
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,28 @@ def test_gated_add_and_norm(monkeypatch, shape, dtype, dim, chosen):
 @pytest.mark.parametrize("shape", [(1, 7, 96), (2, 3, 36864), (1, 0, 96)], ids=str)
 def test_swiglu(monkeypatch, shape, dtype):
     x = draw(*shape, dtype=dtype)
-    assert error(elementwise.swiglu(x), plain(monkeypatch, elementwise.swiglu, x)) <= TOLERANCE[dtype]
+    expected = plain(monkeypatch, elementwise.swiglu, x)
+    assert error(elementwise.swiglu(x), expected) <= TOLERANCE[dtype]
+    in_place = elementwise.swiglu_in_place(x)
+    assert in_place.data_ptr() == x.data_ptr()
+    assert error(in_place, expected) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("batch", "heads", "dim"), [(1, 6, 128), (2, 24, 16), (1, 48, 128)])
+def test_turn(monkeypatch, dtype, batch, heads, dim):
+    tokens = 11
+    wide = draw(batch, tokens, 5 * heads * dim, dtype=dtype)  # queries, keys and values may be columns of more
+    fused = wide[..., : 3 * heads * dim]
+    angles = draw(tokens, dim // 2, dtype=torch.float32).repeat_interleave(2, dim=1)
+    args = (fused, draw(dim, dtype=dtype, seed=7), draw(dim, dtype=dtype, seed=8), 1e-6, angles.cos(), angles.sin())
+    expected, beside = plain(monkeypatch, elementwise.turn, *args), wide[..., 3 * heads * dim :].clone()
+    value = fused[..., 2 * heads * dim :].clone()
+    got = elementwise.turn(*args)
+    assert got.data_ptr() == wide.data_ptr()
+    assert error(got, expected) <= 1.5 * TOLERANCE[dtype]
+    assert torch.equal(got[:, :, 2].flatten(2), value)
+    assert torch.equal(wide[..., 3 * heads * dim :], beside)
 
 
 @DTYPES

@@ -1,0 +1,96 @@
+"""An MLP with SwiGLU over many tokens, a piece of them at a time, so that its wide middle is never there for all.
+
+FLUX.2's middle is nine times as wide as its tokens. In pieces that are large enough (`PIECE`) it takes as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .elementwise import swiglu_in_place
+
+PIECE = 2816
+"""Tokens of a piece: with widths that are multiples of 3072, its products' tiles of 128 x 256 are whole waves on the
+132 processors of an H100 or H200. Those of half of it are too, but take 2 % longer."""
+
+_library = torch.library.Library("hybrid_dit", "FRAGMENT")
+
+
+class Mlp(NamedTuple):
+    """Weights of an MLP: ``[2 F, C]``, gate before up, and ``[C, F]``, and their biases."""
+
+    into: Tensor
+    into_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+
+
+def is_long(x: Tensor) -> bool:
+    """Whether ``[B, S, C]`` are so many tokens that their MLP should be in pieces; it knows nothing of gradients."""
+    return not torch.is_grad_enabled() and x.shape[0] * x.shape[1] >= 2 * PIECE
+
+
+def mlp_in_pieces(x: Tensor, mlp: Mlp) -> Tensor:
+    """The output ``[B, S, C]`` for contiguous ``x`` ``[B, S, C]``."""
+    return (torch.ops.hybrid_dit.mlp_in_pieces if torch.compiler.is_compiling() else _in_pieces)(x, *mlp)
+
+
+def mlp_in_place(x: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
+    """Put the output of some tokens in their place.
+
+    Args:
+        x: contiguous, ``[B, S, C]``.
+        first, end: which, of the B * S.
+        piece: how many at a time, about.
+        mlp: weights.
+    """
+    (torch.ops.hybrid_dit.mlp_in_place if torch.compiler.is_compiling() else _in_place)(x, first, end, piece, *mlp)
+
+
+def _in_pieces(x: Tensor, into: Tensor, into_bias: Tensor | None, out: Tensor, out_bias: Tensor | None) -> Tensor:
+    y = torch.empty_like(x)
+    _compute(x, y, 0, x.shape[0] * x.shape[1], PIECE, Mlp(into, into_bias, out, out_bias))
+    return y
+
+
+def _in_place(
+    x: Tensor, first: int, end: int, piece: int,
+    into: Tensor, into_bias: Tensor | None, out: Tensor, out_bias: Tensor | None,
+) -> None:  # fmt: skip
+    _compute(x, x, first, end, piece, Mlp(into, into_bias, out, out_bias))
+
+
+def _compute(x: Tensor, y: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
+    x, y = (tensor.view(-1, tensor.shape[-1]) for tensor in (x, y))
+    for a, b in _pieces(first, end, piece):
+        hidden = swiglu_in_place(F.linear(x[a:b], mlp.into, mlp.into_bias))
+        if mlp.out_bias is None:
+            torch.mm(hidden, mlp.out.t(), out=y[a:b])
+        else:
+            torch.addmm(mlp.out_bias, hidden, mlp.out.t(), out=y[a:b])
+
+
+def _pieces(first: int, end: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about ``piece`` each; the last takes, or is, what is left, half a piece at least if there is more."""
+    while end - first >= piece + piece // 2:
+        yield first, first + piece
+        first += piece
+    if first < end:
+        yield first, end
+
+
+_library.define("mlp_in_pieces(Tensor x, Tensor into, Tensor? into_bias, Tensor out, Tensor? out_bias) -> Tensor")
+_library.define(
+    "mlp_in_place(Tensor(a!) x, SymInt first, SymInt end, SymInt piece, "
+    "Tensor into, Tensor? into_bias, Tensor out, Tensor? out_bias) -> ()"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("mlp_in_pieces", _in_pieces, _device)
+    _library.impl("mlp_in_place", _in_place, _device)
+torch.library.register_fake("hybrid_dit::mlp_in_pieces", lambda x, *_: torch.empty_like(x), lib=_library)
+torch.library.register_fake("hybrid_dit::mlp_in_place", lambda *_: None, lib=_library)
