@@ -11,10 +11,12 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, blocks, family_of_transformer
 from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallel import long_mlp
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
 from tests.errors import relative_error
 
 FLUX2 = family_of_transformer("Flux2Transformer2DModel")
+PIECE = long_mlp.PIECE
 
 
 def tiny_transformer(**changes: Any) -> Flux2Transformer2DModel:
@@ -48,15 +50,21 @@ def flux2_inputs(text: int, sizes: list[tuple[int, int]], batch: int, seed: int 
 
 
 def transformer_errors(
-    mesh: ParallelMesh, layout: ParallelismConfig, shapes: list[tuple[int, list[tuple[int, int]], int]], **changes: Any
+    mesh: ParallelMesh,
+    layout: ParallelismConfig,
+    shapes: list[tuple[int, list[tuple[int, int]], int]],
+    piece: int = PIECE,
+    **changes: Any,
 ) -> list[float]:
     """Relative errors of the parallel transformer against the untouched one, for inputs of several shapes.
 
-    One model computes them all, and the first again at the end: nothing may linger from one forward to the next.
+    One model computes them all, and the first again at the end: nothing may linger from one forward to the next. MLPs of
+    twice as many tokens as ``piece`` are computed in pieces of them.
     """
     model, inputs = tiny_transformer(**changes), [flux2_inputs(*shape) for shape in shapes]
     expected = [model(**one, return_dict=False)[0] for one in inputs]
     blocks.TILE = 2  # row-parallel outputs come in two pieces
+    long_mlp.PIECE = piece
     parallelize_transformer(model, FLUX2, layout, mesh)
     again = zip([*inputs, inputs[0]], [*expected, expected[0]], strict=True)
     return [relative_error(model(**one).sample, wanted) for one, wanted in again]

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map_only
 from parallel_backend.config import ParallelismConfig, Speed
 from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallel import long_mlp
 from parallel_backend.parallel.graphs import _alike
 from parallel_backend.parallelize import parallelize_transformer
-from tests.distributed.cases import FLUX2, flux2_inputs, relative_error, tiny_transformer
+from tests.distributed.cases import FLUX2, PIECE, flux2_inputs, relative_error, tiny_transformer
 
 NAMES = {
     "mm": "GEMM",
@@ -24,6 +25,8 @@ NAMES = {
     "addmm": "GEMM",
     "addmm_": "GEMM",
     "add_product": "GEMM",
+    "mlp_in_pieces": "GEMM",
+    "mlp_in_place": "GEMM",
     "all_to_all_single": "exchange",
 } | {name: "sum" for name in ("all_reduce", "all_reduce_")}
 ATTENTION = "scaled_dot_product"
@@ -52,10 +55,10 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def eager_order(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[str]]:
-    """What one block of each kind launches, in order, by its class."""
+def eager_order(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIECE) -> dict[str, list[str]]:
+    """What one block of each kind launches, in order, by its class; ``piece`` as of `cases.transformer_errors`."""
     model, found = tiny_transformer(num_layers=1, num_single_layers=1), {}
-    blocks.TILE = 2
+    blocks.TILE, long_mlp.PIECE = 2, piece
     parallelize_transformer(model, FLUX2, layout, mesh)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         original = block.forward
@@ -76,13 +79,13 @@ def of_copies(_: Any, args: Any, kwargs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: _alike(x).copy_(x), (args, kwargs))
 
 
-def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
+def compiled(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIECE) -> dict[str, Any]:
     """Errors of a compiled model against the untouched one, what was compiled, and its order.
 
     For several sizes, and for the last of them with blocks that get copies, for which nothing may be compiled anew.
     """
     whole, model = tiny_transformer(), tiny_transformer()
-    blocks.TILE = 2
+    blocks.TILE, long_mlp.PIECE = 2, piece
     torch._dynamo.reset()
     counters.clear()
     parallelize_transformer(model, FLUX2, layout, mesh, Speed(compile=True))

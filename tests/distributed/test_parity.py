@@ -31,6 +31,13 @@ def test_three_references_and_batch_4(world, name):
         assert max(errors) <= TOLERANCE
 
 
+@EVERY_LAYOUT
+def test_many_tokens(world, name):
+    # MLPs of two tokens at a time, and of no long ones where a rank has hardly any.
+    for errors in world.run(cases.transformer_errors, REFERENCE_TABLE[name], [EVEN, ODD_WITH_A_REFERENCE], piece=2):
+        assert max(errors) <= TOLERANCE
+
+
 @pytest.mark.parametrize("changes", [{"mlp_ratio": 2.5}, {"mlp_ratio": 4.0}, {"guidance_embeds": False}], ids=str)
 def test_other_configurations(world, changes):
     for errors in world.run(cases.transformer_errors, REFERENCE_TABLE["Ulysses-2-TP-4"], [EVEN], **changes):

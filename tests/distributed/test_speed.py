@@ -6,6 +6,8 @@ from tests.distributed import speed_cases
 from tests.distributed.layouts import REFERENCE_TABLE
 from tests.distributed.test_parity import TOLERANCE
 
+LONG = {"piece": 14}
+"""Tokens of an MLP's piece, so that all of the sizes are many tokens."""
 DOUBLE, SINGLE = "Flux2TransformerBlock", "Flux2SingleTransformerBlock"
 
 
@@ -46,6 +48,16 @@ class TestEager:
             assert sums[2].count("GEMM") == 3  # the text's output, under all of the image's MLP
             assert all("GEMM" in part for part in sums[:5])
 
+    def test_many_tokens(self, world):
+        # 36 tokens of each rank: six in two small pieces, of two products each, under the way there, 30 under the way
+        # back.
+        for events in world.run(speed_cases.eager_order, REFERENCE_TABLE["Ulysses-2"], piece=6):
+            assert under(events[SINGLE], "exchange", 0) == ["GEMM"] * 4
+            assert under(events[SINGLE], "exchange", 1) == ["GEMM"] * 10
+        for events in world.run(speed_cases.eager_order, REFERENCE_TABLE["TP-2"], piece=6):
+            # The second half of the 72 tokens goes through all of the MLP, and out, under the sum of the first.
+            assert under(events[SINGLE], "sum", 0) == ["GEMM"] * 13 + ["sum"]
+
     @pytest.mark.parametrize("name", ["Ring-2", "Ring-4"])
     def test_ring(self, world, name):
         degree = REFERENCE_TABLE[name].ring_size
@@ -58,10 +70,12 @@ class TestEager:
                 assert under(single, "exchange", hop) == ["attention"]
 
 
-@pytest.mark.parametrize("name", ["Ulysses-2", "TP-2", "Ring-2"])
-def test_compiled(world, name):
+@pytest.mark.parametrize(
+    ("name", "changes"), [("Ulysses-2", {}), ("TP-2", {}), ("Ring-2", {}), ("Ulysses-2", LONG), ("TP-2", LONG)], ids=str
+)
+def test_compiled(world, name, changes):
     """One graph a kind of block, for all sizes, that launches things in the order in which eager code does."""
-    for rank in world.run(speed_cases.compiled, REFERENCE_TABLE[name], timeout=300):
+    for rank in world.run(speed_cases.compiled, REFERENCE_TABLE[name], timeout=300, **changes):
         assert max(rank["errors"]) <= TOLERANCE
         assert rank["breaks"] == {}
         assert set(rank["graphs"]) == {2}
