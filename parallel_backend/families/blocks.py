@@ -97,15 +97,16 @@ def double_block(
         Text and image.
     """
     tokens = text.shape[1]
-    begun = attention.begin(
+    packed = attention.pack(
         [
             _head_inputs(text_stream, modulated_norm(text, text_tables[0], text_stream.eps)),
             _head_inputs(image_stream, modulated_norm(image, image_tables[0], image_stream.eps)),
         ],
         cos,
         sin,
-        lengths,
     )
+    begun = attention.begin(packed, lengths)
+    del packed
     out = attention.collect(attention.attend(begun, lengths, kept))
     del begun
     # The streams take turns, so that what one of them sums over tp is summed while the other computes.
@@ -115,7 +116,9 @@ def double_block(
     )
     del out
     image, normed = gated_add_and_norm(image, image_tables[0], image_out, image_tables[1], image_stream.eps)
+    del image_out
     image_out = _mlp_output(image_stream, activation, normed)
+    del normed
     text, normed = gated_add_and_norm(text, text_tables[0], text_out, text_tables[1], text_stream.eps)
     text_out = row_output(text_stream.mlp_out, activation(text_stream.mlp_in(normed)))
     return clipped(gated_add(text, text_tables[1], text_out)), clipped(gated_add(image, image_tables[1], image_out))

@@ -163,14 +163,19 @@ def _single(
     full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
     into, whole = attn.to_qkv_mlp_proj, None
     local = attn.inner_dim * into.weight.shape[0] // full
-    if is_plain(into):
-        bias = (None, None) if into.bias is None else (into.bias[: 3 * local], into.bias[3 * local :])
-        fused = F.linear(normed, into.weight[: 3 * local], bias[0])
-    else:
+    bias: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not is_plain(into):
         whole = into(normed)
-        fused = whole[..., : 3 * local]
-    begun = attention.begin_fused(fused, *head_norms(attn.norm_q, attn.norm_k, x.dtype), cos, sin, lengths)
-    del fused
+    elif into.bias is not None:
+        bias = into.bias[: 3 * local], into.bias[3 * local :]
+    packed = attention.pack_fused(
+        F.linear(normed, into.weight[: 3 * local], bias[0]) if whole is None else whole[..., : 3 * local],
+        *head_norms(attn.norm_q, attn.norm_k, x.dtype),
+        cos,
+        sin,
+    )
+    begun = attention.begin(packed, lengths)
+    del packed
     # The MLP runs on the same input as attention: its first half under the way there, its second under the way back.
     if whole is None and is_plain(attn.to_out) and is_long(normed):
         waits = attention.ulysses.is_split or attention.ring.is_split

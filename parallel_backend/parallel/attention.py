@@ -1,6 +1,6 @@
 """Attention over a sharded sequence: rank-local queries, keys and values in, rank-local output out, on every layout.
 
-It comes in three steps, between which a block computes what does not wait for the exchanges that they start.
+It comes in steps, between which a block computes what does not wait for the exchanges that they start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Lengths(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What `ShardedAttention.begin` made ready, or has under way."""
+    """What `ShardedAttention.begin` has ready, or under way."""
 
     heads: Tensor | InFlight
     """Queries, keys and values ``[S, B, 3, h, D]``; ``[S, B, 1, h, D]``, queries alone, if there is a chunk."""
@@ -50,6 +50,7 @@ class ShardedAttention(nn.Module):
         super().__init__()
         self.shards = shards
         self.ulysses, self.ring = shards.mesh.ulysses, shards.mesh.ring
+        self._only_ring = self.ring.is_split and not self.ulysses.is_split
 
     def lengths(self) -> Lengths:
         """Lengths of the forward in progress; of no axis that is not split."""
@@ -58,38 +59,33 @@ class ShardedAttention(nn.Module):
             tuple(self.shards.ring_tokens()) if self.ring.is_split else (),
         )
 
-    def begin(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, lengths: Lengths) -> Begun:
-        """Norm and rotate queries and keys of all streams' tokens, and start their way to where attention needs them.
+    def pack(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor) -> list[Tensor]:
+        """Norm and rotate queries and keys of all streams' tokens, and lay them out for `begin`."""
+        return pack(streams, cos, sin, self.ulysses.degree, apart=self._only_ring)
 
-        Attention does not depend on the order of keys, so the ranks' shards may be joined in any order.
-        """
-        only_ring = self.ring.is_split and not self.ulysses.is_split
-        packed = pack(streams, cos, sin, self.ulysses.degree, apart=only_ring)
-        if only_ring:
-            query, chunk = packed
-            return Begun(query, chunk, first_hop(chunk, self.ring, lengths.ring))
-        if self.ulysses.is_split:
-            return Begun(exchange.spread_heads(packed[0], lengths.ulysses, self.ulysses))
-        return Begun(packed[0])
-
-    def begin_fused(
-        self,
-        fused: Tensor,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        lengths: Lengths,
-    ) -> Begun:
-        """As `begin`, for one stream whose queries, keys and values lie side by side, ``[B, S, 3 * H * D]``.
+    def pack_fused(
+        self, fused: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
+        """As `pack`, for one stream whose queries, keys and values lie side by side, ``[B, S, 3 * H * D]``.
 
         They are used up: where they stay on this rank, they may stay in their memory, too.
         """
         if self.ulysses.is_split or self.ring.is_split:
             query, key, value = fused.chunk(3, dim=-1)
-            return self.begin([HeadInputs(query, key, value, query_weight, key_weight, eps)], cos, sin, lengths)
-        return Begun(turn(fused, query_weight, key_weight, eps, cos, sin).transpose(0, 1))
+            return self.pack([HeadInputs(query, key, value, query_weight, key_weight, eps)], cos, sin)
+        return [turn(fused, query_weight, key_weight, eps, cos, sin).transpose(0, 1)]
+
+    def begin(self, packed: list[Tensor], lengths: Lengths) -> Begun:
+        """Start the way of queries, keys and values to where attention needs them.
+
+        Attention does not depend on the order of keys, so the ranks' shards may be joined in any order.
+        """
+        if self._only_ring:
+            query, chunk = packed
+            return Begun(query, chunk, first_hop(chunk, self.ring, lengths.ring))
+        if self.ulysses.is_split:
+            return Begun(exchange.spread_heads(packed[0], lengths.ulysses, self.ulysses))
+        return Begun(packed[0])
 
     def attend(self, begun: Begun, lengths: Lengths, kept: list[list[Tensor]] | None) -> Tensor | InFlight:
         """Wait for what was begun, compute, and start the output's way back.

@@ -73,6 +73,7 @@ def _compute(x: Tensor, y: Tensor, first: int, end: int, piece: int, mlp: Mlp) -
             torch.mm(hidden, mlp.out.t(), out=y[a:b])
         else:
             torch.addmm(mlp.out_bias, hidden, mlp.out.t(), out=y[a:b])
+        del hidden  # before the next is made
 
 
 def _pieces(first: int, end: int, piece: int) -> Iterator[tuple[int, int]]:

@@ -58,8 +58,8 @@ def transformer_errors(
 ) -> list[float]:
     """Relative errors of the parallel transformer against the untouched one, for inputs of several shapes.
 
-    One model computes them all, and the first again at the end: nothing may linger from one forward to the next. MLPs of
-    twice as many tokens as ``piece`` are computed in pieces of them.
+    One model computes them all, and the first again at the end: nothing may linger from one forward to the next. MLPs
+    of twice as many tokens as ``piece`` are computed in pieces of them.
     """
     model, inputs = tiny_transformer(**changes), [flux2_inputs(*shape) for shape in shapes]
     expected = [model(**one, return_dict=False)[0] for one in inputs]
