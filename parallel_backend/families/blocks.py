@@ -105,10 +105,9 @@ def double_block(
         cos,
         sin,
     )
-    begun = attention.begin(packed, lengths)
+    begun = [attention.begin(packed, lengths)]
     del packed
-    out = attention.collect(attention.attend(begun, lengths, kept))
-    del begun
+    out = attention.collect(attention.attend(begun.pop(), lengths, kept))
     # The streams take turns, so that what one of them sums over tp is summed while the other computes.
     image_out, text_out = (
         row_output(image_stream.out, out[:, tokens:], True),

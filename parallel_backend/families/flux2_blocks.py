@@ -174,7 +174,7 @@ def _single(
         cos,
         sin,
     )
-    begun = attention.begin(packed, lengths)
+    begun = [attention.begin(packed, lengths)]
     del packed
     # The MLP runs on the same input as attention: its first half under the way there, its second under the way back.
     if whole is None and is_plain(attn.to_out) and is_long(normed):
@@ -185,7 +185,6 @@ def _single(
         early = early_output(attn.to_out, swiglu(gate_up))
         del gate_up
     del normed, whole
-    out = attention.attend(begun, lengths, kept)
-    del begun
+    out = attention.attend(begun.pop(), lengths, kept)
     pieces = two_part_output(attn.to_out, early, lambda: attention.collect(out), attention.ulysses.is_split)
     return clipped(gated_add(x, table, pieces))

@@ -91,7 +91,7 @@ class ShardedAttention(nn.Module):
         """Wait for what was begun, compute, and start the output's way back.
 
         Args:
-            begun: of `begin`.
+            begun: of `begin`; whoever gives it up frees what was sent, once it has arrived.
             lengths: of this forward.
             kept: the keys that there are, as in `SequenceShards.kept_keys`. The others are dropped, not masked.
 
@@ -99,6 +99,7 @@ class ShardedAttention(nn.Module):
             The output in flight, for `collect`.
         """
         heads, chunk, arriving = begun
+        del begun
         if isinstance(heads, InFlight):
             heads = exchange.arrived(heads)
         if self.ring.is_split:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
+import weakref
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._dynamo.utils import counters
@@ -14,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from parallel_backend.config import ParallelismConfig, Speed
 from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
-from parallel_backend.parallel import long_mlp
+from parallel_backend.parallel import attention, exchange, long_mlp
 from parallel_backend.parallel.graphs import _alike
 from parallel_backend.parallelize import parallelize_transformer
 from tests.distributed.cases import FLUX2, PIECE, flux2_inputs, relative_error, tiny_transformer
@@ -71,6 +74,48 @@ def eager_order(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIEC
 
         block.forward = recorded
     model(**flux2_inputs(8, [(8, 8)], 1), return_dict=False)
+    return found
+
+
+def lingering(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[int]]:
+    """What is still there of what a forward is done with, in MLPs of 6 tokens at a time.
+
+    Of what was sent to attention, whenever attention begins; of earlier pieces of MLPs, whenever another begins.
+    """
+    model = tiny_transformer()
+    blocks.TILE, long_mlp.PIECE = 2, 6
+    parallelize_transformer(model, FLUX2, layout, mesh)
+    sent: list[Any] = []
+    pieces: list[Any] = []
+    found: dict[str, list[int]] = {"sent": [], "pieces": []}
+    spread, compute, activate = exchange.spread_heads, attention.attention, long_mlp.swiglu_in_place
+
+    def alive(references: list[Any]) -> int:
+        return sum(reference() is not None for reference in references)
+
+    def spread_noted(x: torch.Tensor, *args: Any) -> Any:
+        sent.append(weakref.ref(x))
+        return spread(x, *args)
+
+    def compute_noted(*args: Any) -> Any:
+        end = time.monotonic() + 2  # gloo's thread may be about to let go of it
+        while alive(sent) and time.monotonic() < end:
+            time.sleep(0.01)
+        found["sent"].append(alive(sent))
+        return compute(*args)
+
+    def activate_noted(x: torch.Tensor) -> torch.Tensor:
+        found["pieces"].append(alive(pieces))
+        hidden = activate(x)
+        pieces.append(weakref.ref(hidden))
+        return hidden
+
+    with (
+        patch.object(exchange, "spread_heads", spread_noted),
+        patch.object(attention, "attention", compute_noted),
+        patch.object(long_mlp, "swiglu_in_place", activate_noted),
+    ):
+        model(**flux2_inputs(8, [(8, 8)], 1), return_dict=False)
     return found
 
 

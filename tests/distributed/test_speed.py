@@ -58,6 +58,12 @@ class TestEager:
             # The second half of the 72 tokens goes through all of the MLP, and out, under the sum of the first.
             assert under(events[SINGLE], "sum", 0) == ["GEMM"] * 13 + ["sum"]
 
+    def test_nothing_lingers(self, world):
+        for found in world.run(speed_cases.lingering, REFERENCE_TABLE["Ulysses-2"]):
+            assert found["sent"] == [0] * 4  # two blocks of each kind
+            # A rank's 32 image tokens in each double-stream block, and 6 in two small pieces and 30 in each single one.
+            assert found["pieces"] == [0] * (2 * 5 + 2 * (2 + 5))
+
     @pytest.mark.parametrize("name", ["Ring-2", "Ring-4"])
     def test_ring(self, world, name):
         degree = REFERENCE_TABLE[name].ring_size
