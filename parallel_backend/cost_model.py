@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -69,11 +68,13 @@ class Engine:
     """How a program exchanges.
 
     Args:
+        blocks: whose blocks compute, as `MEASURED` calls the side.
         exchanges: all-to-all calls around each attention.
         ulysses_hidden, tp_hidden: share of these exchanges that GEMMs hide.
         ring_hidden: whether a hop travels while a chunk is computed.
     """
 
+    blocks: str = "ours"
     exchanges: int = 2
     ulysses_hidden: float = 0.0
     tp_hidden: float = 0.0
@@ -81,15 +82,15 @@ class Engine:
 
 
 OURS = Engine()
-CACHE_DIT = Engine(exchanges=4)
-"""cache-dit 1.5.3, which exchanges queries, keys, values and outputs one by one."""
+CACHE_DIT = Engine(blocks="diffusers", exchanges=4)
+"""cache-dit 1.5.3: diffusers' blocks, which exchange queries, keys, values and outputs one by one."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
     """What `fit` finds: ms for an operation or an element on the device that was measured.
 
-    ``slack`` is by how much a step takes longer than its kernels.
+    ``slack`` is by how much a step takes longer than its kernels, where the host keeps up with it.
     """
 
     gemm: float
@@ -127,7 +128,6 @@ def step_cost(
     links: Mapping[str, Link],
     device: Device = Device(),
     engine: Engine = OURS,
-    coefficients: Coefficients | None = None,
 ) -> StepCost:
     """Predict a step.
 
@@ -136,10 +136,9 @@ def step_cost(
         layout: degrees.
         links: of each of the mesh's axes that are split.
         device: all ranks'.
-        engine: how exchanges are made.
-        coefficients: of compute; by default those of our eager rows in `MEASURED`.
+        engine: what computes, and how exchanges are made.
     """
-    found = coefficients or measured_coefficients()
+    found = measured_coefficients(engine.blocks)
     attention = found.attention * work.attention_flops / layout.world_size * device.compute
     kernels = (
         found.gemm * work.gemm_flops / layout.world_size * device.compute
@@ -202,7 +201,8 @@ def fit(rows: Sequence[Mapping[str, Any]], work: Workload) -> Coefficients:
         spread=spread,
         ulysses=ulysses,
         ring=ring,
-        slack=median(row["step"] / (row["gemm"] + row["attention"] + row["rest"]) for row in rows),
+        # The lower quartile: steps of many short kernels wait for the host that launches them.
+        slack=float(np.quantile([row["step"] / (row["gemm"] + row["attention"] + row["rest"]) for row in rows], 0.25)),
     )
 
 
@@ -228,10 +228,10 @@ def measured() -> dict[str, Any]:
 
 
 @lru_cache
-def measured_coefficients() -> Coefficients:
-    """Of our rows in `MEASURED`."""
+def measured_coefficients(side: str = OURS.blocks) -> Coefficients:
+    """Of a side's rows in `MEASURED`."""
     content = measured()
-    return fit([row for row in content["rows"] if row["side"] == "ours"], Workload(**content["workload"]))
+    return fit([row for row in content["rows"] if row["side"] == side], Workload(**content["workload"]))
 
 
 def uniform(link: Link) -> dict[str, Link]:
