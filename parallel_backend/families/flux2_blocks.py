@@ -17,16 +17,14 @@ from .blocks import (
     Kept,
     clipped,
     double_block,
-    early_output,
-    early_output_of_long,
     head_norms,
     is_plain,
     streams_of,
     table_of,
-    two_part_output,
 )
 from .embedding import ExactTime, KeptRotary
 from .forwards import BlockForwards, refuse
+from .two_part_output import early_output, early_output_of_long, two_part_output
 
 
 class Flux2Entrance(Entrance):
