@@ -65,7 +65,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a program exchanges.
+    """How a program computes and exchanges.
 
     Args:
         blocks: whose blocks compute, as `MEASURED` calls the side.

@@ -13,15 +13,7 @@ from ..parallel.elementwise import gated_add, modulated_norm, swiglu
 from ..parallel.long_mlp import is_long
 from ..parallel.sequence import Entrance, SequenceShards
 from .base import Model
-from .blocks import (
-    Kept,
-    clipped,
-    double_block,
-    head_norms,
-    is_plain,
-    streams_of,
-    table_of,
-)
+from .blocks import Kept, clipped, double_block, head_norms, is_plain, streams_of, table_of
 from .embedding import ExactTime, KeptRotary
 from .forwards import BlockForwards, refuse
 from .two_part_output import early_output, early_output_of_long, two_part_output

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -16,7 +19,17 @@ from parallel_backend.parallelize import parallelize_text_encoder, parallelize_t
 from tests.errors import relative_error
 
 FLUX2 = family_of_transformer("Flux2Transformer2DModel")
-PIECE = long_mlp.PIECE
+
+
+def in_pieces(case: Callable[..., Any]) -> Callable[..., Any]:
+    """A case that computes MLPs of twice as many tokens as ``piece``, an argument by name, in pieces of them."""
+
+    @functools.wraps(case)
+    def run(*args: Any, piece: int = long_mlp.PIECE, **kwargs: Any) -> Any:
+        with patch.object(long_mlp, "PIECE", piece):
+            return case(*args, **kwargs)
+
+    return run
 
 
 def tiny_transformer(**changes: Any) -> Flux2Transformer2DModel:
@@ -49,22 +62,17 @@ def flux2_inputs(text: int, sizes: list[tuple[int, int]], batch: int, seed: int 
     return FLUX2.transformer_inputs(x, timestep, conditioning)
 
 
+@in_pieces
 def transformer_errors(
-    mesh: ParallelMesh,
-    layout: ParallelismConfig,
-    shapes: list[tuple[int, list[tuple[int, int]], int]],
-    piece: int = PIECE,
-    **changes: Any,
+    mesh: ParallelMesh, layout: ParallelismConfig, shapes: list[tuple[int, list[tuple[int, int]], int]], **changes: Any
 ) -> list[float]:
     """Relative errors of the parallel transformer against the untouched one, for inputs of several shapes.
 
-    One model computes them all, and the first again at the end: nothing may linger from one forward to the next. MLPs
-    of twice as many tokens as ``piece`` are computed in pieces of them.
+    One model computes them all, and the first again at the end: nothing may linger from one forward to the next.
     """
     model, inputs = tiny_transformer(**changes), [flux2_inputs(*shape) for shape in shapes]
     expected = [model(**one, return_dict=False)[0] for one in inputs]
     blocks.TILE = 2  # row-parallel outputs come in two pieces
-    long_mlp.PIECE = piece
     parallelize_transformer(model, FLUX2, layout, mesh)
     again = zip([*inputs, inputs[0]], [*expected, expected[0]], strict=True)
     return [relative_error(model(**one).sample, wanted) for one, wanted in again]

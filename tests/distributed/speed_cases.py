@@ -20,7 +20,7 @@ from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallel import attention, exchange, long_mlp
 from parallel_backend.parallel.graphs import _alike
 from parallel_backend.parallelize import parallelize_transformer
-from tests.distributed.cases import FLUX2, PIECE, flux2_inputs, relative_error, tiny_transformer
+from tests.distributed.cases import FLUX2, flux2_inputs, in_pieces, relative_error, tiny_transformer
 
 NAMES = {
     "mm": "GEMM",
@@ -58,10 +58,11 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def eager_order(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIECE) -> dict[str, list[str]]:
-    """What one block of each kind launches, in order, by its class; ``piece`` as of `cases.transformer_errors`."""
+@in_pieces
+def eager_order(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[str]]:
+    """What one block of each kind launches, in order, by its class."""
     model, found = tiny_transformer(num_layers=1, num_single_layers=1), {}
-    blocks.TILE, long_mlp.PIECE = 2, piece
+    blocks.TILE = 2
     parallelize_transformer(model, FLUX2, layout, mesh)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         original = block.forward
@@ -77,13 +78,14 @@ def eager_order(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIEC
     return found
 
 
+@in_pieces
 def lingering(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[int]]:
-    """What is still there of what a forward is done with, in MLPs of 6 tokens at a time.
+    """How much is still there of what a forward is done with.
 
     Of what was sent to attention, whenever attention begins; of earlier pieces of MLPs, whenever another begins.
     """
     model = tiny_transformer()
-    blocks.TILE, long_mlp.PIECE = 2, 6
+    blocks.TILE = 2
     parallelize_transformer(model, FLUX2, layout, mesh)
     sent: list[Any] = []
     pieces: list[Any] = []
@@ -124,13 +126,14 @@ def of_copies(_: Any, args: Any, kwargs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: _alike(x).copy_(x), (args, kwargs))
 
 
-def compiled(mesh: ParallelMesh, layout: ParallelismConfig, piece: int = PIECE) -> dict[str, Any]:
+@in_pieces
+def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
     """Errors of a compiled model against the untouched one, what was compiled, and its order.
 
     For several sizes, and for the last of them with blocks that get copies, for which nothing may be compiled anew.
     """
     whole, model = tiny_transformer(), tiny_transformer()
-    blocks.TILE, long_mlp.PIECE = 2, piece
+    blocks.TILE = 2
     torch._dynamo.reset()
     counters.clear()
     parallelize_transformer(model, FLUX2, layout, mesh, Speed(compile=True))
