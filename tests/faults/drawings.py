@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import torch
@@ -88,14 +87,17 @@ def other_drawing(server: ComfyServer) -> None:
 
 
 class Ended:
-    """An ``on_message`` that notes when a run came to its error or interruption (`time.time`)."""
+    """An ``on_message`` that notes when a run came to its error or interruption (`time.time`), as ComfyUI says.
+
+    The message may come later, for ComfyUI collects garbage before it has sent it.
+    """
 
     def __init__(self) -> None:
         self.at: float | None = None
 
     def __call__(self, message: dict[str, Any]) -> None:
         if message["type"] in ("execution_error", "execution_interrupted"):
-            self.at = time.time()
+            self.at = message["data"]["timestamp"] / 1000
 
 
 def node_of(drawing: Drawing, moment: str) -> set[NodeId]:
