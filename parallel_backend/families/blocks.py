@@ -141,6 +141,11 @@ def is_plain(linear: Model) -> bool:
     return getattr(linear, "weight_scale", None) is None
 
 
+def own_bias(linear: Model) -> Tensor | None:
+    """What this rank adds to a plain linear's product: of sums over tp one rank adds the bias."""
+    return linear.partial_bias() if type(linear) is RowParallelLinear else linear.bias
+
+
 def halves(x: Tensor) -> tuple[tuple[Tensor, ...], int]:
     """``[B, S, C]`` in two parts whose rows lie together (in one if they are few), and the dim that was cut."""
     if x.shape[0] > 1:
@@ -180,8 +185,7 @@ def _mlp_output(stream: Stream, activation: Callable[[Tensor], Tensor], x: Tenso
     if activation is not swiglu or not is_long(x) or not (is_plain(stream.mlp_in) and is_plain(stream.mlp_out)):
         return row_output(stream.mlp_out, activation(stream.mlp_in(x)), True)
     summed = type(stream.mlp_out) is RowParallelLinear
-    bias = stream.mlp_out.partial_bias() if summed else stream.mlp_out.bias
-    mlp = Mlp(stream.mlp_in.weight, stream.mlp_in.bias, stream.mlp_out.weight, bias)
+    mlp = Mlp(stream.mlp_in.weight, stream.mlp_in.bias, stream.mlp_out.weight, own_bias(stream.mlp_out))
     if not summed:
         mlp_in_place(x, 0, x.shape[0] * x.shape[1], long_mlp.PIECE, mlp)
         return Pieces((x,))

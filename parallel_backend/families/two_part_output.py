@@ -19,7 +19,7 @@ from ..parallel.long_mlp import Mlp, mlp_in_pieces, mlp_in_place
 from ..parallel.products import add_product
 from ..parallel.tensor import RowParallelLinear
 from .base import Model
-from .blocks import halves, is_plain, row_output
+from .blocks import halves, is_plain, own_bias, row_output
 
 
 class Early(NamedTuple):
@@ -99,5 +99,4 @@ def two_part_output(linear: Model, early: Early, late: Callable[[], Tensor], wai
 
 def _early_half(linear: Model, features: int) -> tuple[Tensor, Tensor | None]:
     """What a linear multiplies its last features with, and its bias on this rank."""
-    bias = linear.partial_bias() if type(linear) is RowParallelLinear else linear.bias
-    return linear.weight[:, linear.weight.shape[1] - features :], bias
+    return linear.weight[:, linear.weight.shape[1] - features :], own_bias(linear)
