@@ -104,7 +104,7 @@ def double_block(
     )
     begun = [attention.begin(packed, lengths)]
     del packed
-    out = attention.collect(attention.attend(begun.pop(), lengths, kept))
+    out = attention.collect(attention.attend(begun.pop(), lengths, kept))  # which frees what was sent
     # The streams take turns, so that what one of them sums over tp is summed while the other computes.
     image_out, text_out = (
         row_output(image_stream.out, out[:, tokens:], True),
@@ -167,12 +167,8 @@ def table_of(modulation: Tensor, first: int, width: int, picks: Tensor | None = 
 
 
 def _head_inputs(stream: Stream, x: Tensor) -> HeadInputs:
-    return head_inputs(stream.query(x), stream.key(x), stream.value(x), stream.query_norm, stream.key_norm)
-
-
-def head_inputs(query: Tensor, key: Tensor, value: Tensor, query_norm: Model, key_norm: Model) -> HeadInputs:
-    """A stream's, with what its norms are made of."""
-    return HeadInputs(query, key, value, *head_norms(query_norm, key_norm, query.dtype))
+    norms = head_norms(stream.query_norm, stream.key_norm, x.dtype)
+    return HeadInputs(stream.query(x), stream.key(x), stream.value(x), *norms)
 
 
 def head_norms(query_norm: Model, key_norm: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

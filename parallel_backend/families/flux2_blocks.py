@@ -175,6 +175,6 @@ def _single(
         early = early_output(attn.to_out, swiglu(gate_up))
         del gate_up
     del normed, whole
-    out = attention.attend(begun.pop(), lengths, kept)
+    out = attention.attend(begun.pop(), lengths, kept)  # which frees what was sent
     pieces = two_part_output(attn.to_out, early, lambda: attention.collect(out), attention.ulysses.is_split)
     return clipped(gated_add(x, table, pieces))
