@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import comfy.model_management
@@ -10,11 +11,15 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
+from ..parallel_backend.families import Conditioning
 from ..parallel_backend.loading.checkpoint import Checkpoint
+from ..parallel_backend.runtime.errors import BatchTooLargeError
 from .cache_run import RUN_KEY
 from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
 from .families import Shapes, family_of
 from .group import ModelHandle, check_interrupted
+
+log = logging.getLogger(__name__)
 
 HOST_MEMORY = 64 * 2**20
 """Bytes that an evaluation takes in ComfyUI's own process, generously."""
@@ -80,17 +85,34 @@ class RemoteDiffusionModel(nn.Module):
                 f"the model is given {', '.join(left)}, which {self.source.family.title} in the parallel workers does "
                 "not take; bypass the node that adds it"
             )
+        uuids = list(options.get("uuids") or ())
+        prediction = self._predict(x, timestep, conditioning, options, uuids)
         run = options.get(RUN_KEY)
-        prediction = self.handle.get().predict(
-            x,
-            timestep,
-            conditioning,
-            check=check_interrupted,
-            cache=None if run is None else run.plan(self.handle, options),
-        )
         if run is not None:
             run.evaluated()
         return prediction.to(x.device)
+
+    def _predict(
+        self, x: Tensor, timestep: Tensor, conditioning: Conditioning, options: dict[str, Any], uuids: list[Any]
+    ) -> Tensor:
+        """A prediction; where there is no room for all conditionings of the batch, of one after the other.
+
+        ComfyUI would divide the batch itself if it knew what is free on the workers' devices.
+        """
+        run = options.get(RUN_KEY)
+        cache = None if run is None else run.plan(self.handle, {**options, "uuids": uuids})
+        each, rest = divmod(len(x), max(1, len(uuids)))
+        divisible = len(uuids) > 1 and not rest
+        model = self.handle.get()
+        try:
+            return model.predict(x, timestep, conditioning, check=check_interrupted, cache=cache, divisible=divisible)
+        except BatchTooLargeError as error:
+            log.info("%s; its %d conditionings are evaluated one after the other", error, len(uuids))
+        parts = []
+        for index, uuid in enumerate(uuids):
+            part = slice(index * each, (index + 1) * each)
+            parts.append(self._predict(x[part], timestep[part], part_of(conditioning, part, len(x)), options, [uuid]))
+        return torch.cat(parts)
 
     def _refuse(self, x: Tensor, timestep: Tensor, control: Any, options: dict[str, Any]) -> None:
         """Raise ValueError for what no family's workers can honour."""
@@ -117,6 +139,20 @@ class RemoteDiffusionModel(nn.Module):
                 f"timesteps up to {timestep.max().item():g} arrived where sigmas from 0 to 1 are expected; a model "
                 "sampling node with a multiplier is in the way"
             )
+
+
+def part_of(conditioning: Conditioning, part: slice, batch: int) -> Conditioning:
+    """The conditioning of a part of a batch; what is there once stands for all of it."""
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[part] if len(tensor) == batch else tensor
+
+    return Conditioning(
+        of(conditioning.context),
+        [of(reference) for reference in conditioning.references],
+        {name: of(tensor) for name, tensor in conditioning.tensors.items()},
+        conditioning.options,
+    )
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -10,12 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.runtime.errors import OutOfMemoryError
 from .comfy_patcher import RemotePart, RemotePatcher
 from .families import family_of
 from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 16 * 2**20
 """Bytes that an image takes in ComfyUI's own process while it is decoded in the worker."""
+
+
+@contextlib.contextmanager
+def _comfyuis_out_of_memory() -> Iterator[None]:
+    """Where the worker ran out of memory and is as good as before: the error on which ComfyUI goes on with tiles."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        if not error.usable:
+            raise
+        raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
 
 
 class RemoteAutoencoder(nn.Module):
@@ -36,12 +50,14 @@ class RemoteAutoencoder(nn.Module):
         model = self.handle.get()
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
-        return torch.cat([model.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
+        with _comfyuis_out_of_memory():
+            return torch.cat([model.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """The way back."""
         model = self.handle.get()
-        latent = torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+        with _comfyuis_out_of_memory():
+            latent = torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
         return latent if self.latent_format is None else self.latent_format.process_out(latent)
 
 

@@ -11,7 +11,7 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..parallel_backend.runtime.errors import WorkersFailedError
+from ..parallel_backend.runtime.errors import RequestFailedError, WorkersFailedError
 from ..parallel_backend.runtime.group_config import ModelConfig
 from ..parallel_backend.runtime.groups import acquire_model, add_user, find_model, remove_user
 from ..parallel_backend.runtime.remote_model import RemoteModel
@@ -46,9 +46,9 @@ class ModelHandle:
         if model is not None:
             try:
                 model.offload(component)
-            except WorkersFailedError as error:
-                # Nothing of it is on a device any more. ComfyUI's own thread asks for this, and must not end by it.
-                log.warning("%s", error)
+            except (WorkersFailedError, RequestFailedError, ValueError) as error:
+                # ComfyUI's own thread asks for this, and must not end by it.
+                log.warning("asked for the memory of the %s: %s", component.replace("_", " "), error)
 
 
 def check_interrupted() -> None:

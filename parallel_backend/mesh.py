@@ -46,12 +46,13 @@ ERROR_BYTES = 4000
 """Of an error's text that `raise_together` carries."""
 
 
-def raise_together(error: ValueError | None, axis: Axis) -> None:
+def raise_together(error: Exception | None, axis: Axis) -> None:
     """Raise on every rank of an axis what one of them found; else the others would go on and wait for it. Collective.
 
     Args:
         error: this rank's, or None.
-        axis: the ranks; the error of the first one that has one is raised.
+        axis: the ranks. One that has an error raises it; the others raise that of the first one that has one, as a
+            ValueError where it is one, else as a RuntimeError.
     """
     if not axis.is_split:
         if error is not None:
@@ -62,12 +63,18 @@ def raise_together(error: ValueError | None, axis: Axis) -> None:
     dist.all_reduce(first, dist.ReduceOp.MIN, group=axis.group)
     if first == axis.degree:
         return
-    text = torch.zeros(ERROR_BYTES, dtype=torch.uint8, device=device)
+    text = torch.zeros(1 + ERROR_BYTES, dtype=torch.uint8, device=device)
     if first == axis.rank:
-        data = str(error).encode()[:ERROR_BYTES]
+        bad_input = isinstance(error, ValueError)
+        described = str(error) if bad_input else f"rank {axis.rank} failed: {type(error).__name__}: {error}"
+        data = bytes([bad_input]) + described.encode()[:ERROR_BYTES]
         text[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     dist.broadcast(text, group=axis.group, group_src=int(first))
-    raise ValueError(bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")) from error
+    if error is not None:
+        raise error
+    bad_input, *found = text.tolist()
+    kind = ValueError if bad_input else RuntimeError
+    raise kind(bytes(found).rstrip(b"\0").decode(errors="replace"))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .group_config import GroupConfig, ModelConfig
 from .launcher import Launcher
 from .messages import BadMessageError, Done, Failed, Load, Notice, Predict, Progress, Unload
 from .other_hosts import OtherHosts
-from .parcel import Buffer, pack
+from .parcel import Buffer, Parcel, pack
 from .reception import Reception
 from .remote_model import Check, RemoteModel
 
@@ -227,10 +227,10 @@ class WorkerGroup:
 
         Requests are carried out in order, and answers that nobody waits for are dropped.
         """
-        self._owed.sent(request.id, set(range(self.config.ranks)), SILENCE_SECONDS)
         for channel in list(self._told().values()):
             with suppress(ChannelClosedError):  # a rank that is gone keeps nothing; the next request says so
                 channel.send(request)
+        self._owed.sent(request.id, set(range(self.config.ranks)), SILENCE_SECONDS)
 
     def _told(self) -> dict[int, Channel]:
         """The ranks that requests are sent to: over several hosts, rank 0 passes them on."""
@@ -302,23 +302,35 @@ class WorkerGroup:
                 raise WorkersFailedError(f"the worker group is {self.state}")
             # What else is sent may stay with the ranks as it is.
             parcel = pack(tensors, self._buffer if isinstance(request, Predict) else None)
-            self._owed.sent(request.id, set(range(self.config.ranks)), limit)
             try:
-                for rank, channel in self._told().items():
-                    try:
-                        channel.send(request, parcel)
-                    except ChannelStuckError:
-                        self._hung({rank}, SEND_SECONDS)
-                    except ChannelClosedError:
-                        self._lost(rank, check)
+                self._send(request, parcel, check)
             finally:
                 parcel.close()
+            # Owed from here on: what is refused as too long, or was not sent to all, never is.
+            self._owed.sent(request.id, set(range(self.config.ranks)), limit)
             try:
                 meanwhile()
                 return self._collect(request.id, check, on_progress)
             except BaseException:
                 self._buffer = Buffer()  # ranks may still be reading
                 raise
+
+    def _send(self, request: Any, parcel: Parcel, check: Check) -> None:
+        """Send a request to all ranks, or to none (ValueError: it is too long); else the group ends."""
+        sent = False
+        try:
+            for rank, channel in self._told().items():
+                try:
+                    channel.send(request, parcel)
+                    sent = True
+                except ChannelStuckError:
+                    self._hung({rank}, SEND_SECONDS)
+                except ChannelClosedError:
+                    self._lost(rank, check)
+        except BaseException:
+            if sent and self.state != "failed":  # such as Ctrl-C in a script: some ranks would wait for the others
+                self.close(state="failed", wait=False)
+            raise
 
     def _collect(
         self, request_id: int, check: Check, on_progress: Callable[[Progress], None]
@@ -336,7 +348,10 @@ class WorkerGroup:
             for rank, channel in self._channels.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
             while len(answers) < self.config.ranks:
-                for key, _ in selector.select(POLL_SECONDS):
+                # What has arrived is read before anybody is judged by the clock, which is read before that.
+                now = time.monotonic()
+                arriving = selector.select(POLL_SECONDS)
+                for key, _ in arriving:
                     try:
                         message, arrived = self._channels[key.data].receive()
                     except ChannelClosedError:
@@ -362,14 +377,16 @@ class WorkerGroup:
                 trouble = self._others.trouble()
                 if trouble is not None:
                     self._end(trouble)
-                if deadline is None and any(isinstance(answer, Failed) for answer in answers.values()):
+                check()
+                if deadline is None and any(isinstance(a, Failed) and not a.alone for a in answers.values()):
                     deadline = time.monotonic() + (self._others.patience or STRAGGLER_SECONDS)
-                if deadline is not None and time.monotonic() > deadline and not self._others.in_doubt():
+                if arriving:
+                    continue
+                if deadline is not None and now > deadline and not self._others.in_doubt():
                     break
-                overdue = self._owed.overdue() or self._stopped.overdue(self._pids)
+                overdue = self._owed.overdue(now) or self._stopped.overdue(self._pids)
                 if overdue is not None:
                     self._hung(*overdue)
-                check()
         failures = [answer for answer in answers.values() if isinstance(answer, Failed)]
         if not failures:
             return [answer for _, answer in sorted(answers.items()) if isinstance(answer, Done)], tensors

@@ -16,6 +16,8 @@ TIMES_MEDIAN = 20
 SILENCE_SECONDS = 600.0
 """How long the ranks may say nothing while they load, encode or decode; what is being read reports its progress."""
 CHECK_SECONDS = 1.0
+GAP_SECONDS = 5.0
+"""Where nobody looked at processes for so long, nothing is known of the time between."""
 KEPT_SHAPES = 32
 KEPT_STEPS = 50
 
@@ -99,12 +101,16 @@ class Owed:
         """A rank showed that it is at work: the first request's time begins anew."""
         self._since = self._clock()
 
-    def overdue(self) -> tuple[set[int], float] | None:
-        """The ranks that have not answered in time, and how many seconds that was; None where all is well."""
+    def overdue(self, now: float | None = None) -> tuple[set[int], float] | None:
+        """The ranks that have not answered in time, and how many seconds that was; None where all is well.
+
+        Args:
+            now: by the clock, when everything that had arrived was read; None: just now.
+        """
         if not self._requests:
             return None
         first = next(iter(self._requests.values()))
-        if first.limit is None or self._clock() - self._since <= first.limit:
+        if first.limit is None or (self._clock() if now is None else now) - self._since <= first.limit:
             return None
         return first.waiting, first.limit
 
@@ -128,10 +134,12 @@ class Stopped:
         Args:
             pids: of the ranks on this machine. It is looked at once a second, however often this is called.
         """
-        least = least_seconds()
-        if not least or self._clock() - self._looked < CHECK_SECONDS:
+        least, now = least_seconds(), self._clock()
+        if not least or now - self._looked < CHECK_SECONDS:
             return None
-        self._looked = self._clock()
+        if now - self._looked > GAP_SECONDS:
+            self._since.clear()
+        self._looked = now
         stopped = {rank for rank, pid in pids.items() if self._state(pid) == "T"}
         self._since = {rank: self._since.get(rank, self._looked) for rank in stopped}
         overdue = {rank for rank, since in self._since.items() if self._looked - since >= least}

@@ -25,6 +25,7 @@ from ..loading.content import content_digest
 from ..memory import GIB
 from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
 from ..parallel import copies
+from .errors import BatchTooLargeError
 from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
 from .room import Room
 
@@ -75,7 +76,9 @@ class Engine:
         self.models: dict[str, HostedModel] = {}
         self._meshes: dict[tuple[ParallelismConfig, bool], ParallelMesh] = {}
         self._used: OrderedDict[tuple[str, str], Part] = OrderedDict()
-        self._granted: tuple[Part | None, int] = (None, 0)
+        self._granted: tuple[Part | None, int, int] = (None, 0, 0)
+        self.alone = False
+        """Whether what this rank is doing concerns no other: none waits for it, nothing changes that all have alike."""
 
     @torch.no_grad()
     def load(
@@ -158,7 +161,7 @@ class Engine:
         model = self.models.pop(name, None)
         for key in [key for key in self._used if key[0] == name]:
             del self._used[key]
-        self._granted = (None, 0)
+        self._granted = (None, 0, 0)
         for part in () if model is None else model.parts.values():
             part.drop()
         if self.device.type == "cuda":
@@ -169,10 +172,11 @@ class Engine:
         part = self._model(name).parts.get(component)
         if part is not None and part.place is Place.DEVICE:
             self.room.leave(part, "as ComfyUI asked for memory")
-            self._granted = (None, 0)
+            self._granted = (None, 0, 0)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], forget: list[str]) -> None:
         """Keep conditioning of a model on the device under its name, until it is forgotten."""
+        self.alone = True  # the client has no rank use what one of them could not keep
         model = self._model(name)
         for old in forget:
             model.kept.pop(old, None)
@@ -199,7 +203,7 @@ class Engine:
         self._bring(name, vision, sum(len(image.patches) for image in images))
         features = vision.encode(images)
         self.room.leave(vision, "as the images are encoded")
-        self._granted = (None, 0)
+        self._granted = (None, 0, 0)
         return features
 
     @torch.no_grad()
@@ -213,11 +217,15 @@ class Engine:
         tensors: Mapping[str, Tensor] = MappingProxyType({}),
         options: Mapping[str, str] = MappingProxyType({}),
         cache: Mapping[str, Any] | None = None,
+        divisible: bool = False,
     ) -> tuple[Tensor, Decision | None]:
         """Prediction for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same.
 
         ``context`` and ``references`` are names of kept tensors, ``tensors`` and ``options`` those of `Conditioning`.
         With ``cache`` (``settings`` and ``evaluation``) also what the cache decided.
+
+        Raises:
+            BatchTooLargeError: the work is ``divisible``, and there is no room for all of it at once; on every rank.
         """
         model = self._model(name)
         part = cast(TransformerPart, self._part(name, "transformer"))
@@ -237,7 +245,12 @@ class Engine:
             ),
         )
         tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in family.sequence_inputs)
-        self._bring(name, part, tokens)
+        lacking = self._bring(name, part, tokens, divisible)
+        if lacking and divisible:
+            raise BatchTooLargeError(
+                f"a batch of {len(x)} needs {part.workspace(tokens) / GIB:.2f} GiB beside the {part.label}, "
+                f"{lacking / GIB:.2f} GiB more than can be made free on the fullest device"
+            )
         if cache is not None:
             part.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
         prediction = family.evaluate(part.module, inputs, x)
@@ -256,10 +269,15 @@ class Engine:
         numbers = (group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
         return sum(numbers) + sum(copies.begun(group.group_name) for group in groups)
 
-    def recover(self) -> None:
-        """After a request that failed: give back memory that it held, and make room anew next time."""
+    def recover(self, alone: bool) -> None:
+        """After a request that failed: give back memory that it held, and make room anew next time.
+
+        Args:
+            alone: whether it may have failed here alone: ranks make room together, and so this one cannot ask for it.
+        """
         gc.collect()  # the traceback is gone, and with it the last that referred to what was half done
-        self._granted = (None, 0)
+        if not alone:
+            self._granted = (None, 0, 0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -275,18 +293,19 @@ class Engine:
         """Image in -1..1, as `Family.decode_latent` gives it; on rank 0."""
         part = cast(VAEPart, self._part(name, "vae"))
         pixels = latent[:, 0].numel() * self._model(name).settings.family.latent_downscale ** 2
-        self._bring(name, part, pixels)
+        self._bring_alone(name, part, pixels)
         return part.decode(latent) if self.rank == 0 else None
 
     @torch.no_grad()
     def encode(self, name: str, image: Tensor) -> Tensor | None:
         """Latent from an image in -1..1; on rank 0."""
         part = cast(VAEPart, self._part(name, "vae"))
-        self._bring(name, part, image[:, 0].numel())
+        self._bring_alone(name, part, image[:, 0].numel())
         return part.encode(image) if self.rank == 0 else None
 
     def stats(self, name: str) -> dict[str, object]:
         """This rank's figures of a model, under the names that docs/report.md explains."""
+        self.alone = True
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) + copies.held_bytes()
             device = torch.cuda.get_device_name(self.device)
@@ -320,28 +339,41 @@ class Engine:
             raise ValueError(f"{path} has no {component.replace('_', ' ')}")
         return part
 
-    def _bring(self, name: str, part: Part, size: int) -> None:
+    def _bring(self, name: str, part: Part, size: int, divisible: bool = False) -> int:
         """Have a part on the device, with room for work of a size (tokens or pixels). Collective.
 
-        Nothing is to be done for the part that was used last, unless the work is larger.
+        Nothing is to be done for the part that was used last, unless the work is larger, or ``divisible`` and there was
+        too little room last time.
+
+        Returns:
+            Bytes that the fullest device lacks for that work.
         """
-        latest, granted = self._granted
+        latest, granted, missing = self._granted
         self._used[name, part.name] = part
         self._used.move_to_end((name, part.name))
-        if part is latest and part.place is Place.DEVICE and size <= granted:
-            return
-        self._make_room(part, 0 if part.place is Place.DEVICE else part.nbytes, part.workspace(size))
+        if part is latest and part.place is Place.DEVICE and size <= granted and not (missing and divisible):
+            return missing
+        missing = self._make_room(part, 0 if part.place is Place.DEVICE else part.nbytes, part.workspace(size))
         if part.place is Place.HOST:
             part.to_device()
         elif part.place is Place.FILE:
             part.load(_Counter(part.nbytes, self.on_progress).add)
-        self._granted = (part, size)
+        self._granted = (part, size, missing)
+        return missing
 
-    def _make_room(self, part: Part, weights: int, workspace: int) -> None:
-        """Have other parts leave, orphans first, then the least recently used. Collective."""
+    def _bring_alone(self, name: str, part: Part, size: int) -> None:
+        """As `_bring`, for work that one rank then does alone. Room is made each time: should that rank run out of
+        memory, the others do not know that there was too little."""
+        self._granted = (None, 0, 0)
+        self._bring(name, part, size)
+        self._granted = (None, 0, 0)
+        self.alone = True
+
+    def _make_room(self, part: Part, weights: int, workspace: int) -> int:
+        """Have other parts leave, orphans first, then the least recently used; see `Room.make`. Collective."""
         others = [(other, self.models[name].orphan) for (name, _), other in self._used.items() if other is not part]
         others.sort(key=lambda pair: not pair[1])
-        self.room.make(weights, workspace, f"the {part.label}", others)
+        return self.room.make(weights, workspace, f"the {part.label}", others)
 
 
 def _open(path: Path, content: str) -> Checkpoint:

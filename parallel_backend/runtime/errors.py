@@ -8,7 +8,7 @@ class WorkersFailedError(RuntimeError):
 
 
 class RequestFailedError(RuntimeError):
-    """The ranks failed to carry out a request, all at the same place; the group is as good as before."""
+    """The ranks failed to carry out a request, all at the same place or alone; the group is as good as before."""
 
 
 class OutOfMemoryError(WorkersFailedError, RequestFailedError):
@@ -17,12 +17,18 @@ class OutOfMemoryError(WorkersFailedError, RequestFailedError):
     Args:
         text: what happened.
         details: what is less important, at the end.
+        usable: whether the group is as good as before.
     """
 
-    def __init__(self, text: str, details: str = "") -> None:
+    def __init__(self, text: str, details: str = "", usable: bool = False) -> None:
         super().__init__(text + details)
+        self.usable = usable
         self._text, self._details = text, details
 
     def with_advice(self, advice: str) -> OutOfMemoryError:
         """The same, and what to do about it."""
-        return OutOfMemoryError(f"{self._text}\n{advice}", self._details)
+        return OutOfMemoryError(f"{self._text}\n{advice}", self._details, self.usable)
+
+
+class BatchTooLargeError(ValueError):
+    """A batch that can be divided does not fit beside the weights on some device; nothing was computed."""

@@ -16,19 +16,21 @@ def failure(failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str]
 
     Args:
         failures: of one request, one a rank.
-        ranks: of the group; those that have not failed may be waiting for the others in a collective.
+        ranks: of the group; those that have not failed have answered where all failures were ``alone``, else they may
+            be waiting for the others in a collective.
         log_of: where the log of a rank is.
 
     Returns:
         The error, and whether the group is as good as before; the error's text says so too.
     """
     all_failed = len(failures) == ranks
+    alone = all(failed.alone for failed in failures)
     first = min(failures, key=lambda failed: (failed.out_of_memory is None, failed.bad_input, failed.rank))
-    if all_failed and all(failed.bad_input for failed in failures):
+    if (all_failed or alone) and all(failed.bad_input for failed in failures):
         return ValueError(first.error), True
     # Ranks that have not begun the same collectives would take each other's next messages for what they are not.
     begun = {failed.collectives for failed in failures}
-    same_place = all_failed and (ranks == 1 or (len(begun) == 1 and None not in begun))
+    same_place = alone or (all_failed and (ranks == 1 or (len(begun) == 1 and None not in begun)))
     text = f"rank {first.rank} failed: {first.error}"
     if first.out_of_memory is not None:
         asked, free = (size / GIB for size in first.out_of_memory)
@@ -39,7 +41,7 @@ def failure(failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str]
     if not same_place:
         text += f"\n{FRESH}"
     if first.out_of_memory is not None:
-        return OutOfMemoryError(text, details), same_place
+        return OutOfMemoryError(text, details, same_place), same_place
     return (RequestFailedError(text + details) if same_place else WorkersFailedError(text + details)), same_place
 
 

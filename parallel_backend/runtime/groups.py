@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
+import queue
 import threading
 from collections import Counter
 
@@ -13,11 +15,18 @@ from .errors import RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
 from .remote_model import Check, RemoteModel
 
+log = logging.getLogger(__name__)
+
 _groups: dict[GroupConfig, WorkerGroup] = {}
 _ending: list[WorkerGroup] = []
 """Groups whose processes may still be there, and hold memory."""
 _groups_lock = threading.RLock()
 _users: Counter[ModelConfig] = Counter()
+_users_lock = threading.Lock()
+_released: queue.SimpleQueue[ModelConfig] = queue.SimpleQueue()
+"""Models that somebody refers to no longer, which `_users` does not know yet. A finalizer may run in the middle of
+anything, also of what holds a lock, and this is what it can safely do."""
+_housekeeper: threading.Thread | None = None
 CPU_GROUPS = 2
 """Groups on the CPU that may live side by side; the least recently used goes first."""
 
@@ -36,7 +45,7 @@ def acquire_model(
             group = _make_way(config.group, check, port)
         group.start(on_state, check)  # nothing where it is up
         _groups[config.group] = _groups.pop(config.group)  # the last one used stands last
-        return group.load(config, on_state, check, orphans=lambda other: other != config and not _users[other])
+        return group.load(config, on_state, check, orphans=lambda other: other != config and not _is_used(other))
 
 
 def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:
@@ -66,7 +75,12 @@ def find_model(config: ModelConfig) -> RemoteModel | None:
 
 def add_user(config: ModelConfig) -> None:
     """Somebody refers to a model, loaded or not."""
-    _users[config] += 1
+    global _housekeeper
+    with _users_lock:
+        _users[config] += 1
+        if _housekeeper is None or not _housekeeper.is_alive():  # a forked child has none
+            _housekeeper = threading.Thread(target=_keep_house, name="users of models", daemon=True)
+            _housekeeper.start()
 
 
 def remove_user(config: ModelConfig) -> None:
@@ -75,22 +89,43 @@ def remove_user(config: ModelConfig) -> None:
     A model without users stays until its room is needed: the next graph may ask for it again. One whose device memory
     was asked back is freed for good.
     """
-    _users[config] -= 1
-    if _users[config] > 0:
-        return
-    del _users[config]
-    model = find_model(config)
-    if model is not None and model.offloaded:
-        # Finalizers run anywhere, also in the middle of a request of this thread, which has to be over first.
-        threading.Thread(target=_unload_unused, args=(config,), daemon=True).start()
+    _released.put(config)
+
+
+def _is_used(config: ModelConfig) -> bool:
+    """Whether anybody refers to a model."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            _count_out(_released.get_nowait())
+    with _users_lock:
+        return _users[config] > 0
+
+
+def _count_out(config: ModelConfig) -> None:
+    with _users_lock:
+        _users[config] -= 1
+        if _users[config] <= 0:
+            del _users[config]
+
+
+def _keep_house() -> None:
+    """Count out who refers to models no longer, and free those that nobody does and whose memory was asked back."""
+    while True:
+        config = _released.get()
+        _count_out(config)
+        try:
+            for unused in [other for group in list(_groups.values()) for other in list(group.models)]:
+                _unload_unused(unused)
+        except Exception:
+            log.exception("freeing a model that nobody refers to")
 
 
 def _unload_unused(config: ModelConfig) -> None:
     model = find_model(config)
-    if model is None:
+    if model is None or not model.offloaded or _is_used(config):
         return
     with model.group.lock:
-        if not _users[config] and model.offloaded:
+        if model.offloaded and not _is_used(config):
             with contextlib.suppress(WorkersFailedError, RequestFailedError):  # then it is freed all the same
                 model.group.unload(config)
 
@@ -109,7 +144,10 @@ def close_groups() -> int:
 
 
 def _forget_groups() -> None:
-    # A forked child has neither the parent's ranks nor the right to end them, nor to keep them alive.
+    # A forked child has neither the parent's ranks nor the right to end them, nor to keep them alive. It has none of
+    # its threads, either, of which one may have held a lock.
+    global _groups_lock, _users_lock, _released
+    _groups_lock, _users_lock, _released = threading.RLock(), threading.Lock(), queue.SimpleQueue()
     for group in _groups.values():
         group.forget()
     _groups.clear()

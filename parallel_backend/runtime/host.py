@@ -126,14 +126,16 @@ class Keeper:
 
     def _listen(self) -> int | None:
         """Pass on what ranks say; the first one that has ended."""
+        first = None
         for key, _ in self._selector.select(0.1):
             try:
                 message, _ = self._channels[key.data].receive()
             except ChannelClosedError:
-                return int(key.data)
+                first = int(key.data) if first is None else first
+                continue  # the others may have said why
             if isinstance(message, (Failed, Progress)):
                 self._board.forward(message)
-        return None
+        return first
 
     def _end(self, first: int | None) -> NoReturn:
         until = time.monotonic() + REPORT_SECONDS

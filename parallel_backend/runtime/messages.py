@@ -95,7 +95,8 @@ class Predict:
 
     ``context`` and ``references`` are names of kept tensors, ``options`` and all other tensors are those of
     `Conditioning`. ``cache`` has the cache's ``settings`` and the ``evaluation``; each rank's answer then says what was
-    decided.
+    decided. ``divisible`` says that the client would rather have parts of the batch evaluated than too much at once:
+    then each rank may answer with ``too_large``, why, and with nothing else.
     """
 
     id: int
@@ -104,6 +105,7 @@ class Predict:
     references: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+    divisible: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ class Failed:
     """A request failed. ``bad_input`` says that the request was at fault and that the rank is as good as before.
 
     ``out_of_memory`` has the bytes that were asked for (0: not known) and those that were free. Ranks whose
-    ``collectives`` (begun so far) are equal have stopped at the same place; None: not known.
+    ``collectives`` (begun so far) are equal have stopped at the same place; None: not known. ``alone`` says that no
+    other rank waits for what failed, and that nothing has changed that ranks must have alike.
     """
 
     id: int
@@ -180,6 +183,7 @@ class Failed:
     traceback: str = ""
     out_of_memory: list[int] | None = None
     collectives: int | None = None
+    alone: bool = False
 
 
 Message = (

@@ -105,11 +105,12 @@ class Part(ABC):
 
         Raises:
             ValueError: the checkpoint is damaged; on every rank the same, and the part is not there.
+            Exception: something else; on every rank one, unless replicas were waiting for each other.
         """
         settings = self.settings
         module, table = self._built or self.build()
         self._built = None
-        error: ValueError | None = None
+        error: Exception | None = None
         try:
             self.nbytes = load_weights(
                 module, self._weights, table,
@@ -117,6 +118,10 @@ class Part(ABC):
                 fp8=settings.fp8, on_bytes=on_bytes,
             )  # fmt: skip
         except ValueError as found:
+            error = found
+        except Exception as found:
+            if self.replicas.is_split:  # the other replicas are waiting for what this one reads
+                raise
             error = found
         raise_together(error, settings.mesh.world)
         module.to(settings.device)  # buffers
@@ -234,13 +239,13 @@ class VisionPart(Part):
         settings, world = self.settings, self.settings.mesh.world
         features = torch.empty(0)
         shape = torch.zeros(2, dtype=torch.int64, device=settings.device)
-        error: ValueError | None = None
+        error: Exception | None = None
         if world.rank == 0:
-            moved = [VisionImage(image.patches.to(settings.device), image.grid) for image in images]
             try:
+                moved = [VisionImage(image.patches.to(settings.device), image.grid) for image in images]
                 features = settings.family.encode_images(self.module, moved)
                 shape = torch.tensor(features.shape, device=settings.device)
-            except ValueError as found:
+            except Exception as found:
                 error = found
         raise_together(error, world)
         if world.is_split:
@@ -282,7 +287,7 @@ class VAEPart(Part):
     def load(self, on_bytes: Callable[[int], None]) -> None:
         settings = self.settings
         self._built = None
-        error: ValueError | None = None
+        error: Exception | None = None
         if self._here:
             folder = settings.source.path / self.name
             try:
@@ -293,6 +298,8 @@ class VAEPart(Part):
             except (OSError, ValueError) as found:
                 self.module = None
                 error = ValueError(f"the VAE in {folder} cannot be loaded: {found}")
+            except Exception as found:  # such as too little memory
+                self.module, error = None, found
         raise_together(error, settings.mesh.world)
         on_bytes(self.nbytes)
         self.place = Place.DEVICE

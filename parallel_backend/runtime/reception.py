@@ -37,6 +37,7 @@ class Reception:
 
     def arrivals(self, seconds: float) -> Iterator[tuple[Hello, Channel]]:
         """The ranks that have said who they are, waiting so long for something to happen."""
+        now = time.monotonic()  # before what has arrived by then is read
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 self._accept()
@@ -52,7 +53,7 @@ class Reception:
             else:
                 _turn_away(channel, hello)
         for channel, until in list(self._waiting.items()):
-            if time.monotonic() > until:
+            if now > until:
                 self._selector.unregister(channel)
                 del self._waiting[channel]
                 _turn_away(channel, "it said nothing")

@@ -18,7 +18,7 @@ from ..cache.run import CacheRun
 from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint
 from .deadlines import SILENCE_SECONDS, StepTimes
-from .errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
+from .errors import BatchTooLargeError, OutOfMemoryError
 from .group_config import ModelConfig
 from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
 from .out_of_memory import advice
@@ -79,6 +79,8 @@ class RemoteModel:
         self.reset_timings()
         self.last_run: CacheRun | None = None
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._stale: set[str] = set()
+        """Names that are not used any more, or never were, whose tensors some rank may still have."""
         self._guesses = True
         """Until one is wrong: then conditioning of this kind would be again."""
         self._step_times = StepTimes()
@@ -115,6 +117,7 @@ class RemoteModel:
         conditioning: Conditioning,
         check: Check = lambda: None,
         cache: tuple[CacheRun, Evaluation] | None = None,
+        divisible: bool = False,
     ) -> Tensor:
         """One evaluation of the transformer.
 
@@ -125,12 +128,14 @@ class RemoteModel:
             check: called every 50 ms; may raise to give the step up. The group stays usable.
             cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
                 `end_run` when the run is over.
+            divisible: whether the caller would rather evaluate parts of the batch than more than there is room for.
 
         Returns:
             The prediction, of the latent's shape, in the model's dtype, on the CPU.
 
         Raises:
             ValueError: tensors or options that the family does not know.
+            BatchTooLargeError: there is no room for a ``divisible`` batch. Nothing was computed.
             WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
         """
         family = self.source.family
@@ -151,7 +156,7 @@ class RemoteModel:
 
             def request(names: Sequence[str]) -> Predict:
                 options = dict(conditioning.options)
-                return Predict(self.group.next_id(), self.name, names[0], list(names[1:]), options, plan)
+                return Predict(self.group.next_id(), self.name, names[0], list(names[1:]), options, plan, divisible)
 
             names, guesses = self._names(given, check)
             wrong: list[str] = []
@@ -167,6 +172,8 @@ class RemoteModel:
                 names, _ = self._names(given, check)
                 began = time.perf_counter()
                 answers, results = self._use("transformer", request(names), tensors, check, limit)
+            if "too_large" in answers[0].data:
+                raise BatchTooLargeError(answers[0].data["too_large"])
             decision = None if cache is None else Decision(**answers[0].data)
             seconds = max(answer.seconds for answer in answers)
             self.seconds["workers"].append(seconds)
@@ -189,13 +196,33 @@ class RemoteModel:
             self.group.post(EndRun(self.group.next_id(), self.name, run.id))
 
     def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
-        """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`."""
+        """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`.
+
+        Raises:
+            ValueError: the latent is not of this model's kind.
+            OutOfMemoryError, RequestFailedError: the first rank failed, and is as good as before.
+            WorkersFailedError: the group is gone.
+        """
+        family = self.source.family
+        if latent.ndim not in (4, 5) or latent.shape[1] != family.latent_channels or not latent.numel():
+            raise ValueError(
+                f"the latent has shape {list(latent.shape)}; the VAE of {family.title} decodes latents of "
+                f"{family.latent_channels} channels, [B, {family.latent_channels}, H, W]"
+            )
         with self._timed("decode", check):
             request = DecodeLatent(self.group.next_id(), self.name)
             return self._use("vae", request, {"latent": latent}, check)[1]["image"]
 
     def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
-        """Latent (fp32) from an image in -1..1."""
+        """Latent (fp32) from an image in -1..1; shapes and errors as of `decode`."""
+        family = self.source.family
+        multiple = family.latent_downscale
+        wrong_size = not image.numel() or any(length % multiple for length in image.shape[-2:])
+        if image.ndim not in (4, 5) or image.shape[1] != 3 or wrong_size:
+            raise ValueError(
+                f"the image has shape {list(image.shape)}; the VAE of {family.title} encodes images of 3 channels, "
+                f"[B, 3, H, W], whose height and width are multiples of {multiple} pixels, {multiple} at least"
+            )
         with self.group.held(check):
             request = EncodeImage(self.group.next_id(), self.name)
             return self._use("vae", request, {"image": image}, check)[1]["latent"]
@@ -278,14 +305,13 @@ class RemoteModel:
         number = self.group.next_id()
         name = f"t{number}"
         spare = [kept for kept in self._kept if kept not in in_use]
-        forget = spare[:1] if len(self._kept) >= KEPT_TENSORS else []
-        for old in forget:
+        for old in spare[:1] if len(self._kept) >= KEPT_TENSORS else []:
             del self._kept[old]
-        # Known from when it is sent: where check() gives up the wait for the answer, the workers have it all the same.
+            self._stale.add(old)
+        forget = sorted(self._stale)
+        # Known once all ranks have said that they have it: where check() gives up the wait, one may have failed.
+        self._stale.add(name)
+        self.group.call(Keep(number, self.name, forget), {name: tensor}, check)
+        self._stale.difference_update(forget, [name])
         self._kept[name] = tensor.clone()
-        try:
-            self.group.call(Keep(number, self.name, forget), {name: tensor}, check)
-        except (ValueError, WorkersFailedError, RequestFailedError):
-            self._kept.pop(name, None)
-            raise
         return name

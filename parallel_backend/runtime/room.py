@@ -49,7 +49,7 @@ class Room:
         """Bytes available on the fullest device. Collective."""
         return -self._most(-self.available())
 
-    def make(self, weights: int, workspace: int, what: str, parts: Sequence[tuple[Part, bool]]) -> None:
+    def make(self, weights: int, workspace: int, what: str, parts: Sequence[tuple[Part, bool]]) -> int:
         """Have parts leave until there is room. Collective.
 
         Args:
@@ -58,6 +58,9 @@ class Room:
             what: is going to be there, for messages.
             parts: what may leave, the first one first, and whether nobody needs it any more.
 
+        Returns:
+            Bytes that the fullest device lacks of the workspace, with all parts gone; 0 where there is room.
+
         Raises:
             ValueError: there is no room for the weights even with all parts gone, by how much, and what to do.
         """
@@ -65,7 +68,7 @@ class Room:
             if part.place is not Place.DEVICE:
                 continue
             if self._most(weights + workspace - self.available()) <= 0:
-                return
+                return 0
             self.leave(part, f"to make room for {what}", for_good=orphan)
         missing = self._most(weights - self.available())
         if missing > 0:
@@ -74,6 +77,7 @@ class Room:
                 f"{what} needs {needed / GIB:.1f} GiB on each device, {missing / GIB:.1f} GiB more than can be made "
                 "free on the fullest one; take a larger TP degree or more devices, or end other programs on them"
             )
+        return max(0, self._most(weights + workspace - self.available()))
 
     def leave(self, part: Part, why: str, for_good: bool = False) -> None:
         """Free a part's memory on the device: it moves to host memory, or is read again later. Collective.

@@ -27,6 +27,7 @@ from ..config import ParallelismConfig, Speed
 from ..families import VisionImage
 from .channel import Channel, ChannelClosedError
 from .engine import Engine
+from .errors import BatchTooLargeError
 from .messages import (
     DecodeLatent,
     Done,
@@ -123,6 +124,7 @@ def serve(channel: Channel | Relay, engine: Engine) -> None:
         started = time.perf_counter()
         request_id = getattr(request, "id", -1)
         failed: Failed | None = None
+        engine.alone = False
         try:
             data, answer = perform(engine, request, tensors)
         except ChannelClosedError:
@@ -130,7 +132,7 @@ def serve(channel: Channel | Relay, engine: Engine) -> None:
         except Exception as error:
             failed = _failure(request_id, engine, error)
         if failed is not None:
-            engine.recover()
+            engine.recover(failed.alone)
             channel.send(failed)
             continue
         done = Done(request_id, engine.rank, time.perf_counter() - started, data)
@@ -176,16 +178,20 @@ def perform(
             engine.keep(request.model, tensors, request.forget)
             return {}, {}
         case Predict():
-            prediction, decision = engine.predict(
-                request.model,
-                tensors["x"],
-                tensors["timestep"],
-                request.context,
-                request.references,
-                {name: tensor for name, tensor in tensors.items() if name not in ("x", "timestep")},
-                request.options,
-                request.cache,
-            )
+            try:
+                prediction, decision = engine.predict(
+                    request.model,
+                    tensors["x"],
+                    tensors["timestep"],
+                    request.context,
+                    request.references,
+                    {name: tensor for name, tensor in tensors.items() if name not in ("x", "timestep")},
+                    request.options,
+                    request.cache,
+                    request.divisible,
+                )
+            except BatchTooLargeError as error:
+                return {"too_large": str(error)}, {}
             return {} if decision is None else asdict(decision), {"prediction": prediction}
         case EndRun():
             engine.end_run(request.model, request.run)
@@ -208,7 +214,9 @@ def _failure(request_id: int, engine: Engine, error: Exception) -> Failed:
     bad_input = isinstance(error, ValueError)
     described = str(error) if bad_input else f"{type(error).__name__}: {error}"
     collectives = engine.collectives_begun()
-    return Failed(request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives)
+    return Failed(
+        request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives, engine.alone
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 
 from parallel_backend import ParallelismConfig
 from tests.distributed import room_cases
+from tests.tiny_pipeline import make_tiny_pipeline
 
 LAYOUT = ParallelismConfig(ulysses_size=2, tp_size=2)
 
@@ -23,3 +24,28 @@ def test_what_fits_on_all_but_one_is_refused_on_all(world):
     errors = {error for _, error, _ in world.run(room_cases.make_room, LAYOUT, 36, 2)}
     assert len(errors) == 1
     assert "the next part needs" in errors.pop()
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_an_error_of_one_rank_is_raised_on_all(world, failing):
+    """Or the others would wait for it, and the group would have to end."""
+    found = world.run(room_cases.fail_alone, LAYOUT, failing, MemoryError("none left"))
+    others = ("RuntimeError", f"rank {failing} failed: MemoryError: none left")
+    assert found == [("MemoryError", "none left") if rank == failing else others for rank in range(4)]
+    assert world.run(room_cases.fail_alone, LAYOUT, failing, ValueError("bad")) == [("ValueError", "bad")] * 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "component"),
+    [(LAYOUT, "vae"), (ParallelismConfig(tp_size=2), "transformer")],
+    ids=["what one rank alone loads", "what each rank loads a part of"],
+)
+def test_a_rank_without_memory_for_its_part(world, tmp_path, layout, component):
+    pipeline = str(make_tiny_pipeline(tmp_path / "tiny"))
+    first, *others = world.run(room_cases.load_without_memory, layout, pipeline, component)
+    assert first == ("MemoryError", "file")
+    assert set(others) == {("RuntimeError", "file")}
+
+
+def test_a_rank_without_memory_for_what_it_is_shown(world):
+    assert world.run(room_cases.see_without_memory, LAYOUT) == ["MemoryError", *["RuntimeError"] * 3]

@@ -22,6 +22,8 @@ FOLDER = "HYBRID_DIT_TEST_FAULTS"
 ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.worker"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
+ALONE = {"vae_decode": ("VAEPart", "decode"), "vae_encode": ("VAEPart", "encode")}
+"""Moments within work that rank 0 does alone, and the class and method that do it."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
 EXCHANGES = ("spread_heads", "gather_heads", "shift", "all_reduce")
 """Those of `parallel_backend.parallel.exchange`, within blocks."""
@@ -42,7 +44,8 @@ class Order:
     Args:
         rank: who carries it out.
         moment: `START` (before the rank connects or has a log of its own), `RENDEZVOUS` (it has, and meets the others),
-            one of `METHODS`, `COLLECTIVE`, or `BETWEEN` (it has evaluated the transformer and waits for what is next).
+            one of `METHODS` or `ALONE`, `COLLECTIVE`, or `BETWEEN` (it has evaluated the transformer and waits for what
+            is next).
         kind: one of `KINDS`.
         nth: at which occurrence of the moment, counted from when the order is there.
         seconds: how long ``sleep`` takes.
@@ -159,6 +162,9 @@ class _Loader(importlib.abc.Loader):
 
         for name in METHODS:
             setattr(module.Engine, name, self._announced(getattr(module.Engine, name), name))
+        for moment, (part, name) in ALONE.items():
+            of = getattr(module, part)
+            setattr(of, name, self._announced(getattr(of, name), moment))
         for name in COLLECTIVES:
             setattr(dist, name, self._announced(getattr(dist, name), COLLECTIVE))
         for name in EXCHANGES:

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.comfyui.conftest import EXAMPLE_IMAGE
 from tests.comfyui.graphs import run_well, unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.server import ComfyServer
+from tests.errors import relative_error
 
 from .conftest import STEP_DEADLINE
 from .drawings import Drawing, Ended, node_of, other_drawing
@@ -143,6 +145,49 @@ def test_all_ranks_at_the_same_place(kind, server, orders, drawing, expected, be
     assert worker_ranks(server) == ranks
     assert not {"starting", "loading"} & {state.partition(":")[0] for _, state in again.texts}
     assert not holdings(server).more_than(before, slack=2)
+
+
+def test_out_of_memory_in_the_vae(server, orders, drawing, expected, before):
+    """Rank 0 alone is at work: ComfyUI goes on with tiles, as it does with a VAE of its own."""
+    other_drawing(server)
+    ranks = worker_ranks(server)
+    orders.give(Order(0, "vae_decode", "oom"))
+    result = run_well(server, drawing.graph)
+    assert orders.carried_out() is not None
+    assert "retrying with tiled VAE decoding" in server.log_text()
+    assert relative_error(drawing.drawn(server, result), expected) < 1e-2  # tiles have seams
+    assert worker_ranks(server) == ranks
+    assert not holdings(server).more_than(before, slack=2)
+
+
+@pytest.mark.parametrize("moment", ["vae_encode", "vae_decode"])
+def test_work_of_rank_0_alone_fails(moment, server, orders, drawing, expected, before):
+    """An error on the node, and nothing is loaded again."""
+    other_drawing(server)
+    ranks = worker_ranks(server)
+    orders.give(Order(0, moment, "raise"))
+    image = Drawing(TEXT, seed=5, image=EXAMPLE_IMAGE)
+    result = server.run(image.graph, timeout=90)
+    assert result.error is not None
+    text = result.error["exception_message"]
+    assert result.error["node_type"] == {"vae_encode": "VAEEncode", "vae_decode": "VAEDecode"}[moment]
+    assert re.search(WORDS["raise"][0].format(rank=0), text), text
+    assert "fresh group" not in text
+    assert torch.equal(drawing.run_well(server), expected)
+    assert worker_ranks(server) == ranks
+    assert not holdings(server).more_than(before, slack=2)
+
+
+def test_memory_that_cannot_be_given_back(server, orders, drawing, expected):
+    """ComfyUI's own thread asks for it when its queue is idle; it must not end by that."""
+    other_drawing(server)
+    orders.give(*(Order(rank, "offload", "raise") for rank in worker_ranks(server).values()))
+    server.post("/free", {"unload_models": True})
+    deadline = time.monotonic() + 20
+    while orders.carried_out() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert torch.equal(drawing.run_well(server), expected)
 
 
 def test_killed_between_two_prompts(server, drawing, expected):

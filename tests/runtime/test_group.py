@@ -311,6 +311,21 @@ class TestVAE:
         assert expected.shape == (1, 128, 3, 5)
         assert relative_error(either.encode(image), expected) <= TOLERANCE
 
+    @pytest.mark.parametrize(
+        ("work", "tensor", "message"),
+        [
+            ("decode", torch.zeros(1, 4, 8, 8), r"shape \[1, 4, 8, 8\]; the VAE of FLUX.2 decodes latents of 128"),
+            ("decode", torch.zeros(1, 128, 0, 8), r"shape \[1, 128, 0, 8\]"),
+            ("encode", torch.zeros(1, 4, 64, 64), r"shape \[1, 4, 64, 64\]; the VAE of FLUX.2 encodes images of 3 "),
+            ("encode", torch.zeros(1, 3, 8, 8), "multiples of 16 pixels, 16 at least"),
+            ("encode", torch.zeros(1, 3, 0, 0), "multiples of 16 pixels, 16 at least"),
+        ],
+    )
+    def test_what_it_does_not_take_is_refused(self, single, sent, work, tensor, message):
+        with pytest.raises(ValueError, match=message):
+            getattr(single, work)(tensor)
+        assert sent == []
+
 
 class TestConditioning:
     """Contexts and references travel once, and what was changed is not mistaken for what it was."""
@@ -439,8 +454,9 @@ class TestCancel:
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert relative_error(evaluate(group, **given), expected_prediction(untouched, **given)) <= TOLERANCE
-        # The workers have had it all along.
-        assert [type(message) for message in sent] == [Keep, Predict]
+        # Whether all workers have the first one is not known, so they forget it.
+        assert [type(message) for message in sent] == [Keep, Keep, Predict]
+        assert sent[1].forget == [f"t{sent[0].id}"]
 
 
 class TestBadInput:

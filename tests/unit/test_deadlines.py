@@ -122,6 +122,19 @@ class TestStopped:
             states[10] = "S" if second % 50 == 0 else "T"
             assert stopped.overdue({0: 10}) is None
 
+    def test_nobody_knows_how_long_while_nobody_looked(self, states):
+        now = [0.0]
+        stopped = Stopped(lambda: now[0], states.__getitem__)
+        states[10] = "T"
+        assert stopped.overdue({0: 10}) is None
+        now[0] = 500.0  # it may have gone on, and been stopped again, in between
+        assert stopped.overdue({0: 10}) is None
+        for second in range(501, 560):
+            now[0] = float(second)
+            assert stopped.overdue({0: 10}) is None
+        now[0] = 560.0
+        assert stopped.overdue({0: 10}) == ({0}, LEAST_SECONDS)
+
     def test_it_can_be_turned_off(self, states, monkeypatch):
         monkeypatch.setenv(VARIABLE, "0")
         now = [0.0]

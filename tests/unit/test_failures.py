@@ -9,8 +9,8 @@ from parallel_backend.runtime.messages import Failed
 GIB = 2**30
 
 
-def failed(rank, *, bad_input=False, memory=None, collectives=7):
-    return Failed(1, rank, f"error {rank}", bad_input, f"traceback {rank}", memory, collectives)
+def failed(rank, *, bad_input=False, memory=None, collectives=7, alone=False):
+    return Failed(1, rank, f"error {rank}", bad_input, f"traceback {rank}", memory, collectives, alone)
 
 
 def log_of(rank):
@@ -31,6 +31,8 @@ def test_bad_input_that_all_ranks_refuse():
         ([failed(0), failed(1, collectives=8)], 2, False),
         ([failed(0, collectives=None), failed(1, collectives=None)], 2, False),  # nobody knows
         ([failed(0, collectives=None)], 1, True),
+        ([failed(0, collectives=None, alone=True)], 2, True),
+        ([failed(0, alone=True), failed(1)], 3, False),
     ],
 )
 def test_the_group_survives_what_all_ranks_fail_at_the_same_place(failures, ranks, usable):

@@ -8,8 +8,10 @@ import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.mesh import SINGLE
 from parallel_backend.runtime.engine import Engine
+from parallel_backend.runtime.errors import BatchTooLargeError
 from parallel_backend.runtime.parts import Part, Place
 from parallel_backend.runtime.room import Room
+from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 
 MIB = 2**20
@@ -64,12 +66,13 @@ def load(engine: Engine, path: str, orphans=()) -> str:
     return name
 
 
-def predict(engine: Engine, name: str) -> torch.Tensor:
+def predict(engine: Engine, name: str, batch: int = 1, divisible: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(1, 5, 192, generator=generator)
-    engine.keep(name, {"context": context}, [])
-    x = torch.randn(1, 128, 2, 2, generator=generator)
-    return engine.predict(name, x, torch.tensor([0.5]), "context", [], {"guidance": torch.tensor([4.0])})[0]
+    engine.keep(name, {"context": context.expand(batch, -1, -1)}, [])
+    x = torch.randn(1, 128, 2, 2, generator=generator).expand(batch, -1, -1, -1)
+    guidance = {"guidance": torch.tensor([4.0]).expand(batch)}
+    return engine.predict(name, x, torch.full((batch,), 0.5), "context", [], guidance, divisible=divisible)[0]
 
 
 def places(engine: Engine) -> dict[str, str]:
@@ -132,6 +135,32 @@ def test_room_for_work_is_made_too_where_it_can_be(engine, device, files, notice
     device.size = part.nbytes + 1
     engine.unload("b")
     predict(engine, "a")
+
+
+def test_a_batch_that_can_be_divided_is_refused_where_it_does_not_fit(engine, device, files):
+    load(engine, files[0])
+    part = engine.models["a"].parts["transformer"]
+    whole = predict(engine, "a", batch=2)
+    device.size = part.nbytes + part.workspace(2 * (5 + 4)) - 1
+    engine.recover(alone=False)  # room is made anew
+    for _ in range(2):
+        with pytest.raises(BatchTooLargeError, match=r"a batch of 2 needs .* GiB beside the transformer of a"):
+            predict(engine, "a", batch=2, divisible=True)
+        assert relative_error(predict(engine, "a", divisible=True), whole[:1]) < 1e-6
+    assert torch.equal(predict(engine, "a", batch=2), whole)  # who cannot divide it has it tried
+    device.size += 1
+    assert torch.equal(predict(engine, "a", batch=2, divisible=True), whole)
+
+
+def test_what_fails_on_one_rank_alone_leaves_its_view_of_the_room_as_the_others_have_it(engine, files):
+    load(engine, files[0])
+    predict(engine, "a")
+    granted = engine._granted
+    with pytest.raises(ValueError, match="no model"):
+        engine.keep("z", {}, [])
+    assert engine.alone
+    engine.recover(engine.alone)
+    assert engine._granted == granted  # the others do not make room with it in the next step
 
 
 def test_what_cannot_fit_is_refused_and_the_others_stay(engine, device, files, notices):
