@@ -26,6 +26,8 @@ _users_lock = threading.Lock()
 _released: queue.SimpleQueue[ModelConfig] = queue.SimpleQueue()
 """Models that somebody refers to no longer, which `_users` does not know yet. A finalizer may run in the middle of
 anything, also of what holds a lock, and this is what it can safely do."""
+_wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+"""Something for each of them, for the housekeeper to wait for."""
 _housekeeper: threading.Thread | None = None
 CPU_GROUPS = 2
 """Groups on the CPU that may live side by side; the least recently used goes first."""
@@ -90,29 +92,24 @@ def remove_user(config: ModelConfig) -> None:
     was asked back is freed for good.
     """
     _released.put(config)
+    _wake.put(None)
 
 
 def _is_used(config: ModelConfig) -> bool:
     """Whether anybody refers to a model."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            _count_out(_released.get_nowait())
     with _users_lock:
+        while not _released.empty():  # only who has the lock takes anything
+            released = _released.get()
+            _users[released] -= 1
+            if _users[released] <= 0:
+                del _users[released]
         return _users[config] > 0
 
 
-def _count_out(config: ModelConfig) -> None:
-    with _users_lock:
-        _users[config] -= 1
-        if _users[config] <= 0:
-            del _users[config]
-
-
 def _keep_house() -> None:
-    """Count out who refers to models no longer, and free those that nobody does and whose memory was asked back."""
+    """Free models that nobody refers to any more, and whose memory was asked back."""
     while True:
-        config = _released.get()
-        _count_out(config)
+        _wake.get()
         try:
             for unused in [other for group in list(_groups.values()) for other in list(group.models)]:
                 _unload_unused(unused)
@@ -146,8 +143,9 @@ def close_groups() -> int:
 def _forget_groups() -> None:
     # A forked child has neither the parent's ranks nor the right to end them, nor to keep them alive. It has none of
     # its threads, either, of which one may have held a lock.
-    global _groups_lock, _users_lock, _released
-    _groups_lock, _users_lock, _released = threading.RLock(), threading.Lock(), queue.SimpleQueue()
+    global _groups_lock, _users_lock, _released, _wake
+    _groups_lock, _users_lock = threading.RLock(), threading.Lock()
+    _released, _wake = queue.SimpleQueue(), queue.SimpleQueue()
     for group in _groups.values():
         group.forget()
     _groups.clear()

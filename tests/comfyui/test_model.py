@@ -16,10 +16,14 @@ from .graphs import (
     Graph,
     NodeId,
     add_latent,
+    add_loader,
     add_prompt,
     add_reference,
     add_sampler,
     latents_of_both,
+    run_well,
+    save_latent,
+    saved_latent,
 )
 from .server import ComfyServer
 
@@ -191,3 +195,21 @@ def test_images_of_a_batch_differ(latents):
     first, second, third = latents("batch")[0].split(1)
     assert relative_error(first, second) > DIFFERENT
     assert relative_error(second, third) > DIFFERENT
+
+
+def test_conditionings_that_do_not_fit_together_are_evaluated_one_by_one(server):
+    """Two pictures with two prompts of one length: what ComfyUI puts into one call."""
+    latents = []
+    for little in (False, True):
+        graph = Graph()
+        loader = add_loader(graph)
+        model = graph.add("ReferenceLittleRoom", model=(loader, 0)) if little else (loader, 0)
+        options = {
+            "cfg": 2.0,
+            "negative": add_prompt(graph, loader, "blurry"),
+            "latent_image": add_latent(graph, batch_size=2),
+        }
+        latent = save_latent(graph, add_sampler(graph, loader, model=model, **options))
+        latents.append(saved_latent(server, run_well(server, graph), latent))
+    assert "a batch of 4 is too large; its 2 conditionings are evaluated one after the other" in server.log_text()
+    assert relative_error(latents[1], latents[0]) <= TOLERANCE

@@ -7,7 +7,9 @@ there. Of Qwen-Image all three are ComfyUI's own. All compute in float32.
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -366,6 +368,34 @@ class ReferenceEncodeWithImage:
         return (clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[image])),)
 
 
+class ReferenceLittleRoom:
+    """A parallel MODEL whose workers have room for one conditioning at a time."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def apply(self, model: Any) -> tuple[Any]:
+        changed = model.clone()
+        changed.model = copy.copy(model.model)
+        changed.model._modules = dict(model.model._modules)
+        changed.model.diffusion_model = copy.copy(model.model.diffusion_model)
+        handle = model.model.diffusion_model.handle
+        errors = sys.modules[type(handle.get()).__module__.replace("remote_model", "errors")]
+
+        def predict(*args: Any, divisible: bool, **options: Any) -> torch.Tensor:
+            if divisible:
+                raise errors.BatchTooLargeError(f"a batch of {len(args[0])} is too large")
+            return handle.get().predict(*args, **options)
+
+        changed.model.diffusion_model.handle = SimpleNamespace(get=lambda: SimpleNamespace(predict=predict))
+        return (changed,)
+
+
 class ReferenceSaveConditioning:
     """Writes a conditioning to the output folder as it is, for the tests to compare."""
 
@@ -395,6 +425,7 @@ _NODES = (
     ReferenceEncodeWithImage,
     ReferenceMethod,
     ReferenceFloatMask,
+    ReferenceLittleRoom,
     ReferenceSaveConditioning,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
