@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,11 +118,14 @@ def resident_kib(pid: int) -> int:
     return 0
 
 
-def slope(values: list[float]) -> float:
-    """How much values grow from one to the next, by least squares over their second half."""
-    half = values[len(values) // 2 :]
-    if len(half) < 2:
+def growth(values: Sequence[float]) -> float:
+    """How much values grow from one to the next, whatever comes and goes in between.
+
+    The least of the last third is compared with the least of the first third: what allocators keep for a while only
+    adds to what is really held, and the least of several has the least of it.
+    """
+    third = len(values) // 3
+    if not third:
         return 0.0
-    middle, mean = (len(half) - 1) / 2, sum(half) / len(half)
-    spread = sum((index - middle) ** 2 for index in range(len(half)))
-    return sum((index - middle) * (value - mean) for index, value in enumerate(half)) / spread
+    first, last = values[:third], values[-third:]
+    return (min(last) - min(first)) / (len(values) - third)

@@ -21,7 +21,7 @@ from tests.comfyui.server import ComfyServer
 from .conftest import STEP_DEADLINE
 from .drawings import Drawing, Ended
 from .injection import Order, Orders
-from .leaks import holdings, resident_kib, slope
+from .leaks import growth, holdings, resident_kib
 from .test_cancel import Canceller
 from .test_death import FAIL_SECONDS
 
@@ -58,7 +58,7 @@ FAULTS = tuple(
 
 @dataclass
 class Findings:
-    """What came of it: seconds, and KiB of memory (the server's by prompt, the workers' by quiet round)."""
+    """What came of it: seconds, and KiB of memory after each quiet round."""
 
     prompts: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -73,12 +73,10 @@ class Findings:
     """Prompts of a quiet round."""
 
     def report(self) -> dict[str, Any]:
-        """As JSON has it, with the slopes of the memory in the place of its figures."""
+        """As JSON has it, with the growth of the memory beside its figures."""
         figures = asdict(self)
-        for name, prompts in (("server_kib", 1), ("worker_kib", self.round)):
-            values = figures.pop(name)
-            figures[f"{name}_a_prompt"] = round(slope(values) / prompts, 1)
-            figures[name] = values[:: max(len(values) // 10, 1)]
+        for name in ("server_kib", "worker_kib"):
+            figures[f"{name}_a_prompt"] = round(growth(figures[name]) / self.round, 1)
         return figures | {"faults": dict(self.faults), "injected": self.faults.total()}
 
 
@@ -123,8 +121,8 @@ def soak(server: ComfyServer, orders: Orders, prompts: int, rounds: int, variant
             _say(number, index, f"drawn in {seconds:.1f} s")
         findings.prompts += 1
         assert server.process is not None
-        findings.server_kib.append(resident_kib(server.process.pid))
         if number >= prompts and index == stay[-1]:
+            findings.server_kib.append(resident_kib(server.process.pid))
             ranks, earlier = set(worker_ranks(server)), ranks
             if earlier and ranks != earlier:
                 findings.wrong.append(f"prompt {number}: ranks {earlier - ranks} were replaced, and nothing was wrong")
