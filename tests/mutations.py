@@ -1,0 +1,257 @@
+"""Small faults, one at a time, in a copy of the checkout: the tests of ``make test`` have to find each of them.
+
+    python tests/mutations.py             all of them; the name of the test that found it, and the seconds
+    python tests/mutations.py NAME ...    these
+
+By hand, as it takes a while: every fault is looked for by the tests that are named with it, until the first one fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SECONDS = 900
+"""How long the tests of one fault may take."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Args:
+        name: what is wrong.
+        file: where.
+        old, new: what stands there once, and what is put in its place.
+        tests: folders or files that have to find it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "a wrong shard boundary",
+        "parallel_backend/parallel/tensor.py",
+        "ranges.append((start + index * step, start + (index + 1) * step))",
+        "ranges.append((start + index * step - (index > 0), start + (index + 1) * step - (index > 0)))",
+        "tests/distributed/test_parity.py",
+    ),
+    Mutation(
+        "the sequence is cut one token off",
+        "parallel_backend/parallel/sequence.py",
+        "return full.narrow(dim, sum(sizes[: self.mesh.cp.rank]), sizes[self.mesh.cp.rank])",
+        "first = max(0, sum(sizes[: self.mesh.cp.rank]) - 1)\n"
+        "        return full.narrow(dim, first, sizes[self.mesh.cp.rank])",
+        "tests/distributed/test_parity.py",
+    ),
+    Mutation(
+        "swapped streams",
+        "parallel_backend/families/flux2_blocks.py",
+        "        image,\n        text,\n        image_tables,\n        text_tables,\n",
+        "        image,\n        text,\n        text_tables,\n        image_tables,\n",
+        "tests/distributed/test_parity.py",
+    ),
+    Mutation(
+        "a missed all-reduce",
+        "parallel_backend/parallel/exchange.py",
+        'return InFlight(_functional.all_reduce_(x, "sum", axis.name), x)',
+        'return InFlight(_functional.all_reduce_(x.clone(), "sum", axis.name), x)._replace(tensor=x)',
+        "tests/distributed/test_parity.py",
+    ),
+    Mutation(
+        "a ring that merges without weights",
+        "parallel_backend/parallel/ring.py",
+        "out, lse = merge(out, lse, part, part_lse, query.dtype if last else torch.float32)",
+        "out, lse = merge(out, lse, part, lse, query.dtype if last else torch.float32)",
+        "tests/distributed/test_parity.py",
+    ),
+    Mutation(
+        "keys that a mask hides are seen",
+        "parallel_backend/parallel/ring.py",
+        "one, keys[i : i + 1, tokens], values[i : i + 1, tokens]",
+        "one, keys[i : i + 1], values[i : i + 1]",
+        "tests/distributed/test_qwen_image.py",
+    ),
+    Mutation(
+        "a stale context",
+        "parallel_backend/runtime/remote_model.py",
+        "    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):\n        return False\n",
+        "    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape)\n",
+        "tests/runtime/test_group.py",
+    ),
+    Mutation(
+        "an answer to another request",
+        "parallel_backend/runtime/client.py",
+        "if message.id == request_id:",
+        "if message.id <= request_id:",
+        "tests/runtime/test_group.py",
+    ),
+    Mutation(
+        "a leaked descriptor",
+        "parallel_backend/runtime/parcel.py",
+        "    finally:\n        if descriptor is not None:\n            os.close(descriptor)\n",
+        "    finally:\n        pass\n",
+        "tests/unit/test_channel.py",
+    ),
+    Mutation(
+        "a dropped error",
+        "parallel_backend/runtime/client.py",
+        "failures = [answer for answer in answers.values() if isinstance(answer, Failed)]",
+        "failures = [answer for answer in answers.values() if isinstance(answer, Failed) and not answer.bad_input]",
+        "tests/runtime/test_group.py",
+    ),
+    Mutation(
+        "an ignored argument",
+        "nodes/comfy_model.py",
+        "left = [name for name, value in given.items() if value is not None]",
+        "left: list[str] = []",
+        "tests/comfyui/test_errors.py",
+    ),
+    Mutation(
+        "an ignored number format",
+        "parallel_backend/runtime/worker.py",
+        "getattr(torch, request.dtype),",
+        "torch.float32,",
+        "tests/comfyui/test_load_clip.py",
+    ),
+    Mutation(
+        "a wrong scale",
+        "parallel_backend/loading/weight_loader.py",
+        "factor = torch.tensor(scale, dtype=torch.float64).to(self.dtype).item()  # rounded first, as ComfyUI does",
+        "factor = None",
+        "tests/unit",
+    ),
+    Mutation(
+        "a wrong node input",
+        "nodes/layout.py",
+        "degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)",
+        "degrees = ParallelismConfig(ulysses_size=ring, ring_size=ulysses, tp_size=tp)",
+        "tests/comfyui",
+    ),
+    Mutation(
+        "a cache that each rank decides about alone",
+        "parallel_backend/cache/block_cache.py",
+        "            dist.all_reduce(both, group=self.axis.group)\n",
+        "            pass\n",
+        "tests/distributed/test_cache.py",
+    ),
+    Mutation(
+        "a warmup that ends a step early",
+        "parallel_backend/cache/decision.py",
+        "if step < self.warmup and",
+        "if step < self.warmup - 1 and",
+        "tests/unit/test_cache.py",
+    ),
+    Mutation(
+        "a part that left is taken to be there",
+        "parallel_backend/runtime/parts.py",
+        "        self.module = self.host = self._built = None\n        self.place = Place.FILE\n",
+        "        self.host = self._built = None\n",
+        "tests/unit/test_room.py",
+    ),
+    Mutation(
+        "a rank that hangs is never told of",
+        "parallel_backend/runtime/deadlines.py",
+        "        return max(least, TIMES_MEDIAN * statistics.median(self._seconds[shape]))",
+        "        return None",
+        "tests/unit/test_deadlines.py",
+    ),
+    Mutation(
+        "the text encoder's layers are one off",
+        "parallel_backend/families/flux2.py",
+        'return tuple(config.get("text_encoder_out_layers", (10, 20, 30)))',
+        'return tuple(layer - 1 for layer in config.get("text_encoder_out_layers", (10, 20, 30)))',
+        "tests/runtime/test_group.py",
+    ),
+    Mutation(
+        "a latent's statistics are left out",
+        "parallel_backend/families/flux2.py",
+        "return vae.decode(Flux2Pipeline._unpatchify_latents(latent * std + mean), return_dict=False)[0]",
+        "return vae.decode(Flux2Pipeline._unpatchify_latents(latent), return_dict=False)[0]",
+        "tests/runtime/test_group.py",
+    ),
+    Mutation(
+        "logs that others can read",
+        "parallel_backend/runtime/rank_log.py",
+        "os.O_APPEND, 0o600)",
+        "os.O_APPEND, 0o644)",
+        "tests/unit",
+    ),
+    Mutation(
+        "workers that outlive their client",
+        "parallel_backend/runtime/worker.py",
+        "    poll.poll()\n    os._exit(0)\n",
+        "    poll.poll()\n",
+        "tests/runtime/test_group.py",
+    ),
+)
+
+
+def look_for(mutation: Mutation, copy: Path) -> str:
+    """The first test that finds a fault; empty where none does."""
+    file = copy / mutation.file
+    sound = file.read_text()
+    assert sound.count(mutation.old) == 1, f"{mutation.file} has {mutation.old!r} {sound.count(mutation.old)} times"
+    file.write_text(sound.replace(mutation.old, mutation.new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not thorough",
+        mutation.tests,
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"none within {SECONDS} s"
+    finally:
+        file.write_text(sound)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def main(names: list[str]) -> int:
+    """How many faults were not found."""
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder) / "checkout"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(copy)], cwd=CHECKOUT, check=True)
+        try:
+            for mutation in MUTATIONS:
+                if names and mutation.name not in names:
+                    continue
+                began = time.monotonic()
+                found = look_for(mutation, copy)
+                missed += not found
+                print(f"{time.monotonic() - began:4.0f} s  {mutation.name}: {found or 'NOT FOUND'}", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(copy)], cwd=CHECKOUT, check=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
