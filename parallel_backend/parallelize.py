@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -15,7 +16,7 @@ from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConf
 from .cache.pipeline_cache import PipelineCache
 from .config import AS_IT_IS, ParallelismConfig, Speed
 from .families import Family, Model, ModelAdapter, family_of_transformer
-from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
+from .mesh import SINGLE, Axis, ParallelMesh, axis_among, build_mesh
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
 from .parallel.sequence import Entrance, SequenceShards, shard_sequence
@@ -222,14 +223,8 @@ def text_axes(family: Family, config: Mapping[str, Any], mesh: ParallelMesh) -> 
     if degree == 1:
         return SINGLE, mesh.world
     assert mesh.world.group is not None
-    members = dist.get_process_group_ranks(mesh.world.group)
-    rank, copies = mesh.world.rank, ranks // degree
-    shards = [dist.new_group(members[first : first + degree]) for first in range(0, ranks, degree)]
-    replicas = [dist.new_group(members[first::degree]) for first in range(degree)]
-    return (
-        Axis(shards[rank // degree], degree, rank % degree),
-        Axis(replicas[rank % degree], copies, rank // degree),
-    )
+    members = torch.tensor(dist.get_process_group_ranks(mesh.world.group)).view(-1, degree)
+    return axis_among(members), axis_among(members.T)
 
 
 def _scheduled_steps(pipe_or_model: Any) -> int | None:

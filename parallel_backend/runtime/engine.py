@@ -23,7 +23,7 @@ from ..families import Conditioning, VisionImage
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.content import content_digest
 from ..memory import GIB
-from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
+from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, groups_in_use, raise_together
 from ..parallel import copies
 from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
 from .room import Room
@@ -251,8 +251,7 @@ class Engine:
         meshes = list(self._meshes.values())
         if self.device.type == "cuda" and any(mesh.ring.is_split and not mesh.ring.copies for mesh in meshes):
             return None  # NCCL does not count what is sent from rank to rank
-        axes = (axis for mesh in meshes for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
-        groups = {axis.group for axis in (self.room.axis, *axes) if axis.group is not None}
+        groups = groups_in_use()
         numbers = (group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
         return sum(numbers) + sum(copies.begun(group.group_name) for group in groups)
 
