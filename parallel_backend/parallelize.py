@@ -105,7 +105,7 @@ def enable_cache(
     if cache_config is not None:
         cache = BlockCache(transformer, family.block_stacks, axis)
         settings = CacheSettings(cache_config, calibrator_config)
-        setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _scheduled_steps(pipe_or_model)))
+        setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _schedule(pipe_or_model)))
     return pipe_or_model
 
 
@@ -227,10 +227,9 @@ def text_axes(family: Family, config: Mapping[str, Any], mesh: ParallelMesh) -> 
     return axis_among(members), axis_among(members.T)
 
 
-def _scheduled_steps(pipe_or_model: Any) -> int | None:
-    """Steps of the run that a pipeline's scheduler is set to; None where there is no scheduler."""
-    timesteps = getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
-    return None if timesteps is None else len(timesteps)
+def _schedule(pipe_or_model: Any) -> Any:
+    """The timesteps that a pipeline's scheduler is set to: each time others; None where there is no scheduler."""
+    return getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
 
 
 def _transformer(pipe_or_model: Any) -> Model:

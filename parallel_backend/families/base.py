@@ -32,10 +32,13 @@ class ModelAdapter:
     Args:
         transformer: the diffusion transformer.
         text_encoder: its text encoder, if that is to be sharded too.
+        scheduler: a diffusers scheduler, set to new timesteps for each picture: the cache tells pictures apart by it,
+            and how many steps they have. Without one a picture ends where the timestep rises again.
     """
 
     transformer: Model
     text_encoder: Model | None = None
+    scheduler: Any = None
 
 
 @dataclass(frozen=True)

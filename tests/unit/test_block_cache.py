@@ -6,10 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline
 from torch._dynamo.testing import CompileCounter
 
-from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig, disable_cache, enable_cache, summary
 from parallel_backend.cache.block_cache import MOST_STREAMS, BlockCache
 from parallel_backend.cache.decision import Evaluation
 from parallel_backend.mesh import SINGLE
@@ -222,68 +220,3 @@ def test_compiled_blocks_are_not_compiled_again():
         return counter.frame_count
 
     assert frames(cached=True) == frames(cached=False) > 0
-
-
-class TestPipeline:
-    """`enable_cache` and `summary` on diffusers' own pipeline."""
-
-    CONFIG = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1)
-
-    @pytest.fixture
-    def pipe(self, tiny_pipeline):
-        pipe = Flux2Pipeline.from_pretrained(tiny_pipeline)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def draw(self, pipe, steps=6):
-        return pipe(
-            prompt="a red circle", height=64, width=64, num_inference_steps=steps, output_type="pt",
-            generator=torch.Generator().manual_seed(1), text_encoder_out_layers=(1, 2, 4),
-        ).images  # fmt: skip
-
-    def test_each_picture_is_a_run(self, pipe):
-        plain = self.draw(pipe)
-        calibrator = TaylorSeerCalibratorConfig(1)
-        assert enable_cache(pipe, self.CONFIG, calibrator_config=calibrator) is pipe
-        first, report = self.draw(pipe), summary(pipe)
-        assert torch.equal(self.draw(pipe), first)
-        assert not torch.equal(first, plain)
-        assert report["cached"] + report["computed"] == report["steps"] == 6
-        assert report["cached"] > 0
-        assert [e["position"] for e in report["evaluations"]] == [0, 1, 2, 3, 4, 5]
-        assert disable_cache(pipe) is pipe
-        assert torch.equal(self.draw(pipe), plain)
-        assert "cache_context" not in vars(pipe.transformer)
-
-    def test_a_named_mask_gets_its_steps_from_the_scheduler(self, pipe):
-        config = DBCacheConfig(
-            Fn_compute_blocks=1, steps_computation_mask="ultra", steps_computation_policy="static", max_warmup_steps=0
-        )
-        enable_cache(pipe, config)
-        self.draw(pipe, steps=8)
-        assert [e["computed"] for e in summary(pipe)["evaluations"]] == [True, *[False] * 2, True, *[False] * 3, True]
-
-    def test_named_streams(self):
-        inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
-        enable_cache(transformer, self.CONFIG)
-        for step in range(4):
-            for name in ("cond", "uncond"):
-                with transformer.cache_context(name):
-                    transformer(**inputs_at(step, inputs))
-        report = summary(transformer)
-        assert report["streams"] == 2
-        assert [e["position"] for e in report["evaluations"]] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-    def test_refusals(self):
-        transformer = model()
-        with pytest.raises(ValueError, match="calibrator_config without cache_config"):
-            enable_cache(transformer, calibrator_config=TaylorSeerCalibratorConfig())
-        with pytest.raises(ValueError, match="has no cache"):
-            summary(transformer)
-        with pytest.raises(ValueError, match=r"has 6 blocks; their sum must be at most 5"):
-            enable_cache(transformer, DBCacheConfig())
-        enable_cache(transformer, self.CONFIG)
-        with pytest.raises(ValueError, match="not seen a run"):
-            summary(transformer)
-        with pytest.raises(ValueError, match="has a cache already"):
-            enable_cache(transformer, self.CONFIG)
