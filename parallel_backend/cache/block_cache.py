@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..mesh import Axis
 from ..parallel.elementwise import change
 from .config import CacheSettings, DBCacheConfig
-from .decision import Decision, Evaluation, StreamRules
+from .decision import NO_NUMBER, Decision, Evaluation, StreamRules
 from .taylorseer import Forecast
 
 Model = Any
@@ -212,6 +213,8 @@ class _Pass:
             residual, sums = change(image, self.before[-1], stream.residual if decision is None else None)
         if decision is None:
             decision = stream.rules.after_measuring(self._difference(sums))
+            if decision.reason == NO_NUMBER:
+                stream.forecast = Forecast(stream.forecast.order)  # or each forecast to come would be none, either
         stream.rules.note(decision)
         self.decision = decision
         if decision.computed:
@@ -221,7 +224,7 @@ class _Pass:
     def _difference(self, sums: Tensor) -> float:
         """Relative L1 difference from the residual that was last computed, over all ranks: sums in fp32, one host sync.
 
-        Sums, not means: a rank with more tokens counts for more.
+        Sums, not means: a rank with more tokens counts for more. Not a number where a residual of any rank is none.
 
         Args:
             sums: of this rank, as `change` gives them.
@@ -231,6 +234,8 @@ class _Pass:
         if self.axis.is_split:
             dist.all_reduce(both, group=self.axis.group)
         difference, norm = _to_host(both)
+        if not (math.isfinite(difference) and math.isfinite(norm)):
+            return math.nan
         return difference / norm if norm > 0 else float(difference > 0)
 
     def _leave_middle(self, outputs: Tokens) -> Tokens:

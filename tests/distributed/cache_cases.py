@@ -115,6 +115,24 @@ def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any)
         block_cache.change = measure
 
 
+def one_rank_broken(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any) -> list[bool]:
+    """The decisions of a run in which the first thing that the last rank measures is no number."""
+    measure, measured = block_cache.change, []
+
+    def spoil(after: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residual, sums = measure(after, *others)
+        if others[-1] is not None and mesh.world.rank == mesh.world.degree - 1:
+            measured.append(sums)
+            sums = sums * (float("nan") if len(measured) == 1 else 1)
+        return residual, sums
+
+    block_cache.change = spoil
+    try:
+        return sample(mesh, layout, *args).computed
+    finally:
+        block_cache.change = measure
+
+
 def library(mesh: ParallelMesh | None, layout: ParallelismConfig | None) -> tuple[torch.Tensor, list[bool]]:
     """`enable_cache` with a cache on all ranks of the world (or alone): the last output and the decisions."""
     model, inputs = tiny_transformer(num_single_layers=4), flux2_inputs(5, [(3, 5)], 1)

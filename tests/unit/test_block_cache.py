@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from parallel_backend.cache.block_cache import MOST_STREAMS, BlockCache
 from parallel_backend.cache.decision import Evaluation
+from parallel_backend.cache.run import CacheRun
 from parallel_backend.mesh import SINGLE
 from tests.distributed import cache_cases
 from tests.distributed.cache_cases import STEPS, THRESHOLD, settings
@@ -153,6 +154,21 @@ def test_without_a_plan_and_at_threshold_0_nothing_changes():
     cache.remove()
     assert transformer.transformer_blocks is originals
     assert torch.equal(transformer(**inputs_at(3, inputs)).sample, expected[3])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_is_no_number_is_computed_and_reported_until_it_is_one_again(order):
+    inputs, run = flux2_inputs(5, [(3, 5)], 1), CacheRun(settings(), steps=STEPS)
+    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    for step in range(STEPS):
+        evaluation = run.evaluation("", step)
+        cache.plan(settings(order, residual_diff_threshold=1), evaluation)
+        broken = {"hidden_states": inputs["hidden_states"] * (float("nan") if step == 4 else 1)}
+        out = cache.transformer(**{**inputs_at(step, inputs), **broken}).sample
+        assert bool(out.isfinite().all()) == (step != 4)
+        run.note(evaluation, cache.last, 0.0)
+    assert [e["reason"] for e in run.report()["evaluations"][3:7]] == ["threshold", *["not a number"] * 2, "threshold"]
+    assert [e["computed"] for e in run.report()["evaluations"][3:7]] == [False, True, True, False]
 
 
 def test_streams_runs_and_shapes_do_not_mix():
