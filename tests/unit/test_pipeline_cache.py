@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, QwenImageP
 from parallel_backend import (
     DBCacheConfig,
     ModelAdapter,
+    ParallelismConfig,
     TaylorSeerCalibratorConfig,
     disable_cache,
     enable_cache,
@@ -144,6 +146,40 @@ def test_named_streams():
     report = summary(transformer)
     assert report["streams"] == 2
     assert [e["position"] for e in report["evaluations"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("options", [{"cache_config": CONFIG}, {"parallelism_config": ParallelismConfig()}])
+def test_an_enabled_model_is_not_copied_or_pickled_but_saved_and_loaded(options, tmp_path):
+    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+    plain, attributes = copy.deepcopy(transformer), set(vars(transformer))
+    enable_cache(transformer, **options)
+    for copied in (
+        lambda: copy.deepcopy(transformer),
+        lambda: copy.deepcopy({"pipe": ModelAdapter(transformer)}),
+        lambda: copy.copy(transformer),
+        lambda: torch.save(transformer, tmp_path / "whole.pt"),
+    ):
+        with pytest.raises(ValueError, match=r"this Flux2Transformer2DModel cannot be copied.* call disable_cache on"):
+            copied()
+    # What is right as it is: weights are saved whole, and others are taken.
+    transformer.save_pretrained(tmp_path)
+    saved = type(transformer).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved.pop(name), tensor) for name, tensor in plain.state_dict().items())
+    assert not saved
+    other = {name: tensor * 0.9 for name, tensor in plain.state_dict().items()}
+    transformer.load_state_dict(other)
+    plain.load_state_dict(other)
+    transformer.double(), plain.double()
+    inputs = {name: value.double() for name, value in inputs.items()}
+    torch.testing.assert_close(transformer(**inputs).sample, plain(**inputs).sample)
+    # And what it was afterwards.
+    disable_cache(transformer)
+    assert set(vars(transformer)) == attributes
+    copied = copy.deepcopy(transformer)
+    for parameter in copied.parameters():
+        parameter.zero_()
+    assert torch.equal(transformer(**inputs).sample, plain(**inputs).sample)
+    assert not copied(**inputs).sample.any()
 
 
 def test_refusals():
