@@ -191,8 +191,8 @@ def parallelize_transformer(
 def _refuse_copies(module: Model, sharded: bool = False) -> None:
     """Have a module refuse what would go wrong with it unseen, on this instance.
 
-    Copies and pickles, whose blocks would compute with this module's weights; and saving a sharded one, which would write
-    this rank's shard as if it were the model.
+    Copies and pickles, whose blocks would compute with this module's weights; and saving a sharded one, which would
+    write this rank's shard as if it were the model.
     """
     kind = type(module).__name__
     whole = "load it again to have it whole" if sharded else "call disable_cache on it first"

@@ -29,9 +29,6 @@ Model = Any
 Tokens = tuple[Tensor, ...]
 """One tensor ``[B, S, C]`` for each stream of tokens."""
 
-MOST_STREAMS = 16
-"""Streams whose residuals are kept; the least recently used goes first. Runs that end free theirs before."""
-
 
 @dataclass(frozen=True)
 class BlockStack:
@@ -110,14 +107,24 @@ class BlockCache:
         if key not in self._streams:
             self._streams[key] = _Stream(StreamRules(settings.config, evaluation.steps), Forecast(settings.order))
         self._streams.move_to_end(key)
-        while len(self._streams) > MOST_STREAMS:
-            self._streams.popitem(last=False)
         self._planned = _Pass(self, settings.config, evaluation.position, self._streams[key])
 
     def forget(self, run: str) -> None:
         """Free what is kept of a run that has ended."""
         for key in [key for key in self._streams if key[0] == run]:
             del self._streams[key]
+
+    def keeps(self, evaluation: Evaluation) -> bool:
+        """Whether something is kept of a stream, or was planned to be."""
+        return (evaluation.run, evaluation.stream) in self._streams
+
+    def runs(self) -> list[str]:
+        """The runs of which something is kept, the least recently used first."""
+        return list(dict.fromkeys(run for run, _ in reversed(self._streams)))[::-1]
+
+    def growth_bytes(self) -> int:
+        """Memory that this rank's residuals will take beside `kept_bytes`, once all derivatives are there."""
+        return sum(stream.forecast.growth_bytes() for stream in self._streams.values())
 
     def kept_bytes(self) -> int:
         """Memory that this rank's residuals take."""

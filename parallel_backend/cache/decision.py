@@ -38,6 +38,9 @@ class Evaluation:
 NO_NUMBER = "not a number"
 """Reason of a step whose difference, or the one that it was measured from, was NaN or infinite."""
 
+NO_ROOM = "no room"
+"""Reason of a step that is computed since there is no memory to keep anything of its stream."""
+
 
 @dataclass(frozen=True)
 class Decision:
