@@ -103,7 +103,7 @@ def enable_cache(
             parallelize_text_encoder(module, family, mesh, name)
 
     if cache_config is not None:
-        cache = BlockCache(transformer, family.block_stacks, axis)
+        cache = BlockCache(transformer, family.block_stacks, axis, family.picture_tokens)
         settings = CacheSettings(cache_config, calibrator_config)
         setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _schedule(pipe_or_model)))
         _refuse_copies(transformer)

@@ -169,6 +169,13 @@ class Family(ABC):
         """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
 
     @abstractmethod
+    def picture_tokens(self, arguments: Mapping[str, Any]) -> int:
+        """How many image tokens of a forward of the transformer, with these arguments by name, are no reference's.
+
+        They come first. The arguments may be a rank's, as they are behind the `Entrance`.
+        """
+
+    @abstractmethod
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
 

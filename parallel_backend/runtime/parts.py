@@ -164,7 +164,9 @@ class TransformerPart(Part):
         self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
         module = settings.family.build_transformer(self.config)
         table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh, settings.speed)
-        self.cache = BlockCache(module, settings.family.block_stacks, settings.mesh.world)
+        self.cache = BlockCache(
+            module, settings.family.block_stacks, settings.mesh.world, settings.family.picture_tokens
+        )
         return module, table
 
     def to_host(self) -> None:

@@ -65,7 +65,7 @@ def sample(
         inputs = flux2_inputs(text, sizes, batch)
     if mesh is not None:
         parallelize_transformer(model, family, layout, mesh)
-    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world)
+    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world, family.picture_tokens)
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
     drift = new_drift(inputs)
     if shifted:
