@@ -15,6 +15,7 @@ from parallel_backend.mesh import SINGLE
 from tests.distributed import cache_cases
 from tests.distributed.cache_cases import STEPS, THRESHOLD, settings
 from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+from tests.distributed.qwen_cases import QWEN
 
 
 @pytest.fixture(autouse=True)
@@ -105,15 +106,16 @@ def test_cached_steps_are_what_the_algorithm_says(head, tail, order):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_difference_is_that_of_the_image_tokens_since_the_last_computed_step():
-    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+@pytest.mark.parametrize("references", [[], [(2, 4), (3, 3)]], ids=["alone", "with references"])
+def test_the_difference_is_that_of_the_pictures_tokens_since_the_last_computed_step(references):
+    inputs, transformer = flux2_inputs(5, [(3, 5), *references], 1), model()
     residuals: list[torch.Tensor] = []
 
     def note(module, args, kwargs, output):
-        residuals.append(output[1] - kwargs["hidden_states"])
+        residuals.append((output[1] - kwargs["hidden_states"])[:, : 3 * 5])
 
     handle = transformer.transformer_blocks[0].register_forward_hook(note, with_kwargs=True)
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE, FLUX2.picture_tokens)
     _, decisions = run_cached(cache, settings(), inputs)
     handle.remove()
     kept = None
@@ -124,6 +126,15 @@ def test_the_difference_is_that_of_the_image_tokens_since_the_last_computed_step
             assert decision.computed == (expected >= THRESHOLD)
         if decision.computed:
             kept = residual
+
+
+def test_which_tokens_are_the_pictures():
+    inputs = flux2_inputs(5, [(3, 5), (2, 4)], 2)
+    assert FLUX2.picture_tokens(inputs) == 15
+    assert FLUX2.picture_tokens({"img_ids": inputs["img_ids"][None, 17:]}) == 0  # of a rank with references alone
+    shapes = [(1, 3, 5), (1, 2, 4)]
+    assert QWEN.picture_tokens({"img_shapes": [shapes, shapes]}) == 15
+    assert QWEN.picture_tokens({"img_shapes": [shapes[0]]}) == 15
 
 
 def test_skipped_blocks_are_not_called_and_the_others_are():
