@@ -71,7 +71,7 @@ class BlockCache:
         axis: all ranks of the model, which decide as one. (The residual is spread over cp only; tp ranks hold copies
             of it, which may differ in the last bit on unlike GPUs, and so must not decide alone.)
         picture_tokens: how many of this rank's image tokens are the picture's and no reference's, from the arguments of
-            a forward as they are after they were cut; without it all are. References hardly change from step to step.
+            a forward as they are after they were cut; without it all are. References change less from step to step.
     """
 
     def __init__(
