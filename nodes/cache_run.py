@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -172,9 +171,5 @@ def warning_of(others: list[str]) -> str:
 
 
 def _plain(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation for the plot. JSON in browsers has no NaN, which a broken model may give."""
-    diff = evaluation["diff"]
-    return {
-        **{name: evaluation[name] for name in ("stream", "position", "computed", "reason")},
-        "diff": diff if diff is not None and math.isfinite(diff) else None,
-    }
+    """An evaluation for the plot."""
+    return {name: evaluation[name] for name in ("stream", "position", "computed", "reason", "diff")}

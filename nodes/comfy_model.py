@@ -134,7 +134,7 @@ class RemoteDiffusionModel(nn.Module):
             raise ValueError(
                 "a node changes the model's position encoding (rope_options), which is not supported; bypass it"
             )
-        if timestep.min() < 0 or timestep.max() > 1.001:
+        if not (timestep.min() >= 0 and timestep.max() <= 1.001):  # which NaN is not, either
             raise ValueError(
                 f"timesteps up to {timestep.max().item():g} arrived where sigmas from 0 to 1 are expected; a model "
                 "sampling node with a multiplier is in the way"

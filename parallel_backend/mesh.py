@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from .config import MESH_AXES, ParallelismConfig
+from .config import ParallelismConfig
 from .parallel.copies import obstacle
 
 
@@ -42,6 +42,54 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 SINGLE = Axis(group=None, degree=1, rank=0)
+
+
+@functools.lru_cache(1)
+def _groups_beside(world: dist.ProcessGroup) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """What `_group_of` has made beside this default group, by their ranks."""
+    return {tuple(range(world.size())): world}
+
+
+def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The process group of some ranks in rising order. Collective over the default group where it is new.
+
+    Each costs threads, descriptors and, with NCCL, memory of the GPU, and so is made once and kept for whatever layout
+    or model asks for it next.
+    """
+    assert dist.group.WORLD is not None
+    groups = _groups_beside(dist.group.WORLD)
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks))
+    return groups[ranks]
+
+
+def groups_in_use() -> list[dist.ProcessGroup]:
+    """Every process group that axes of this rank have been given, the default one included; none without it."""
+    if not dist.is_initialized():
+        return []
+    assert dist.group.WORLD is not None
+    rank = dist.get_rank()
+    return [group for ranks, group in _groups_beside(dist.group.WORLD).items() if rank in ranks]
+
+
+def axis_among(lines: torch.Tensor, copies: bool = False) -> Axis:
+    """The axis of this rank's line. Collective over the default group.
+
+    Args:
+        lines: ``[lines, degree]``, global ranks in rising order, each on one line at most.
+        copies: see `Axis`.
+
+    Returns:
+        `SINGLE` for a rank that is on none.
+    """
+    axis = SINGLE
+    for ranks in map(tuple, lines.tolist() if lines.shape[1] > 1 else ()):
+        group = _group_of(ranks)
+        if dist.get_rank() in ranks:
+            axis = Axis(group, len(ranks), ranks.index(dist.get_rank()), copies)
+    return axis
+
+
 ERROR_BYTES = 4000
 """Of an error's text that `raise_together` carries."""
 
@@ -104,27 +152,15 @@ class ParallelMesh:
         Returns:
             The mesh as this rank sees it, or None on a rank outside it.
         """
-        mesh = DeviceMesh(device_type, ranks, mesh_dim_names=MESH_AXES)
-        flat = DeviceMesh(device_type, ranks.flatten(0, 1), mesh_dim_names=("cp", "tp"))
-        whole = dist.group.WORLD if ranks.numel() == dist.get_world_size() else dist.new_group(ranks.flatten().tolist())
-        place = mesh.get_coordinate()
-        if place is None:
-            return None
-
-        def axis(mesh: DeviceMesh, name: str, rank: int) -> Axis:
-            degree = mesh[name].size()
-            return Axis(mesh.get_group(name), degree, rank, copies and name != "cp") if degree > 1 else SINGLE
-
-        ring, ulysses, tp = place
-        cp = ring * ranks.shape[1] + ulysses
-        return cls(
-            ring=axis(mesh, "ring", ring),
-            ulysses=axis(mesh, "ulysses", ulysses),
-            tp=axis(mesh, "tp", tp),
-            cp=axis(flat, "cp", cp),
-            world=Axis(whole, ranks.numel(), cp * ranks.shape[2] + tp) if ranks.numel() > 1 else SINGLE,
+        mesh = cls(
+            ring=axis_among(ranks.permute(1, 2, 0).flatten(0, 1), copies),
+            ulysses=axis_among(ranks.transpose(1, 2).flatten(0, 1), copies),
+            tp=axis_among(ranks.flatten(0, 1), copies),
+            cp=axis_among(ranks.flatten(0, 1).T),
+            world=axis_among(ranks.flatten()[None]),
             device_type=device_type,
         )
+        return mesh if (ranks == dist.get_rank()).any() else None
 
 
 def build_mesh(

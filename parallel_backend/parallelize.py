@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -15,7 +16,7 @@ from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConf
 from .cache.pipeline_cache import PipelineCache
 from .config import AS_IT_IS, ParallelismConfig, Speed
 from .families import Family, Model, ModelAdapter, family_of_transformer
-from .mesh import SINGLE, Axis, ParallelMesh, build_mesh
+from .mesh import SINGLE, Axis, ParallelMesh, axis_among, build_mesh
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
 from .parallel.sequence import Entrance, SequenceShards, shard_sequence
@@ -102,9 +103,10 @@ def enable_cache(
             parallelize_text_encoder(module, family, mesh, name)
 
     if cache_config is not None:
-        cache = BlockCache(transformer, family.block_stacks, axis)
+        cache = BlockCache(transformer, family.block_stacks, axis, family.picture_tokens)
         settings = CacheSettings(cache_config, calibrator_config)
-        setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _scheduled_steps(pipe_or_model)))
+        setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _schedule(pipe_or_model)))
+        _refuse_copies(transformer)
     return pipe_or_model
 
 
@@ -137,6 +139,7 @@ def disable_cache(pipe_or_model: Any) -> Any:
         delattr(transformer, _CACHE)
     state: ParallelState | None = getattr(transformer, _STATE, None)
     if state is None:
+        _allow_copies(transformer)
         return pipe_or_model
     if state.table:
         raise ValueError(
@@ -146,6 +149,7 @@ def disable_cache(pipe_or_model: Any) -> Any:
     for hook in state.hooks:
         hook.remove()
     delattr(transformer, _STATE)
+    _allow_copies(transformer)
     text_encoder = getattr(pipe_or_model, "text_encoder", None)
     if hasattr(text_encoder, _STATE):
         warnings.warn(
@@ -180,7 +184,34 @@ def parallelize_transformer(
     hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream, entrance)
     state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
+    _refuse_copies(transformer, sharded=bool(state.table))
     return state.table
+
+
+def _refuse_copies(module: Model, sharded: bool = False) -> None:
+    """Have a module refuse what would go wrong with it unseen, on this instance.
+
+    Copies and pickles, whose blocks would compute with this module's weights; and saving a sharded one, which would
+    write this rank's shard as if it were the model.
+    """
+    kind = type(module).__name__
+    whole = "load it again to have it whole" if sharded else "call disable_cache on it first"
+
+    def refuse_copy() -> NoReturn:
+        raise ValueError(f"this {kind} cannot be copied or pickled: enable_cache has tied it to its ranks; {whole}")
+
+    def refuse_saving(*_: Any, **__: Any) -> NoReturn:
+        raise ValueError(f"this {kind} cannot be saved: its weights are sharded, and no rank holds all; {whole}")
+
+    # What deepcopy, copy and pickle ask an object for first.
+    module.__getstate__ = refuse_copy
+    if sharded:
+        module.save_pretrained = module.push_to_hub = refuse_saving
+
+
+def _allow_copies(module: Model) -> None:
+    """Undo `_refuse_copies`, of a module that is not sharded."""
+    module.__dict__.pop("__getstate__", None)
 
 
 def forget_graphs(transformer: Model) -> None:
@@ -199,6 +230,8 @@ def parallelize_text_encoder(text_encoder: Model, family: Family, mesh: Parallel
     axis, _ = text_axes(family, config, mesh)
     shard_text_model(family.text_model(text_encoder), family, config, axis)
     setattr(text_encoder, _STATE, axis)
+    if axis.is_split:
+        _refuse_copies(text_encoder, sharded=True)
 
 
 def shard_text_model(text_model: Model, family: Family, config: Mapping[str, Any], axis: Axis) -> dict[str, ParamShard]:
@@ -222,20 +255,13 @@ def text_axes(family: Family, config: Mapping[str, Any], mesh: ParallelMesh) -> 
     if degree == 1:
         return SINGLE, mesh.world
     assert mesh.world.group is not None
-    members = dist.get_process_group_ranks(mesh.world.group)
-    rank, copies = mesh.world.rank, ranks // degree
-    shards = [dist.new_group(members[first : first + degree]) for first in range(0, ranks, degree)]
-    replicas = [dist.new_group(members[first::degree]) for first in range(degree)]
-    return (
-        Axis(shards[rank // degree], degree, rank % degree),
-        Axis(replicas[rank % degree], copies, rank // degree),
-    )
+    members = torch.tensor(dist.get_process_group_ranks(mesh.world.group)).view(-1, degree)
+    return axis_among(members), axis_among(members.T)
 
 
-def _scheduled_steps(pipe_or_model: Any) -> int | None:
-    """Steps of the run that a pipeline's scheduler is set to; None where there is no scheduler."""
-    timesteps = getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
-    return None if timesteps is None else len(timesteps)
+def _schedule(pipe_or_model: Any) -> Any:
+    """The timesteps that a pipeline's scheduler is set to: each time others; None where there is no scheduler."""
+    return getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
 
 
 def _transformer(pipe_or_model: Any) -> Model:

@@ -100,18 +100,20 @@ def draw(
     source.family.set_timesteps(scheduler, complete.steps, complete.width // multiple * (complete.height // multiple))
     run = None if cache is None else CacheRun(cache, steps=complete.steps)
     on_step(0, complete.steps)
-    for index, timestep in enumerate(scheduler.timesteps):
-        predictions = {}
-        for stream, conditioning in streams.items():
-            plan = None if run is None else (run, run.evaluation(stream, index))
-            predictions[stream] = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan).float()
-        prediction = predictions["cond"]
-        if complete.cfg is not None and "uncond" in predictions:
-            prediction = drawing.combine(prediction, predictions["uncond"], complete.cfg)
-        latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
-        on_step(index + 1, complete.steps)
-    if run is not None:
-        model.end_run(run)
+    try:
+        for index, timestep in enumerate(scheduler.timesteps):
+            predictions = {}
+            for stream, conditioning in streams.items():
+                plan = None if run is None else (run, run.evaluation(stream, index))
+                predictions[stream] = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan).float()
+            prediction = predictions["cond"]
+            if complete.cfg is not None and "uncond" in predictions:
+                prediction = drawing.combine(prediction, predictions["uncond"], complete.cfg)
+            latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
+            on_step(index + 1, complete.steps)
+    finally:
+        if run is not None:
+            model.end_run(run)
     return to_picture(model.decode(latent))
 
 

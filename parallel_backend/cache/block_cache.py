@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,12 @@ from torch import Tensor, nn
 from ..mesh import Axis
 from ..parallel.elementwise import change
 from .config import CacheSettings, DBCacheConfig
-from .decision import Decision, Evaluation, StreamRules
+from .decision import NO_NUMBER, Decision, Evaluation, StreamRules
 from .taylorseer import Forecast
 
 Model = Any
 Tokens = tuple[Tensor, ...]
 """One tensor ``[B, S, C]`` for each stream of tokens."""
-
-MOST_STREAMS = 16
-"""Streams whose residuals are kept; the least recently used goes first. Runs that end free theirs before."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class BlockStack:
     Args:
         attribute: the transformer's attribute that holds the list.
         streams: the blocks' arguments that carry tokens, in the order in which a block returns them. The image's tokens
-            come last, both here and where a later list carries all streams as one.
+            come last, both here and where a later list carries all streams as one; among them those of the picture come
+            before those of its references.
     """
 
     attribute: str
@@ -58,7 +57,8 @@ class _Stream:
     rules: StreamRules
     forecast: Forecast
     shapes: tuple[torch.Size, ...] = ()
-    residual: Tensor | None = None  # of the first blocks, image tokens only, when last computed
+    picture: int | None = None  # the picture's tokens; None before the first forward of these shapes
+    residual: Tensor | None = None  # of the first blocks, the picture's tokens only, when last computed
     norm: Tensor | None = None  # its L1 norm over all ranks' shards is the denominator
 
 
@@ -70,10 +70,20 @@ class BlockCache:
         stacks: those lists, in the order in which they run.
         axis: all ranks of the model, which decide as one. (The residual is spread over cp only; tp ranks hold copies
             of it, which may differ in the last bit on unlike GPUs, and so must not decide alone.)
+        picture_tokens: how many of this rank's image tokens are the picture's and no reference's, from the arguments of
+            a forward as they are after they were cut; without it all are. References change less from step to step.
     """
 
-    def __init__(self, transformer: Model, stacks: Sequence[BlockStack], axis: Axis) -> None:
+    def __init__(
+        self,
+        transformer: Model,
+        stacks: Sequence[BlockStack],
+        axis: Axis,
+        picture_tokens: Callable[[Mapping[str, Any]], int] | None = None,
+    ) -> None:
         self.transformer, self.stacks, self.axis = transformer, stacks, axis
+        self.picture_tokens = picture_tokens
+        self._signature = inspect.signature(type(transformer).forward)
         self.originals = {stack.attribute: getattr(transformer, stack.attribute) for stack in stacks}
         self.blocks = count_blocks(transformer, stacks)
         self.last: Decision | None = None
@@ -88,6 +98,7 @@ class BlockCache:
         self._hooks = [
             # First of all hooks: it looks at the arguments before the sequence is cut.
             transformer.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
             transformer.register_forward_hook(self._end, always_call=True),
         ]
 
@@ -109,14 +120,24 @@ class BlockCache:
         if key not in self._streams:
             self._streams[key] = _Stream(StreamRules(settings.config, evaluation.steps), Forecast(settings.order))
         self._streams.move_to_end(key)
-        while len(self._streams) > MOST_STREAMS:
-            self._streams.popitem(last=False)
         self._planned = _Pass(self, settings.config, evaluation.position, self._streams[key])
 
     def forget(self, run: str) -> None:
         """Free what is kept of a run that has ended."""
         for key in [key for key in self._streams if key[0] == run]:
             del self._streams[key]
+
+    def keeps(self, evaluation: Evaluation) -> bool:
+        """Whether something is kept of a stream, or was planned to be."""
+        return (evaluation.run, evaluation.stream) in self._streams
+
+    def runs(self) -> list[str]:
+        """The runs of which something is kept, the least recently used first."""
+        return list(dict.fromkeys(run for run, _ in reversed(self._streams)))[::-1]
+
+    def growth_bytes(self) -> int:
+        """Memory that this rank's residuals will take beside `kept_bytes`, once all derivatives are there."""
+        return sum(stream.forecast.growth_bytes() for stream in self._streams.values())
 
     def kept_bytes(self) -> int:
         """Memory that this rank's residuals take."""
@@ -137,8 +158,14 @@ class BlockCache:
         shapes = tuple(value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if shapes != stream.shapes:
             # Another resolution, batch or prompt length: nothing that is kept fits.
-            stream.shapes, stream.residual = shapes, None
+            stream.shapes, stream.picture, stream.residual = shapes, None, None
             stream.forecast = Forecast(stream.forecast.order)
+
+    def _enter(self, transformer: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The sequence has been cut, if it is. Once a run and conditioning, as the count may wait for the device."""
+        if self.current is not None and self.current.stream.picture is None and self.picture_tokens is not None:
+            arguments = self._signature.bind(transformer, *args, **kwargs).arguments
+            self.current.stream.picture = self.picture_tokens(arguments)
 
     def _end(self, *_: Any) -> None:
         if self.current is not None:
@@ -207,11 +234,14 @@ class _Pass:
         if len(outputs) < len(self.before):
             # All streams run as one by now, the image's tokens last.
             image = image[:, image.shape[1] - self.before[-1].shape[1] :]
+        image, before = image[:, : stream.picture], self.before[-1][:, : stream.picture]
         decision = stream.rules.before_measuring(self.position, stream.residual is not None)
         if decision is None or decision.computed:
-            residual, sums = change(image, self.before[-1], stream.residual if decision is None else None)
+            residual, sums = change(image, before, stream.residual if decision is None else None)
         if decision is None:
             decision = stream.rules.after_measuring(self._difference(sums))
+            if decision.reason == NO_NUMBER:
+                stream.forecast = Forecast(stream.forecast.order)  # or each forecast to come would be none, either
         stream.rules.note(decision)
         self.decision = decision
         if decision.computed:
@@ -221,7 +251,8 @@ class _Pass:
     def _difference(self, sums: Tensor) -> float:
         """Relative L1 difference from the residual that was last computed, over all ranks: sums in fp32, one host sync.
 
-        Sums, not means: a rank with more tokens counts for more.
+        Sums, not means: a rank with more tokens counts for more. Not a number where a residual of any rank is none, or
+        where all are 0, of which no share can be told.
 
         Args:
             sums: of this rank, as `change` gives them.
@@ -231,7 +262,7 @@ class _Pass:
         if self.axis.is_split:
             dist.all_reduce(both, group=self.axis.group)
         difference, norm = _to_host(both)
-        return difference / norm if norm > 0 else float(difference > 0)
+        return difference / norm if 0 < norm < math.inf else math.nan
 
     def _leave_middle(self, outputs: Tokens) -> Tokens:
         """At the end of the middle blocks: keep what they added, or add a forecast of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -64,6 +65,8 @@ class DBCacheConfig:
         for name, least in _LEAST.items():
             _check_int(f"DBCacheConfig.{name}", getattr(self, name), least)
         _check_number("DBCacheConfig.residual_diff_threshold", self.residual_diff_threshold, 0, 1)
+        if self.max_accumulated_residual_diff_threshold == math.inf:
+            object.__setattr__(self, "max_accumulated_residual_diff_threshold", None)  # JSON has no infinity
         if self.max_accumulated_residual_diff_threshold is not None:
             name = "max_accumulated_residual_diff_threshold"
             _check_number(f"DBCacheConfig.{name}", self.max_accumulated_residual_diff_threshold, 0, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .config import DBCacheConfig
@@ -19,6 +20,9 @@ class Evaluation:
         position: how far the run is, in steps. Whole numbers for samplers that evaluate once a step; samplers that
             evaluate between or twice have fractions or repeat a position.
         steps: of the run; None if unknown.
+
+    Raises:
+        ValueError: a position that is no finite number.
     """
 
     run: str
@@ -26,10 +30,21 @@ class Evaluation:
     position: float
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.position):
+            raise ValueError(f"an evaluation is at step {self.position} of a run; its sigma or timestep is no number")
+
+
+NO_NUMBER = "not a number"
+"""Reason of a step whose difference, or the one that it was measured from, was NaN or infinite."""
+
+NO_ROOM = "no room"
+"""Reason of a step that is computed since there is no memory to keep anything of its stream."""
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one evaluation. ``diff`` is None where no residuals had to be compared."""
+    """What was decided for one evaluation. ``diff`` is None where no residuals had to be compared, or had no number."""
 
     computed: bool
     diff: float | None
@@ -80,7 +95,9 @@ class StreamRules:
         return None
 
     def after_measuring(self, diff: float) -> Decision:
-        """Compare a measured difference with the threshold."""
+        """Compare a measured difference with the threshold. One that is no finite number says that all has changed."""
+        if not math.isfinite(diff):
+            return Decision(True, None, NO_NUMBER)
         self.accumulated += diff
         threshold = self.config.residual_diff_threshold
         # At 1 every step passes, as in cache-dit, even one whose residual has changed by more than itself.

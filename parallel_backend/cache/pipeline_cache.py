@@ -16,19 +16,23 @@ from .run import CacheRun
 
 
 class PipelineCache:
-    """Plans each forward of a transformer. A run begins where the timestep of a stream rises again.
+    """Plans each forward of a transformer.
+
+    A run begins where the scheduler has been set to new timesteps, as each call of a pipeline does, and where the
+    timestep of a stream rises again, which is all that there is to see without a scheduler.
 
     Streams are what the pipeline calls its `cache_context`, such as "cond" and "uncond"; pipelines without have one.
 
     Args:
         cache: of the transformer.
         settings: for all runs.
-        steps: tells the number of steps of the run that begins, or None.
+        schedule: tells the timesteps that the scheduler is set to now, or None.
     """
 
-    def __init__(self, cache: BlockCache, settings: CacheSettings, steps: Callable[[], int | None]) -> None:
-        self.cache, self.settings, self.steps = cache, settings, steps
+    def __init__(self, cache: BlockCache, settings: CacheSettings, schedule: Callable[[], Any]) -> None:
+        self.cache, self.settings, self.schedule = cache, settings, schedule
         self.run: CacheRun | None = None
+        self._scheduled: Any = None  # kept, so that no other tensor is taken for it
         self.stream = ""
         self._timesteps: dict[str, list[float]] = {}
         self._began: Any = None
@@ -62,11 +66,14 @@ class PipelineCache:
         arguments = self._signature.bind(transformer, *args, **kwargs).arguments
         timestep = float(arguments["timestep"].flatten()[0])
         seen = self._timesteps.setdefault(self.stream, [])
+        schedule = self.schedule()
         # Samplers go down; one that evaluates twice at a level never does so at the first.
-        if self.run is None or (seen and (timestep > seen[-1] or timestep == seen[0])):
+        again = seen and (timestep > seen[-1] or timestep == seen[0])
+        if self.run is None or schedule is not self._scheduled or again:
             if self.run is not None:
                 self.cache.forget(self.run.id)
-            self.run = CacheRun(self.settings, steps=self.steps())
+            self._scheduled = schedule
+            self.run = CacheRun(self.settings, steps=None if schedule is None else len(schedule))
             self._timesteps = {self.stream: (seen := [])}
         seen.append(timestep)
         self._evaluation = self.run.evaluation(self.stream, float(len(seen) - 1))

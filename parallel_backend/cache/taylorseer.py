@@ -32,6 +32,11 @@ class Forecast:
                 new.append(tuple((a - b) / window for a, b in zip(new[level], previous, strict=True)))
         self.derivatives, self.position = new, position
 
+    def growth_bytes(self) -> int:
+        """Memory that the derivatives will take which are not there yet."""
+        first = self.derivatives[0] if self.derivatives else ()
+        return (self.order + 1 - len(self.derivatives)) * sum(values.nbytes for values in first)
+
     def at(self, position: float) -> tuple[Tensor, ...]:
         """The residual of each token stream at ``position``, forecast from the last `update`."""
         elapsed = position - self.position

@@ -32,10 +32,13 @@ class ModelAdapter:
     Args:
         transformer: the diffusion transformer.
         text_encoder: its text encoder, if that is to be sharded too.
+        scheduler: a diffusers scheduler, set to new timesteps for each picture: the cache tells pictures apart by it,
+            and how many steps they have. Without one a picture ends where the timestep rises again.
     """
 
     transformer: Model
     text_encoder: Model | None = None
+    scheduler: Any = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,13 @@ class Family(ABC):
     @abstractmethod
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
+
+    @abstractmethod
+    def picture_tokens(self, arguments: Mapping[str, Any]) -> int:
+        """How many image tokens of a forward of the transformer, with these arguments by name, are no reference's.
+
+        They come first. The arguments may be a rank's, as they are behind the `Entrance`.
+        """
 
     @abstractmethod
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:

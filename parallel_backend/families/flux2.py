@@ -143,6 +143,10 @@ class Flux2(Family):
             "txt_ids": _text_ids(context.shape[1], x.device),
         }
 
+    def picture_tokens(self, arguments: Mapping[str, Any]) -> int:
+        times = arguments["img_ids"][..., 0]  # 0 for the picture alone
+        return int((times == 0).sum(-1).flatten()[0])
+
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         return output[:, : height * width].transpose(1, 2).unflatten(2, (height, width))

@@ -17,7 +17,7 @@ from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
 from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
-from . import qwen_image_blocks, qwen_image_text
+from . import qwen_image_blocks, qwen_image_positions, qwen_image_text
 from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .file_shapes import count_blocks, shape_of
@@ -162,6 +162,9 @@ class QwenImage(Family):
                 options.get("positions", "comfyui"),
             ),
         }
+
+    def picture_tokens(self, arguments: Mapping[str, Any]) -> int:
+        return qwen_image_positions.picture_tokens(arguments["img_shapes"])
 
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         batch, _, frames, height, width = x.shape

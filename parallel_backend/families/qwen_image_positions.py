@@ -81,6 +81,12 @@ class LatentImages:
         return placed_by_comfyui(self.shapes, self.method or ("index_timestep_zero" if references_at_zero else "index"))
 
 
+def picture_tokens(shapes: Any) -> int:
+    """Tokens of the picture, from ``img_shapes`` as diffusers has it: images of each sample, or one image for all."""
+    first = shapes[0] if isinstance(shapes, list) else shapes
+    return prod(first[0] if isinstance(first, list) else first)
+
+
 def placed_by_diffusers(shapes: Sequence[tuple[int, int, int]], references_at_zero: bool) -> Placement:
     """The placement of images of (frames, rows, columns), as `QwenEmbedRope` has it."""
     grids = tuple(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from pathlib import Path
 
+from .checkpoint import Checkpoint, open_checkpoint
 from .pipeline_folder import files_of_folder
 
 SAMPLES = 16
@@ -25,3 +27,22 @@ def content_digest(path: Path) -> str:
                 content.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def open_same_checkpoint(path: Path, content: str) -> Checkpoint:
+    """A checkpoint, with the content that it has on the first host, if there are others.
+
+    Raises:
+        ValueError: it is not there, not whole, or another one; the text names the host.
+    """
+    if not content:
+        return open_checkpoint(path)
+    try:
+        source = open_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(
+            f"on the host {socket.gethostname()}: {error}; checkpoints must be at the same path on all hosts"
+        ) from None
+    if content_digest(source.path) != content:
+        raise ValueError(f"on the host {socket.gethostname()}, {path} is another checkpoint than on the first host")
+    return source

@@ -16,21 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..cache.block_cache import BlockCache
 from ..cache.config import CacheSettings
-from ..cache.decision import Decision, Evaluation
+from ..cache.decision import NO_ROOM, Decision, Evaluation
 from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..families import Conditioning, VisionImage
-from ..loading.checkpoint import Checkpoint, open_checkpoint
-from ..loading.content import content_digest
+from ..loading.checkpoint import Checkpoint
+from ..loading.content import open_same_checkpoint
 from ..memory import GIB
-from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, raise_together
+from ..mesh import SINGLE, Axis, ParallelMesh, build_mesh, groups_in_use, raise_together
 from ..parallel import copies
+from .byte_counter import ByteCounter, OnProgress
 from .errors import BatchTooLargeError
 from .parts import PARTS, ModelSettings, Part, Place, TextEncoderPart, TransformerPart, VAEPart, VisionPart
 from .room import Room
-
-OnProgress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
 
 LOADING_BYTES = GIB
 """Device memory that loading takes beside the weights."""
@@ -79,6 +78,8 @@ class Engine:
         self._granted: tuple[Part | None, int, int] = (None, 0, 0)
         self.alone = False
         """Whether what this rank is doing concerns no other: none waits for it, nothing changes that all have alike."""
+        self._told_of = ""
+        """The last run for whose residuals there was no room."""
 
     @torch.no_grad()
     def load(
@@ -118,7 +119,7 @@ class Engine:
         if name in self.models:
             return
         model = self._build(path, layout, dtype, fp8, encoder_memory, content, speed)
-        count = _Counter(sum(p.nbytes for p in model.parts.values() if not p.on_demand), on_progress)
+        count = ByteCounter(sum(p.nbytes for p in model.parts.values() if not p.on_demand), on_progress)
         self.models[name] = model
         try:
             for component, part in model.parts.items():
@@ -148,7 +149,7 @@ class Engine:
         mesh = self._meshes[key]
         source: Checkpoint | ValueError
         try:
-            source = _open(Path(path), content)
+            source = open_same_checkpoint(Path(path), content)
         except ValueError as error:
             source = error
         raise_together(source if isinstance(source, ValueError) else None, self.room.axis)
@@ -245,27 +246,32 @@ class Engine:
             ),
         )
         tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in family.sequence_inputs)
-        lacking = self._bring(name, part, tokens, divisible)
+        evaluation = None if cache is None else Evaluation(**cache["evaluation"])
+        lacking = self._bring(name, part, tokens, "" if evaluation is None else evaluation.run, divisible)
         if lacking and divisible:
             raise BatchTooLargeError(
                 f"a batch of {len(x)} needs {part.workspace(tokens) / GIB:.2f} GiB beside the {part.label}, "
                 f"{lacking / GIB:.2f} GiB more than can be made free on the fullest device"
             )
-        if cache is not None:
-            part.cache.plan(CacheSettings.from_dict(cache["settings"]), Evaluation(**cache["evaluation"]))
+        decision = None
+        if cache is not None and evaluation is not None:
+            settings = CacheSettings.from_dict(cache["settings"])
+            if self._can_keep(part, settings.order, evaluation, tokens):
+                part.cache.plan(settings, evaluation)
+            else:
+                decision = Decision(True, None, NO_ROOM)
         prediction = family.evaluate(part.module, inputs, x)
         if self.device.type == "cuda":
             # It is sent next, which waits for it anyway; here the wait counts among the worker's own seconds.
             torch.cuda.synchronize(self.device)
-        return prediction, part.cache.last
+        return prediction, decision or part.cache.last
 
     def collectives_begun(self) -> int | None:
         """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""
         meshes = list(self._meshes.values())
         if self.device.type == "cuda" and any(mesh.ring.is_split and not mesh.ring.copies for mesh in meshes):
             return None  # NCCL does not count what is sent from rank to rank
-        axes = (axis for mesh in meshes for axis in (mesh.ulysses, mesh.ring, mesh.tp, mesh.cp))
-        groups = {axis.group for axis in (self.room.axis, *axes) if axis.group is not None}
+        groups = groups_in_use()
         numbers = (group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
         return sum(numbers) + sum(copies.begun(group.group_name) for group in groups)
 
@@ -339,8 +345,28 @@ class Engine:
             raise ValueError(f"{path} has no {component.replace('_', ' ')}")
         return part
 
-    def _bring(self, name: str, part: Part, size: int, divisible: bool = False) -> int:
-        """Have a part on the device, with room for work of a size (tokens or pixels). Collective.
+    def _can_keep(self, part: TransformerPart, order: int, evaluation: Evaluation, tokens: int) -> bool:
+        """Whether there is room for what the cache keeps of a conditioning. Collective where that is a new one.
+
+        Those that came first keep theirs: if they made way, each would find its own gone a step later.
+        """
+        if part.cache.keeps(evaluation):
+            return True
+        needed = part.residual_bytes(tokens, order)
+        beside = part.workspace(tokens) + part.cache.growth_bytes()
+        self._make_room(part, 0, needed + beside, evaluation.run, needs_step=False)
+        if self.room.has(needed + beside):
+            return True
+        if self._told_of != evaluation.run:
+            self.room.notify(
+                f"no room for the block cache to keep {needed / GIB:.1f} GiB a rank for one more conditioning of this "
+                "run beside those that it has: those that are too many are computed in full in each step"
+            )
+        self._told_of = evaluation.run
+        return False
+
+    def _bring(self, name: str, part: Part, size: int, run: str = "", divisible: bool = False) -> int:
+        """Have a part on the device, with room for work of a size (tokens or pixels) in a run. Collective.
 
         Nothing is to be done for the part that was used last, unless the work is larger, or ``divisible`` and there was
         too little room last time.
@@ -353,11 +379,11 @@ class Engine:
         self._used.move_to_end((name, part.name))
         if part is latest and part.place is Place.DEVICE and size <= granted and not (missing and divisible):
             return missing
-        missing = self._make_room(part, 0 if part.place is Place.DEVICE else part.nbytes, part.workspace(size))
+        missing = self._make_room(part, 0 if part.place is Place.DEVICE else part.nbytes, part.workspace(size), run)
         if part.place is Place.HOST:
             part.to_device()
         elif part.place is Place.FILE:
-            part.load(_Counter(part.nbytes, self.on_progress).add)
+            part.load(ByteCounter(part.nbytes, self.on_progress).add)
         self._granted = (part, size, missing)
         return missing
 
@@ -369,43 +395,23 @@ class Engine:
         self._granted = (None, 0, 0)
         self.alone = True
 
-    def _make_room(self, part: Part, weights: int, workspace: int) -> int:
-        """Have other parts leave, orphans first, then the least recently used; see `Room.make`. Collective."""
+    def _make_room(self, part: Part, weights: int, workspace: int, run: str = "", needs_step: bool = True) -> int:
+        """Have what caches keep of other runs leave, then parts: orphans, then the least recently used. Collective.
+
+        What is returned and raised is `Room.make`'s. Transformers leave only if a step needs the room; two that take
+        turns would else push each other out.
+        """
+        for cache, other in self._runs_beside(run):
+            if self.room.has(weights + workspace):
+                break
+            cache.forget(other)
         others = [(other, self.models[name].orphan) for (name, _), other in self._used.items() if other is not part]
+        others = [pair for pair in others if needs_step or pair[1] or not isinstance(pair[0], TransformerPart)]
         others.sort(key=lambda pair: not pair[1])
         return self.room.make(weights, workspace, f"the {part.label}", others)
 
-
-def _open(path: Path, content: str) -> Checkpoint:
-    """A checkpoint, with the content that it has on the first host, if there are others.
-
-    Raises:
-        ValueError: it is not there, not whole, or another one; the text names the host.
-    """
-    if not content:
-        return open_checkpoint(path)
-    try:
-        source = open_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(
-            f"on the host {socket.gethostname()}: {error}; checkpoints must be at the same path on all hosts"
-        ) from None
-    if content_digest(source.path) != content:
-        raise ValueError(f"on the host {socket.gethostname()}, {path} is another checkpoint than on the first host")
-    return source
-
-
-class _Counter:
-    """Counts the bytes of a model as they arrive, and tells of it now and then."""
-
-    def __init__(self, total: int, on_progress: OnProgress) -> None:
-        self.total, self.on_progress, self.done = max(1, total), on_progress, 0
-
-    def add(self, new: int) -> None:
-        step = max(1, self.total // 50)
-        self.done += new
-        if (self.done - new) // step != self.done // step:
-            self.on_progress(self.done, self.total)
-
-    def finish(self) -> None:
-        self.on_progress(self.total, self.total)
+    def _runs_beside(self, run: str) -> list[tuple[BlockCache, str]]:
+        """All runs but one of which caches keep something, those of the least recently used model first."""
+        parts = [part for part in self._used.values() if isinstance(part, TransformerPart)]
+        caches = [part.cache for part in parts if part.place is not Place.FILE]
+        return [(cache, other) for cache in caches for other in cache.runs() if other != run]

@@ -169,11 +169,15 @@ class TransformerPart(Part):
         self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
         module = settings.family.build_transformer(self.config)
         table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh, settings.speed)
-        self.cache = BlockCache(module, settings.family.block_stacks, settings.mesh.world)
+        self.cache = BlockCache(
+            module, settings.family.block_stacks, settings.mesh.world, settings.family.picture_tokens
+        )
         return module, table
 
     def to_host(self) -> None:
         forget_graphs(self.module)  # which know where the weights were
+        for run in self.cache.runs():
+            self.cache.forget(run)
         super().to_host()
 
     def drop(self) -> None:
@@ -186,6 +190,15 @@ class TransformerPart(Part):
         return transformer_activation_bytes(
             settings.family, self.config, settings.layout, tokens, settings.dtype.itemsize
         )
+
+    def residual_bytes(self, tokens: int, order: int) -> int:
+        """At most the bytes that this rank's cache needs for a conditioning of so many tokens, with TaylorSeer's order.
+
+        The first blocks' residual, the derivatives, and the new ones while the old are still there.
+        """
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        local = -(-tokens // self.settings.layout.cp_size)
+        return (1 + 2 * (order + 1)) * local * width * self.settings.dtype.itemsize
 
 
 class TextEncoderPart(Part):

@@ -28,8 +28,9 @@ from .report import make_report
 if TYPE_CHECKING:
     from .client import WorkerGroup
 
-KEPT_TENSORS = 16
-"""Conditioning tensors (contexts, references) that stay with the workers; the least recently used goes first."""
+KEPT_TENSORS, KEPT_BYTES, KEPT_ANYWAY = 64, 2**29, 16
+"""Conditioning tensors (contexts, references) that stay with the workers, the least recently used goes first: so many,
+of so many bytes, or of more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
 GUESSED_BYTES = 2**20
 """Conditioning of so many bytes in host memory is compared in full only while the workers compute."""
 SAMPLED = 4099
@@ -305,7 +306,8 @@ class RemoteModel:
         number = self.group.next_id()
         name = f"t{number}"
         spare = [kept for kept in self._kept if kept not in in_use]
-        for old in spare[:1] if len(self._kept) >= KEPT_TENSORS else []:
+        while spare and self._keeps_enough(tensor.nbytes):
+            old = spare.pop(0)
             del self._kept[old]
             self._stale.add(old)
         forget = sorted(self._stale)
@@ -315,3 +317,8 @@ class RemoteModel:
         self._stale.difference_update(forget, [name])
         self._kept[name] = tensor.clone()
         return name
+
+    def _keeps_enough(self, new: int) -> bool:
+        """Whether something is to make room for a tensor of so many bytes."""
+        size = new + sum(kept.nbytes for kept in self._kept.values())
+        return len(self._kept) >= (KEPT_TENSORS if size <= KEPT_BYTES else min(KEPT_ANYWAY, KEPT_TENSORS))

@@ -49,6 +49,10 @@ class Room:
         """Bytes available on the fullest device. Collective."""
         return -self._most(-self.available())
 
+    def has(self, size: int) -> bool:
+        """Whether every rank has so many of its own bytes available. Collective."""
+        return self._most(size - self.available()) <= 0
+
     def make(self, weights: int, workspace: int, what: str, parts: Sequence[tuple[Part, bool]]) -> int:
         """Have parts leave until there is room. Collective.
 
@@ -67,7 +71,7 @@ class Room:
         for part, orphan in parts:
             if part.place is not Place.DEVICE:
                 continue
-            if self._most(weights + workspace - self.available()) <= 0:
+            if self.has(weights + workspace):
                 return 0
             self.leave(part, f"to make room for {what}", for_good=orphan)
         missing = self._most(weights - self.available())

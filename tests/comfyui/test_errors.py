@@ -251,6 +251,15 @@ def test_timesteps_of_another_kind_are_refused(server):
     assert "model sampling" in text
 
 
+def test_timesteps_that_are_no_numbers_are_refused(server):
+    graph = Graph()
+    loader = add_loader(graph)
+    model = graph.add(
+        "ModelSamplingFlux", model=(loader, 0), max_shift=float("nan"), base_shift=0.5, width=128, height=128
+    )
+    assert "timesteps up to nan arrived" in failure(server, graph, sampled(graph, loader, model=model))
+
+
 def test_report_on_a_stock_model(server):
     graph = Graph()
     model = graph.add("ReferencePipelineLoader", pipeline="tiny")

@@ -65,7 +65,7 @@ def sample(
         inputs = flux2_inputs(text, sizes, batch)
     if mesh is not None:
         parallelize_transformer(model, family, layout, mesh)
-    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world)
+    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world, family.picture_tokens)
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
     drift = new_drift(inputs)
     if shifted:
@@ -111,6 +111,24 @@ def local_differences(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any)
     block_cache.change = note
     try:
         return sample(mesh, layout, *args).computed, own
+    finally:
+        block_cache.change = measure
+
+
+def one_rank_broken(mesh: ParallelMesh, layout: ParallelismConfig, *args: Any) -> list[bool]:
+    """The decisions of a run in which the first thing that the last rank measures is no number."""
+    measure, measured = block_cache.change, []
+
+    def spoil(after: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residual, sums = measure(after, *others)
+        if others[-1] is not None and mesh.world.rank == mesh.world.degree - 1:
+            measured.append(sums)
+            sums = sums * (float("nan") if len(measured) == 1 else 1)
+        return residual, sums
+
+    block_cache.change = spoil
+    try:
+        return sample(mesh, layout, *args).computed
     finally:
         block_cache.change = measure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,6 +139,29 @@ def disable_after_tp(mesh: ParallelMesh, layout: ParallelismConfig) -> tuple[str
     except ValueError as error:
         message = str(error)
     return message, relative_error(model(**inputs).sample, expected)
+
+
+def saved_after_tp(mesh: ParallelMesh, layout: ParallelismConfig, folder: str, target: str) -> list[str]:
+    """What is said to attempts to save or copy sharded models: nothing of them may be written."""
+    pipe = fresh_pipeline(folder)
+    enable_cache(pipe, parallelism_config=_with_extra(layout, "names", pipe))
+    said = []
+    assert "push_to_hub" in vars(pipe.transformer), "it would ask a server first"
+    for attempt in (
+        lambda: pipe.transformer.save_pretrained(target),
+        lambda: pipe.text_encoder.save_pretrained(target),
+        lambda: pipe.transformer.push_to_hub("nobody/nothing"),
+        lambda: pipe.save_pretrained(target),
+        lambda: copy.deepcopy(pipe.transformer),
+        lambda: copy.deepcopy(pipe.text_encoder),
+    ):
+        try:
+            attempt()
+            said.append("nothing was refused")
+        except ValueError as error:
+            said.append(str(error))
+    assert {file.parent.name for file in Path(target).rglob("*.safetensors")} <= {"vae"}  # which is whole
+    return said
 
 
 def _refusal(*args: Any, **kwargs: Any) -> str:

@@ -84,6 +84,13 @@ def test_ranks_whose_own_differences_disagree_decide_alike(world):
     assert any((a < 0.12) != (b < 0.12) for a, b in zip(own_first, own_second, strict=True))
 
 
+def test_what_is_no_number_on_one_rank_is_computed_on_all(world):
+    # At threshold 1 each measured step is cached; the one after the broken one is compared with it, and computed too.
+    run = (4, [(4, 8)], 1, cases.settings(0, residual_diff_threshold=1))
+    for computed in world.run(cases.one_rank_broken, REFERENCE_TABLE["Ring-2"], *run):
+        assert computed == [True] * 4 + [False] * 8
+
+
 def test_the_library_on_eight_ranks(world):
     with torch.no_grad():
         expected, decisions = cases.library(None, None)

@@ -86,6 +86,13 @@ def test_disable_cache_refuses_where_weights_are_sharded(world):
         assert error <= TOLERANCE
 
 
+def test_sharded_models_are_neither_saved_nor_copied(world, folder, tmp_path):
+    for said in world.run(run.saved_after_tp, WITH_TP, folder, str(tmp_path)):
+        assert all("cannot be saved: its weights are sharded" in text for text in said[:4])
+        assert all("cannot be copied or pickled" in text for text in said[4:])
+        assert all(text.endswith("load it again to have it whole") for text in said)
+
+
 def test_what_cannot_be_done_is_refused_on_every_rank(world):
     for said in world.run(run.refusals, WITH_TP):
         assert "ulysses_size=2, ring_size=1, tp_size=2 (product 4) does not match the 8 available" in said["product"]

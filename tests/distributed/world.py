@@ -8,8 +8,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -97,22 +96,10 @@ def _serve(rank: int, pipe: Connection, rendezvous: str) -> None:
                     meshes[shape] = ParallelMesh.create(torch.arange(layout.world_size).view(shape), "cpu")
                 mesh = meshes[shape]
             if rank < layout.world_size:
-                with _own_groups():
-                    result = function(mesh, layout, *args, **kwargs)
+                result = function(mesh, layout, *args, **kwargs)
             pipe.send((True, _pack(result)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-
-
-@contextmanager
-def _own_groups() -> Iterator[None]:
-    """End the process groups that are made within: each keeps threads that wake up a hundred times a second."""
-    import torch.distributed as dist
-
-    before = set(dist.distributed_c10d._world.pg_map)
-    yield
-    for group in set(dist.distributed_c10d._world.pg_map) - before:
-        dist.destroy_process_group(group)
 
 
 def _pack(value: Any) -> bytes:

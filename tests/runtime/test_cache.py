@@ -47,6 +47,16 @@ def test_presets_trade_quality_for_speed(group, plain):
     assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
 
 
+def test_a_picture_that_is_given_up_leaves_nothing_at_the_workers(group):
+    def give_up(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(group, REQUEST, give_up, cache=PRESETS["quality"])
+    assert [rank["cache_bytes"] for rank in group.report()["ranks"]] == [0, 0]
+
+
 def test_settings_that_leave_nothing_to_skip(group, plain):
     with pytest.raises(ValueError, match=r"Fn_compute_blocks=15 .* this Flux2Transformer2DModel has 15 blocks"):
         draw(group, REQUEST, cache=parse_cache("Fn_compute_blocks=15"))

@@ -6,16 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline
 from torch._dynamo.testing import CompileCounter
 
-from parallel_backend import DBCacheConfig, TaylorSeerCalibratorConfig, disable_cache, enable_cache, summary
-from parallel_backend.cache.block_cache import MOST_STREAMS, BlockCache
+from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.decision import Evaluation
+from parallel_backend.cache.run import CacheRun
 from parallel_backend.mesh import SINGLE
 from tests.distributed import cache_cases
 from tests.distributed.cache_cases import STEPS, THRESHOLD, settings
 from tests.distributed.cases import FLUX2, flux2_inputs, tiny_transformer
+from tests.distributed.qwen_cases import QWEN
 
 
 @pytest.fixture(autouse=True)
@@ -106,15 +106,16 @@ def test_cached_steps_are_what_the_algorithm_says(head, tail, order):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_difference_is_that_of_the_image_tokens_since_the_last_computed_step():
-    inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
+@pytest.mark.parametrize("references", [[], [(2, 4), (3, 3)]], ids=["alone", "with references"])
+def test_the_difference_is_that_of_the_pictures_tokens_since_the_last_computed_step(references):
+    inputs, transformer = flux2_inputs(5, [(3, 5), *references], 1), model()
     residuals: list[torch.Tensor] = []
 
     def note(module, args, kwargs, output):
-        residuals.append(output[1] - kwargs["hidden_states"])
+        residuals.append((output[1] - kwargs["hidden_states"])[:, : 3 * 5])
 
     handle = transformer.transformer_blocks[0].register_forward_hook(note, with_kwargs=True)
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE, FLUX2.picture_tokens)
     _, decisions = run_cached(cache, settings(), inputs)
     handle.remove()
     kept = None
@@ -125,6 +126,15 @@ def test_the_difference_is_that_of_the_image_tokens_since_the_last_computed_step
             assert decision.computed == (expected >= THRESHOLD)
         if decision.computed:
             kept = residual
+
+
+def test_which_tokens_are_the_pictures():
+    inputs = flux2_inputs(5, [(3, 5), (2, 4)], 2)
+    assert FLUX2.picture_tokens(inputs) == 15
+    assert FLUX2.picture_tokens({"img_ids": inputs["img_ids"][None, 17:]}) == 0  # of a rank with references alone
+    shapes = [(1, 3, 5), (1, 2, 4)]
+    assert QWEN.picture_tokens({"img_shapes": [shapes, shapes]}) == 15
+    assert QWEN.picture_tokens({"img_shapes": [shapes[0]]}) == 15
 
 
 def test_skipped_blocks_are_not_called_and_the_others_are():
@@ -157,6 +167,21 @@ def test_without_a_plan_and_at_threshold_0_nothing_changes():
     assert torch.equal(transformer(**inputs_at(3, inputs)).sample, expected[3])
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_is_no_number_is_computed_and_reported_until_it_is_one_again(order):
+    inputs, run = flux2_inputs(5, [(3, 5)], 1), CacheRun(settings(), steps=STEPS)
+    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    for step in range(STEPS):
+        evaluation = run.evaluation("", step)
+        cache.plan(settings(order, residual_diff_threshold=1), evaluation)
+        broken = {"hidden_states": inputs["hidden_states"] * (float("nan") if step == 4 else 1)}
+        out = cache.transformer(**{**inputs_at(step, inputs), **broken}).sample
+        assert bool(out.isfinite().all()) == (step != 4)
+        run.note(evaluation, cache.last, 0.0)
+    assert [e["reason"] for e in run.report()["evaluations"][3:7]] == ["threshold", *["not a number"] * 2, "threshold"]
+    assert [e["computed"] for e in run.report()["evaluations"][3:7]] == [False, True, True, False]
+
+
 def test_streams_runs_and_shapes_do_not_mix():
     first, second = flux2_inputs(5, [(3, 5)], 1), flux2_inputs(7, [(3, 5)], 1, seed=4)
     cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
@@ -176,16 +201,6 @@ def test_streams_runs_and_shapes_do_not_mix():
     for run in ("alone0", "alone1", "mixed"):
         cache.forget(run)
     assert cache.kept_bytes() == 0
-
-
-def test_what_is_kept_is_bounded():
-    inputs = flux2_inputs(2, [(1, 2)], 1)
-    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
-    sizes = []
-    for stream in range(MOST_STREAMS + 3):
-        run_cached(cache, settings(), inputs, steps=1, stream=str(stream))
-        sizes.append(cache.kept_bytes())
-    assert sizes[0] < sizes[MOST_STREAMS - 1] == sizes[-1]
 
 
 def test_an_error_in_a_block_leaves_the_cache_usable():
@@ -222,68 +237,3 @@ def test_compiled_blocks_are_not_compiled_again():
         return counter.frame_count
 
     assert frames(cached=True) == frames(cached=False) > 0
-
-
-class TestPipeline:
-    """`enable_cache` and `summary` on diffusers' own pipeline."""
-
-    CONFIG = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1)
-
-    @pytest.fixture
-    def pipe(self, tiny_pipeline):
-        pipe = Flux2Pipeline.from_pretrained(tiny_pipeline)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def draw(self, pipe, steps=6):
-        return pipe(
-            prompt="a red circle", height=64, width=64, num_inference_steps=steps, output_type="pt",
-            generator=torch.Generator().manual_seed(1), text_encoder_out_layers=(1, 2, 4),
-        ).images  # fmt: skip
-
-    def test_each_picture_is_a_run(self, pipe):
-        plain = self.draw(pipe)
-        calibrator = TaylorSeerCalibratorConfig(1)
-        assert enable_cache(pipe, self.CONFIG, calibrator_config=calibrator) is pipe
-        first, report = self.draw(pipe), summary(pipe)
-        assert torch.equal(self.draw(pipe), first)
-        assert not torch.equal(first, plain)
-        assert report["cached"] + report["computed"] == report["steps"] == 6
-        assert report["cached"] > 0
-        assert [e["position"] for e in report["evaluations"]] == [0, 1, 2, 3, 4, 5]
-        assert disable_cache(pipe) is pipe
-        assert torch.equal(self.draw(pipe), plain)
-        assert "cache_context" not in vars(pipe.transformer)
-
-    def test_a_named_mask_gets_its_steps_from_the_scheduler(self, pipe):
-        config = DBCacheConfig(
-            Fn_compute_blocks=1, steps_computation_mask="ultra", steps_computation_policy="static", max_warmup_steps=0
-        )
-        enable_cache(pipe, config)
-        self.draw(pipe, steps=8)
-        assert [e["computed"] for e in summary(pipe)["evaluations"]] == [True, *[False] * 2, True, *[False] * 3, True]
-
-    def test_named_streams(self):
-        inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
-        enable_cache(transformer, self.CONFIG)
-        for step in range(4):
-            for name in ("cond", "uncond"):
-                with transformer.cache_context(name):
-                    transformer(**inputs_at(step, inputs))
-        report = summary(transformer)
-        assert report["streams"] == 2
-        assert [e["position"] for e in report["evaluations"]] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-    def test_refusals(self):
-        transformer = model()
-        with pytest.raises(ValueError, match="calibrator_config without cache_config"):
-            enable_cache(transformer, calibrator_config=TaylorSeerCalibratorConfig())
-        with pytest.raises(ValueError, match="has no cache"):
-            summary(transformer)
-        with pytest.raises(ValueError, match=r"has 6 blocks; their sum must be at most 5"):
-            enable_cache(transformer, DBCacheConfig())
-        enable_cache(transformer, self.CONFIG)
-        with pytest.raises(ValueError, match="not seen a run"):
-            summary(transformer)
-        with pytest.raises(ValueError, match="has a cache already"):
-            enable_cache(transformer, self.CONFIG)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ MASKS_OF_28 = {
         ("max_continuous_cached_steps", -2, -1),
         ("max_continuous_cached_steps", True, 1),
         ("max_accumulated_residual_diff_threshold", -0.1, 0.0),
+        ("max_accumulated_residual_diff_threshold", float("nan"), 0.0),
         ("steps_computation_mask", "quick", "fast"),
         ("steps_computation_mask", [1, 2], (1, 0)),
         ("steps_computation_policy", "sometimes", "static"),
@@ -127,6 +129,24 @@ def decide(config: DBCacheConfig, diffs: list[float]) -> str:
 def test_rules(changes, expected):
     config = DBCacheConfig(**{"residual_diff_threshold": 0.1, "max_warmup_steps": 2, **changes})
     assert decide(config, [0.08, 0.08, 0.08, 0.08, 0.08, 0.08, 1.3, 0.08, 0.08, 0.08]) == expected
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("threshold", [0.08, 1])
+def test_a_difference_that_is_no_number_is_computed_and_forgotten(threshold, broken):
+    config = DBCacheConfig(max_warmup_steps=0, residual_diff_threshold=threshold)
+    rules = StreamRules(replace(config, max_accumulated_residual_diff_threshold=0.1), None)
+    assert rules.after_measuring(broken) == Decision(True, None, "not a number")
+    assert not rules.after_measuring(0.06).computed
+    assert not rules.after_measuring(0.06).computed
+    assert rules.before_measuring(3.0, True).reason == "max_accumulated_residual_diff_threshold"
+
+
+def test_positions_and_settings_are_numbers():
+    with pytest.raises(ValueError, match="at step nan of a run; its sigma or timestep is no number"):
+        CacheRun(CacheSettings(DBCacheConfig()), [1.0, 0.5, 0.0]).evaluation("", float("nan"))
+    limit = DBCacheConfig(max_accumulated_residual_diff_threshold=float("inf"))
+    assert limit.max_accumulated_residual_diff_threshold is None
 
 
 @pytest.mark.parametrize("places", [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 4.0, 6.0]])

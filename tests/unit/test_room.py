@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 
-from parallel_backend import ParallelismConfig
+from parallel_backend import DBCacheConfig, ParallelismConfig
+from parallel_backend.cache.config import CacheSettings
+from parallel_backend.cache.decision import Decision, Evaluation
 from parallel_backend.mesh import SINGLE
 from parallel_backend.runtime.engine import Engine
 from parallel_backend.runtime.errors import BatchTooLargeError
-from parallel_backend.runtime.parts import Part, Place
+from parallel_backend.runtime.parts import Part, Place, TransformerPart
 from parallel_backend.runtime.room import Room
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
@@ -25,7 +29,9 @@ class SmallDevice:
         self.parts: list[Part] = []
 
     def available(self) -> int:
-        return self.size - sum(part.nbytes for part in self.parts if part.place is Place.DEVICE)
+        there = [part for part in self.parts if part.place is Place.DEVICE]
+        kept = sum(part.cache.kept_bytes() for part in there if isinstance(part, TransformerPart))
+        return self.size - sum(part.nbytes for part in there) - kept
 
 
 @pytest.fixture
@@ -66,13 +72,34 @@ def load(engine: Engine, path: str, orphans=()) -> str:
     return name
 
 
-def predict(engine: Engine, name: str, batch: int = 1, divisible: bool = False) -> torch.Tensor:
+def predict(engine: Engine, name: str, **options) -> torch.Tensor:
+    return evaluate(engine, name, **options)[0]
+
+
+def evaluate(
+    engine: Engine, name: str, cache: dict | None = None, batch: int = 1, divisible: bool = False
+) -> tuple[torch.Tensor, Decision | None]:
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(1, 5, 192, generator=generator)
     engine.keep(name, {"context": context.expand(batch, -1, -1)}, [])
     x = torch.randn(1, 128, 2, 2, generator=generator).expand(batch, -1, -1, -1)
     guidance = {"guidance": torch.tensor([4.0]).expand(batch)}
-    return engine.predict(name, x, torch.full((batch,), 0.5), "context", [], guidance, divisible=divisible)[0]
+    return engine.predict(name, x, torch.full((batch,), 0.5), "context", [], guidance, cache=cache, divisible=divisible)
+
+
+TOKENS = 5 + 2 * 2
+"""Of `evaluate`."""
+
+
+def step(engine: Engine, name: str, run: str, position: int, streams: int, order: int = 1) -> list[str]:
+    """Reasons of one step of a run with so many conditionings that caches whatever it can; in capitals if computed."""
+    config = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=0, residual_diff_threshold=1)
+    settings, said = CacheSettings.with_order(config, order).to_dict(), []
+    for stream in range(streams):
+        evaluation = asdict(Evaluation(run, str(stream), float(position)))
+        decision = evaluate(engine, name, {"settings": settings, "evaluation": evaluation})[1]
+        said.append(decision.reason.upper() if decision.computed else decision.reason)
+    return said
 
 
 def places(engine: Engine) -> dict[str, str]:
@@ -222,3 +249,74 @@ def test_what_stays_in_8_bits_is_counted_so(engine, device, tmp_path, fp8):
     weights = [tensor for tensor in tensors.values() if tensor.ndim]  # the scales have no dims
     sizes = {"stored": sum(tensor.nbytes for tensor in weights), "cast": 2 * sum(tensor.numel() for tensor in weights)}
     assert planned == sizes[fp8]
+
+
+class TestResiduals:
+    """What the block cache keeps of a run's conditionings."""
+
+    NEW, NONE = "NOTHING CACHED YET", "NO ROOM"
+
+    def test_as_many_conditionings_as_there_are_are_cached(self, engine, files, notices):
+        load(engine, files[0])
+        assert step(engine, "a", "run", 0, 20) == [self.NEW] * 20
+        assert step(engine, "a", "run", 1, 20) == ["threshold"] * 20
+        assert notices == []
+
+    def test_those_that_do_not_fit_are_computed_and_the_others_stay_cached(self, engine, device, files, notices):
+        load(engine, files[0])
+        part = engine.models["a"].parts["transformer"]
+        one = part.residual_bytes(TOKENS, 1)
+        # Of two conditionings less is kept than is said to be needed while one is renewed.
+        device.size = part.nbytes + part.workspace(TOKENS) + 2 * one
+        first = step(engine, "a", "run", 0, 5)
+        fit = first.count(self.NEW)
+        assert 2 <= fit < 5
+        assert first == [self.NEW] * fit + [self.NONE] * (5 - fit)
+        for position in (1, 2):
+            assert step(engine, "a", "run", position, 5) == ["threshold"] * fit + [self.NONE] * (5 - fit)
+        (notice,) = notices
+        assert notice.startswith("no room for the block cache to keep 0.0 GiB a rank for one more conditioning")
+        assert device.available() >= part.workspace(TOKENS)
+
+    @pytest.mark.parametrize("order", [0, 2])
+    def test_what_is_said_to_be_needed_is(self, engine, files, order):
+        load(engine, files[0])
+        part, never = engine.models["a"].parts["transformer"], DBCacheConfig(residual_diff_threshold=0)
+        settings = CacheSettings.with_order(replace(never, Fn_compute_blocks=1), order).to_dict()
+        for position in range(4):
+            evaluation = asdict(Evaluation("run", "", float(position)))
+            kept = part.cache.kept_bytes() + part.cache.growth_bytes()
+            evaluate(engine, "a", {"settings": settings, "evaluation": evaluation})
+            assert position == 0 or part.cache.kept_bytes() + part.cache.growth_bytes() == kept
+        assert part.cache.growth_bytes() == 0
+        assert part.cache.kept_bytes() < part.residual_bytes(TOKENS, order) < 3 * part.cache.kept_bytes()
+
+    def test_older_runs_make_way_before_a_model_does(self, engine, device, files, notices):
+        for path in files[:2]:
+            load(engine, path)
+        part = engine.models["a"].parts["transformer"]
+        for run in ("first", "second"):
+            step(engine, "a", run, 0, 3)
+        kept = part.cache.kept_bytes() // 2
+        beside = part.nbytes + part.workspace(TOKENS)
+        device.size = 2 * part.nbytes + part.workspace(TOKENS) + kept
+        predict(engine, "b")
+        assert part.cache.runs() == ["second"]
+        assert part.cache.kept_bytes() == kept
+        # A run's own conditionings never make way for its next; another transformer does not, either.
+        assert self.NONE in step(engine, "a", "second", 1, 6)
+        assert part.cache.kept_bytes() >= kept
+        device.size = beside + part.nbytes - 1
+        load(engine, files[2])
+        assert part.cache.runs() == []
+        assert places(engine) == {"a": "device", "b": "file", "c": "device"}
+        assert len(notices) == 2
+
+    def test_they_leave_the_device_with_their_model(self, engine, files):
+        load(engine, files[0])
+        step(engine, "a", "run", 0, 2)
+        part = engine.models["a"].parts["transformer"]
+        assert part.cache.kept_bytes() > 0
+        part.to_host()
+        assert part.cache.kept_bytes() == 0
+        assert step(engine, "a", "run", 1, 2) == [self.NEW] * 2

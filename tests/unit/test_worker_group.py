@@ -252,6 +252,19 @@ class TestKeptConditioning:
         model._name(self.context(5), [], lambda: None)
         assert ranks.requests[-1].forget == [names[1]]
 
+    def test_as_many_stay_as_a_step_with_many_regions_uses(self, model, ranks, monkeypatch):
+        monkeypatch.setattr(remote_model, "KEPT_TENSORS", 64)
+        contexts = [self.context(value) for value in range(30)]
+        for _ in range(2):
+            ranks.meanwhile(*[done] * 30)
+            for context in contexts:
+                model._name(context, [], lambda: None)
+        assert len(ranks.requests) == 30  # none is sent again
+        monkeypatch.setattr(remote_model, "KEPT_BYTES", 20 * contexts[0].nbytes)
+        ranks.meanwhile(*[done] * 3)
+        model._name(self.context(30), [], lambda: None)
+        assert len(ranks.requests[-1].forget) == 15  # large ones are fewer
+
     def test_one_rank_could_not_keep_it(self, model, ranks):
         ranks.meanwhile(lambda *of: one_failed(*of, alone=True, out_of_memory=[0, 0]), done)
         with pytest.raises(OutOfMemoryError):
