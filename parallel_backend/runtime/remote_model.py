@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KEPT_TENSORS, KEPT_BYTES, KEPT_ANYWAY = 64, 2**29, 16
 """Conditioning tensors (contexts, references) that stay with the workers, the least recently used goes first: so many,
-of so many bytes, or of more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
+of so many bytes, or more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
 GUESSED_BYTES = 2**20
 """Conditioning of so many bytes in host memory is compared in full only while the workers compute."""
 SAMPLED = 4099

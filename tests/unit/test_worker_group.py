@@ -255,13 +255,12 @@ class TestKeptConditioning:
     def test_as_many_stay_as_a_step_with_many_regions_uses(self, model, ranks, monkeypatch):
         monkeypatch.setattr(remote_model, "KEPT_TENSORS", 64)
         contexts = [self.context(value) for value in range(30)]
-        for _ in range(2):
-            ranks.meanwhile(*[done] * 30)
-            for context in contexts:
-                model._name(context, [], lambda: None)
+        ranks.meanwhile(*[done] * 30)
+        for context in contexts * 2:
+            model._name(context, [], lambda: None)
         assert len(ranks.requests) == 30  # none is sent again
         monkeypatch.setattr(remote_model, "KEPT_BYTES", 20 * contexts[0].nbytes)
-        ranks.meanwhile(*[done] * 3)
+        ranks.meanwhile(done)
         model._name(self.context(30), [], lambda: None)
         assert len(ranks.requests[-1].forget) == 15  # large ones are fewer
 
