@@ -259,7 +259,7 @@ class TestKeptConditioning:
         for context in contexts * 2:
             model._name(context, [], lambda: None)
         assert len(ranks.requests) == 30  # none is sent again
-        monkeypatch.setattr(remote_model, "KEPT_BYTES", 20 * contexts[0].nbytes)
+        monkeypatch.setattr(remote_model, "KEPT_BYTES", 10 * contexts[0].nbytes)
         ranks.meanwhile(done)
         model._name(self.context(30), [], lambda: None)
         assert len(ranks.requests[-1].forget) == 15  # large ones are fewer
