@@ -130,7 +130,7 @@ class RemoteModel:
             The prediction, of the latent's shape, in the model's dtype, on the CPU.
 
         Raises:
-            ValueError: tensors or options that the family does not know.
+            ValueError: tensors or options that the family does not know, or a latent or reference that it cannot take.
             WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
         """
         family = self.source.family
@@ -140,6 +140,9 @@ class RemoteModel:
         ]
         if unknown:
             raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
+        family.check_latent(x.shape)
+        for reference in conditioning.references:
+            family.check_latent(reference.shape, "reference latent")
         with self._timed("steps", check):
             given = (conditioning.context, *conditioning.references)
             tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
