@@ -120,7 +120,7 @@ class RemoteDiffusionModel(nn.Module):
                 "a node changes the model's position encoding (rope_options), which is not supported; bypass it"
             )
         if options.get("optimized_attention_override") is not None:
-            raise ValueError("a node chooses another attention kernel, which the parallel workers do not take; bypass it")
+            raise ValueError("a node chooses an attention kernel, which the parallel workers do not take; bypass it")
         if timestep.min() < 0 or timestep.max() > LARGEST_TIMESTEP:
             raise ValueError(
                 f"timesteps up to {timestep.max().item():g} arrived where sigmas from 0 to 1 are expected; a model "

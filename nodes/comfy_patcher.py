@@ -12,7 +12,6 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .group import ModelHandle
 
-
 LARGEST_TIMESTEP = 1.001
 """Models take sigmas from 0 to 1, give or take what is lost in rounding."""
 

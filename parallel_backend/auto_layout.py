@@ -55,11 +55,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, among what (fastest first), and what one should know of the estimate."""
+    """What was chosen, among what (fastest first), and what one should know of the estimate.
+
+    ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange.
+    """
 
     layout: ParallelismConfig
     options: tuple[Option, ...]
     reason: str
+    copies: bool = False
 
     def table(self) -> str:
         """A line for each option."""
@@ -131,7 +135,8 @@ def choose_layout(
     faster = [option.layout.name for option in options if option.cost.ms < best.cost.ms]
     words += f"; faster, but too large: {', '.join(faster)}" if faster else ""
     words += f"; {', '.join(unknown)} is taken as fast as an H200" if unknown else ""
-    return Choice(best.layout, tuple(options), words)
+    reached = [link.peer_access for link in machine.links if {link.first, link.second} <= set(gpus)]
+    return Choice(best.layout, tuple(options), words, len(gpus) > 1 and all(reached))
 
 
 def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:
