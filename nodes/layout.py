@@ -56,11 +56,11 @@ class ParallelLayout(io.ComfyNode):
                     "auto",
                     display_name="layout",
                     default=True,
-                    label_on="automatic: the fastest",
-                    label_off="as set below",
+                    label_on="automatic",
+                    label_off="set below",
                     optional=True,
                     tooltip="Automatic: the loader splits its model in the fastest way that fits, over all the devices "
-                    "below; this node shows which. As set below: by ulysses, ring and tp.",
+                    "named below; this node shows which. Set below: by ulysses, ring and tp.",
                 ),
                 io.Int.Input(
                     "ulysses",
@@ -199,7 +199,7 @@ def make_layout(
         check_devices(devices, degrees, hosts)
     elif hosts.several:
         raise ValueError(
-            f"an automatic layout is one of this host alone, but nnodes is {hosts.count}; set 'layout' to 'as set "
+            f"an automatic layout is one of this host alone, but nnodes is {hosts.count}; set 'layout' to 'set "
             "below' and choose degrees"
         )
     else:
@@ -209,7 +209,7 @@ def make_layout(
 
 def text_of_choice(choice: Choice, config: ModelConfig) -> str:
     """What an automatic layout shows: what was chosen, and once there is a picture, what would be faster still."""
-    text = f"{choice.reason}{'; exchanges by copy engines' if choice.copies else ''}"
+    text = f"Chosen {choice.reason}{'; exchanges by copy engines' if choice.copies else ''}"
     model = find_model(config)
     drawn = model is not None and len(model.seconds["steps"]) > 0 and not is_running()
     if choice.options and drawn and not config.speed.compile:

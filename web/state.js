@@ -83,7 +83,7 @@ function add(node) {
   line.setAttribute("role", "status");
   box.style.overflow = "hidden";
   box.append(line);
-  const getMinHeight = () => Math.max(LEAST, line.offsetHeight);
+  const getMinHeight = () => (line.textContent ? Math.max(LEAST, line.offsetHeight) : 0);
   const options = { serialize: false, hideOnZoom: true, getMinHeight, getMaxHeight: getMinHeight };
   const widget = node.addDOMWidget(WIDGET, "state", box, options);
   widget.serialize = false; // neither in the prompt nor in the saved workflow
