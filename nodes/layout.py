@@ -12,7 +12,7 @@ from ..parallel_backend.runtime.devices import gpu_numbers
 from ..parallel_backend.runtime.group_config import ModelConfig, check_devices
 from ..parallel_backend.runtime.groups import find_model
 from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
-from .states import is_running
+from .states import HIDDEN, Place, is_running, show
 
 CATEGORY = "model/loaders/parallel"
 MAX_DEGREE = 64
@@ -144,7 +144,7 @@ class ParallelLayout(io.ComfyNode):
                     "layout does so by itself where the GPUs can.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=HIDDEN,
             outputs=[LayoutSocket.Output("layout", tooltip="Goes into a parallel loader.")],
         )
 
@@ -174,8 +174,10 @@ class ParallelLayout(io.ComfyNode):
         copy_engines: bool = False,
     ) -> io.NodeOutput:
         speed = Speed(compile, cuda_graphs, copy_engines)
+        place = Place.of(cls.hidden)
+        show(place, lambda: "")  # until a loader has chosen
         layout = make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint, auto, speed)
-        return io.NodeOutput(replace(layout, node=str(cls.hidden.unique_id)))
+        return io.NodeOutput(replace(layout, node=place.node))
 
 
 def make_layout(

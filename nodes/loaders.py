@@ -23,7 +23,7 @@ from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle
 from .layout import CATEGORY, Layout, LayoutSocket, text_of_choice
-from .states import Place, show, state_of
+from .states import HIDDEN, Place, show, state_of
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ WEIGHT_DTYPES = {
 """Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
 MODEL_FILES, ENCODER_FILES = "diffusion_models", "text_encoders"
 """ComfyUI's names of folders with files; models/unet is among the first, models/clip among the second."""
-HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
-"""What `Place.of` needs of a node."""
 
 
 class LoadPipeline(io.ComfyNode):

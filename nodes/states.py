@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from comfy_api.latest import io
 from server import PromptServer
 
 from ..parallel_backend.runtime.group_config import ModelConfig
@@ -25,6 +26,8 @@ EVENT = "hybrid_dit.state"
 """What web/state.js listens to: `_Shown.message`."""
 ROUTE = "/hybrid_dit/states"
 """Where a tab that was opened later asks for all that was sent; it changes nothing."""
+HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
+"""What `Place.of` needs of a node."""
 KEPT = 256
 """Nodes whose state is known; the one that ran longest ago goes first."""
 LOOK_SECONDS = 1.0
@@ -40,7 +43,7 @@ class Place:
 
     @classmethod
     def of(cls, hidden: Any) -> Place:
-        """Where a node stands whose hidden inputs are ``unique_id`` and ``extra_pnginfo``."""
+        """Where a node stands whose hidden inputs are `HIDDEN`."""
         workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
         return cls(str(workflow.get("id") or ""), str(hidden.unique_id))
 

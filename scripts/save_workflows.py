@@ -54,7 +54,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom."""
 HEIGHTS = {
-    **{"HybridDiT_ParallelLayout": 360, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
+    **{"HybridDiT_ParallelLayout": 380, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
     **{"HybridDiT_BlockCache": 290},
     **{"CLIPTextEncode": 110, "LoadImage": 340, "SaveImage": 350},
 }

@@ -7,7 +7,7 @@ import { findNode } from "./find_node.js";
 const PREFIX = "HybridDiT_";
 const EVENT = "hybrid_dit.state", ROUTE = "/hybrid_dit/states"; // nodes/states.py has both
 const WIDGET = "hybrid_dit_state";
-const LEAST = 18; // pixels: one line
+const LINE = 16, MARGIN = 4; // pixels; the margin is left by classic nodes, on all sides
 
 const states = new Map(); // workflow id -> (execution id -> what was last heard)
 const copies = new Map(); // workflow id -> (execution id -> id of the workflow that ran the node)
@@ -71,6 +71,11 @@ function show(id) {
   const [line] = widget.element.children;
   line.textContent = text;
   widget.element.title = text;
+  fit(node);
+}
+
+// A node becomes higher where the text does not fit, and stays so.
+function fit(node) {
   const [width, height] = node.size, least = node.computeSize()[1];
   if (height < least) node.setSize([width, least]);
   node.setDirtyCanvas?.(true, true);
@@ -78,14 +83,15 @@ function show(id) {
 
 function add(node) {
   const box = document.createElement("div"), line = document.createElement("div");
-  line.style.cssText = "font: 11px/16px sans-serif; color: var(--descrip-text, #999); white-space: pre-line; " +
-    "overflow-wrap: break-word; padding: 1px 4px; pointer-events: auto; user-select: text";
+  line.style.cssText = `font: 11px/${LINE}px sans-serif; color: var(--descrip-text, #999); white-space: pre-line;
+    overflow-wrap: break-word; padding: 0 4px; pointer-events: auto; user-select: text`;
   line.setAttribute("role", "status");
   box.style.overflow = "hidden";
   box.append(line);
-  const getMinHeight = () => (line.textContent ? Math.max(LEAST, line.offsetHeight) : 0);
-  const options = { serialize: false, hideOnZoom: true, getMinHeight, getMaxHeight: getMinHeight };
+  const getMinHeight = () => (line.textContent ? Math.max(LINE, line.offsetHeight) + 2 * MARGIN : 0);
+  const options = { serialize: false, hideOnZoom: true, margin: MARGIN, getMinHeight, getMaxHeight: getMinHeight };
   const widget = node.addDOMWidget(WIDGET, "state", box, options);
+  new ResizeObserver(() => fit(node)).observe(line); // it has no height before it is on the page
   widget.serialize = false; // neither in the prompt nor in the saved workflow
   return widget;
 }

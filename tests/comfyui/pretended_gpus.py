@@ -32,9 +32,7 @@ def _collect_gpus(machine: ModuleType) -> None:
 
     def collect_with_gpus():
         gpus = tuple(machine.Gpu(index, "NVIDIA H200", 140 * GIB, 139 * GIB) for index in range(count()))
-        links = tuple(
-            machine.Link(a.index, b.index, True, "NV18") for a in gpus for b in gpus if a.index < b.index
-        )
+        links = tuple(machine.Link(a.index, b.index, True, "NV18") for a in gpus for b in gpus if a.index < b.index)
         return dataclasses.replace(collect(), gpus=gpus, links=links)
 
     machine.collect = collect_with_gpus
