@@ -115,6 +115,48 @@ def test_drop(file: Path, frontend: Frontend):
     }
 
 
+BEFORE = [4, 2, 1, "0,1", 2, "10.0.0.1:29500", False, True, False, True]
+"""What Parallel Layout saved before its switch stood first."""
+NAMES = [*("ulysses", "ring", "tp", "devices", "nnodes", "rdzv_endpoint", "auto"), "compile", "cuda_graphs", "copy_engines"]
+    "ulysses",
+    "ring",
+    "tp",
+    "devices",
+    "nnodes",
+    "rdzv_endpoint",
+    "auto",
+    "compile",
+    "cuda_graphs",
+    "copy_engines",
+)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named too", "positions alone"])
+@pytest.mark.parametrize(
+    ("count", "automatic"), [(4, False), (6, False), (7, True), (10, False)], ids=lambda value: str(value)
+)
+def test_a_layout_saved_before_keeps_its_values(count, automatic, named, frontend: Frontend, tmp_path: Path):
+    """Each version of the node saved so many values; those that it had not had no effect."""
+    values = [*BEFORE[:6], automatic, *BEFORE[7:]][:count]
+    workflow = json.loads(WORKFLOWS[0].read_text())
+    workflow["id"] = f"22222222-2222-4222-8222-2222222222{count:02}"
+    (node,) = (node for node in workflow["nodes"] if node["type"] == LAYOUT)
+    node["widgets_values"] = values
+    del node["widgets_values_named"]
+    if named:
+        node["widgets_values_named"] = dict(zip(NAMES, values, strict=False))
+    file = tmp_path / f"before_{count}.json"
+    file.write_text(json.dumps(workflow))
+    drop(frontend, file)
+    (inputs,) = (node["inputs"] for node in frontend.prompt().values() if node["class_type"] == LAYOUT)
+    absent = {"nnodes": 1, "rdzv_endpoint": "", "compile": False, "cuda_graphs": False, "copy_engines": False}
+    assert inputs == {**absent, "auto": False, **dict(zip(NAMES, values, strict=False))}
+    # Saved again, it is as it is today, and opened again the same.
+    file.write_text(json.dumps(frontend.graph() | {"id": workflow["id"][:-2] + f"{count + 50}"}))
+    drop(frontend, file)
+    assert inputs in [node["inputs"] for node in frontend.prompt().values()]
+
+
 def test_run_makes_a_picture(ran: Run, server: ComfyServer):
     assert ran.shown["SaveImage"]["images"] == [[320, 192]]
     assert list(server.output.glob("*.png"))

@@ -5,10 +5,10 @@ In classic nodes on dark and in Nodes 2.0 on light.
 
 from __future__ import annotations
 
-
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from .frontend import Frontend, what_is_missing
 from .test_drag_and_drop import drop
 
 WORKFLOW = CHECKOUT / "workflows" / "flux2_text_to_image.json"
-LAYOUT, LOADER, SAMPLER = "HybridDiT_ParallelLayout", "HybridDiT_LoadPipeline", "KSampler"
-LAYOUT_ID, LOADER_ID, SAMPLER_ID = "1", "2", "7"
+LAYOUT_ID, LOADER_ID, LATENT_ID, SAMPLER_ID = "1", "2", "6", "7"
+RED = "document.querySelectorAll('.text-node-stroke-error').length"
+"""Labels of inputs that Nodes 2.0 marks as wrong."""
 WAIT = 60_000
 
 pytestmark = [
@@ -57,7 +58,11 @@ class Page:
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
+        self.classic = not frontend.settings["Comfy.VueNodes.Enabled"]
         frontend.page.evaluate(LISTEN)
+        drop(frontend, WORKFLOW)
+        self.set(SAMPLER_ID, steps=2)
+        self.set(LATENT_ID, width=128, height=128)
 
     def set(self, node: str, **values: Any) -> None:
         self.frontend.page.evaluate(SET, [node, values])
@@ -80,15 +85,14 @@ class Page:
         found = self.frontend.call(STATES)
         return {node: state["text"] for node, state in found.items()}
 
+    @contextmanager
+    def another(self) -> Iterator[Page]:
+        """A second tab with the same workflow."""
+        with self.frontend.another_tab() as frontend:
+            yield Page(frontend)
+
     def screenshot(self, folder: Path) -> None:
         self.frontend.page.screenshot(path=folder / "page.png")
-
-
-def opened(frontend: Frontend) -> Page:
-    page = Page(frontend)
-    drop(frontend, WORKFLOW)
-    page.set(SAMPLER_ID, steps=2)
-    return page
 
 
 @pytest.fixture(scope="module", params=["classic", "Nodes 2.0"])
@@ -96,36 +100,79 @@ def page(request: pytest.FixtureRequest, server: ComfyServer) -> Iterator[Page]:
     modern = request.param == "Nodes 2.0"
     server.post("/settings", {"Comfy.ColorPalette": "light" if modern else "dark"})
     with Frontend(server, vue_nodes=modern) as frontend:
-        yield opened(frontend)
+        yield Page(frontend)
     server.post("/settings", {"Comfy.ColorPalette": "dark"})
 
 
-@pytest.mark.parametrize("count", [3, 1, 2])
-def test_the_first_run_takes_all_gpus(count: int, page: Page, gpus: Gpus, server: ComfyServer, tmp_path: Path):
-    gpus.set(count)
-    server.post("/free", {"free_memory": True})  # as in a ComfyUI that has not run it yet
+def run_fresh(page: Page, server: ComfyServer, count: int) -> dict[str, str]:
+    """Run as a ComfyUI with so many GPUs does that has not run it yet; what the nodes say of the workers."""
+    server.post("/free", {"free_memory": True})
     page.set(SAMPLER_ID, seed=count)
     assert page.run() == "success"
     page.wait_for_state(LAYOUT_ID, "Not compiled. On two H200, 'compile' took 16 s once")
-    states = page.states()
-    page.screenshot(tmp_path)
-    assert set(states) == {LAYOUT_ID, LOADER_ID}
-    assert states[LAYOUT_ID].startswith("Chosen ")
-    assert f" of {count} GPU(s): about " in states[LAYOUT_ID]
-    assert ("exchanges by copy engines" in states[LAYOUT_ID]) == (count > 1)
-    name = states[LAYOUT_ID].split()[1]
-    assert states[LOADER_ID] == f"ready: {name} on {count} CPU process{'' if count == 1 else 'es'}"
-    assert count in [len(ranks) for ranks in groups(server)]
+    return page.states()
+
+
+def test_first_run(page: Page, gpus: Gpus, server: ComfyServer, tmp_path: Path):
+    # The second page finds the workers of the last count up.
+    for count in (1, 3, 2) if page.classic else (2,):
+        gpus.set(count)
+        states = run_fresh(page, server, count)
+        page.screenshot(tmp_path)
+        assert set(states) == {LAYOUT_ID, LOADER_ID}
+        assert f" of {count} GPU(s): about " in states[LAYOUT_ID]
+        assert ("exchanges by copy engines" in states[LAYOUT_ID]) == (count > 1)
+        chosen, name = states[LAYOUT_ID].split()[:2]
+        assert chosen == "Chosen"
+        assert states[LOADER_ID] == f"ready: {name} on {count} CPU process{'' if count == 1 else 'es'}"
+        assert max(worker_ranks(server).values()) + 1 >= count
     assert page.frontend.errors == []
 
 
-def groups(server: ComfyServer) -> list[set[int]]:
-    """The ranks of each group; groups on the CPU stay side by side."""
-    found: list[set[int]] = []
-    for rank in worker_ranks(server).values():
-        free = next((ranks for ranks in found if rank not in ranks), None)
-        if free is None:
-            found.append({rank})
-        else:
-            free.add(rank)
-    return found
+def test_each_problem_is_told_once(page: Page, server: ComfyServer):
+    before = page.states()
+    page.set(LAYOUT_ID, devices="gpu two")
+    page.press_run()
+    page.frontend.page.wait_for_function("() => app.lastNodeErrors", timeout=WAIT)
+    ((node, found),) = page.frontend.call("() => app.lastNodeErrors").items()
+    (error,) = found["errors"]
+    assert (node, error["extra_info"]["input_name"]) == (LAYOUT_ID, "devices")
+    assert "cannot read the device 'gpu two'" in error["details"]
+    if not page.classic:
+        page.frontend.page.wait_for_function(f"() => {RED} === 1")
+    assert page.states() == before  # the workers are as they were
+    # What one value alone cannot tell is told when the node runs, with values to type in, and without a Python path.
+    page.set(LAYOUT_ID, devices="auto", auto=False, ulysses=2, tp=2)
+    text = page.run()
+    assert text.startswith("ValueError: the layout has 4 ranks but this machine has 2 GPU(s)")
+    assert "such as ulysses 1, ring 1, tp 2" in text
+    page.set(LAYOUT_ID, ulysses=1)
+    assert page.run() == "success"
+    page.wait_for_state(LOADER_ID, "ready: TP-2 on 2 CPU processes")
+    assert set(page.states()) == {LOADER_ID}  # nothing was chosen
+    page.set(LAYOUT_ID, auto=True)
+
+
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+def test_state_is_true_in_every_tab(page: Page, server: ComfyServer):
+    assert page.run() == "success"
+    page.wait_for_state(LOADER_ID, "ready: ")
+    with page.another() as other:
+        # A tab that is opened later knows it without a run, and both hear that a worker was killed.
+        other.wait_for_state(LOADER_ID, "ready: ")
+        for worker in worker_ranks(server):  # other groups', too
+            os.kill(worker, signal.SIGKILL)
+        for tab in (page, other):
+            tab.wait_for_state(LOADER_ID, "not running: the next run starts the workers")
+        # Cancel while they start: that is said, in both, and the next run goes on.
+        page.set(SAMPLER_ID, seed=99)
+        page.press_run()
+        page.wait_for_state(LOADER_ID, "starting: ")
+        server.interrupt()
+        page.frontend.page.wait_for_function("() => ended", timeout=WAIT)
+        assert page.frontend.call("() => ended") == "interrupted"
+        for tab in (page, other):
+            tab.wait_for_state(LOADER_ID, "still starting: the next run waits for the rest")
+        assert page.run() == "success"
+        for tab in (page, other):
+            tab.wait_for_state(LOADER_ID, "ready: ")
