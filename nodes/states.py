@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 EVENT = "hybrid_dit.state"
 """What web/state.js listens to: `_Shown.message`."""
-ROUTE = "/hybrid_dit/states"
-"""Where a tab that was opened later asks for all that was sent; it changes nothing."""
 HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
 """What `Place.of` needs of a node."""
+GREETING_SECONDS = 30.0
+"""A tab is connected some time before it listens: so long it is told again. (The pack has no routes to ask at.)"""
 KEPT = 256
 """Nodes whose state is known; the one that ran longest ago goes first."""
 LOOK_SECONDS = 1.0
-"""How often it is looked whether workers are still there."""
+"""How often it is looked whether workers are still there, and whether a tab has been opened."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ _busy: dict[ModelConfig, str] = {}
 """Models that somebody waits for, and how far they are."""
 _numbers = itertools.count(1)
 _watcher: threading.Thread | None = None
+_tabs: dict[str, tuple[Any, float]] = {}
+"""Connections, and until when they are told everything."""
 
 
 def show(place: Place, text: Callable[[], str]) -> None:
@@ -73,8 +75,8 @@ def show(place: Place, text: Callable[[], str]) -> None:
     with _lock:
         shown = _shown[place] = _shown.pop(place) if place in _shown else _Shown(place, text)
         shown.text = text
-        while len(_shown) > KEPT:
-            _shown.popitem(last=False)
+        for place in list(_shown)[:-KEPT]:
+            _tell(_shown.pop(place), "")
         if _watcher is None:
             _watcher = threading.Thread(target=_watch, name="state of the workers", daemon=True)
             _watcher.start()
@@ -95,10 +97,13 @@ def refresh() -> None:
     """Tell all tabs what has changed."""
     with _lock:
         for shown in _shown.values():
-            text = shown.text()
-            if text != shown.sent:
-                shown.sent, shown.number = text, next(_numbers)
-                PromptServer.instance.send_sync(EVENT, shown.message())
+            _tell(shown, shown.text())
+
+
+def _tell(shown: _Shown, text: str) -> None:
+    if text != shown.sent:
+        shown.sent, shown.number = text, next(_numbers)
+        PromptServer.instance.send_sync(EVENT, shown.message())
 
 
 def state_of(config: ModelConfig) -> str:
@@ -131,16 +136,25 @@ def is_running() -> bool:
     return bool(PromptServer.instance.prompt_queue.get_current_queue_volatile()[0])
 
 
+def _greet() -> None:
+    """Tell new tabs all that the others know."""
+    server, now = PromptServer.instance, time.monotonic()
+    for tab, connection in list(server.sockets.items()):
+        if _tabs.get(tab, (None,))[0] is not connection:
+            _tabs[tab] = connection, now + GREETING_SECONDS
+    with _lock:
+        for tab in [tab for tab, (_, until) in _tabs.items() if now < until]:
+            for shown in _shown.values():
+                server.send_sync(EVENT, shown.message(), tab)
+    for tab in _tabs.keys() - server.sockets.keys():
+        del _tabs[tab]
+
+
 def _watch() -> None:
     while True:
         threading.Event().wait(LOOK_SECONDS)
         try:
             refresh()
+            _greet()
         except Exception:
             log.exception("the state of the workers")
-
-
-@PromptServer.instance.routes.get(ROUTE)
-async def _all(_: web.Request) -> web.Response:
-    with _lock:
-        return web.json_response([shown.message() for shown in _shown.values()])

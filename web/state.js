@@ -5,12 +5,13 @@ import { app } from "../../scripts/app.js";
 import { findNode } from "./find_node.js";
 
 const PREFIX = "HybridDiT_";
-const EVENT = "hybrid_dit.state", ROUTE = "/hybrid_dit/states"; // nodes/states.py has both
+const EVENT = "hybrid_dit.state"; // nodes/states.py sends it, and all of them to a new tab
 const WIDGET = "hybrid_dit_state";
 const LINE = 16, MARGIN = 4; // pixels; the margin is left by classic nodes, on all sides
 
 const states = new Map(); // workflow id -> (execution id -> what was last heard)
 const copies = new Map(); // workflow id -> (execution id -> id of the workflow that ran the node)
+let ready = false; // whether there is a graph yet
 
 app.registerExtension({
   name: "HybridDiT.State",
@@ -20,25 +21,21 @@ app.registerExtension({
       show(state.node);
     });
     api.addEventListener("execution_cached", ({ detail: { nodes } }) => nodes.forEach(adopt));
-    api.addEventListener("reconnected", ask);
-    ask();
+    api.addEventListener("reconnecting", () => {
+      const known = [...states.values()].flatMap(ofGraph => [...ofGraph.keys()]);
+      states.clear(); // of a server that may be gone
+      known.forEach(show);
+    });
   },
-  afterConfigureGraph: showAll,
+  afterConfigureGraph() {
+    ready = true;
+    for (const id of new Set([...states.values()].flatMap(ofGraph => [...ofGraph.keys()]))) show(id);
+  },
 });
-
-// All states of now: those of a server that was restarted are no longer true.
-async function ask() {
-  const answer = await api.fetchApi(ROUTE);
-  if (!answer.ok) return;
-  states.clear();
-  (await answer.json()).forEach(keep);
-  showAll();
-}
 
 function keep(state) {
   const ofGraph = states.get(state.graph) ?? new Map();
-  // The answer to `ask` may come after an event that was sent later.
-  if ((ofGraph.get(state.node)?.number ?? 0) < state.number) states.set(state.graph, ofGraph.set(state.node, state));
+  states.set(state.graph, ofGraph.set(state.node, state));
 }
 
 // A node whose result is another run's: that of a copy of this workflow, unless this one has run it, too.
@@ -57,12 +54,8 @@ function textOf(id) {
   return state?.text ?? "";
 }
 
-function showAll() {
-  for (const id of new Set([...states.values()].flatMap(ofGraph => [...ofGraph.keys()]))) show(id);
-}
-
 function show(id) {
-  const node = app.rootGraph && findNode(id);
+  const node = ready && findNode(id);
   if (!node?.type?.startsWith(PREFIX)) return;
   const text = textOf(id);
   let widget = node.widgets?.find(({ name }) => name === WIDGET);
