@@ -12,7 +12,7 @@ from ..parallel_backend.runtime.devices import gpu_numbers
 from ..parallel_backend.runtime.group_config import ModelConfig, check_devices
 from ..parallel_backend.runtime.groups import find_model
 from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
-from .states import HIDDEN, Place, is_running, show
+from .states import HIDDEN, Place, is_running, no_text, show
 
 CATEGORY = "model/loaders/parallel"
 MAX_DEGREE = 64
@@ -175,7 +175,7 @@ class ParallelLayout(io.ComfyNode):
     ) -> io.NodeOutput:
         speed = Speed(compile, cuda_graphs, copy_engines)
         place = Place.of(cls.hidden)
-        show(place, lambda: "")  # until a loader has chosen
+        show(place, no_text)  # until a loader has chosen
         layout = make_layout(ulysses, ring, tp, devices, nnodes, rdzv_endpoint, auto, speed)
         return io.NodeOutput(replace(layout, node=place.node))
 
@@ -209,11 +209,19 @@ def make_layout(
     return Layout(degrees, devices, hosts, auto, speed)
 
 
-def text_of_choice(choice: Choice, config: ModelConfig) -> str:
-    """What an automatic layout shows: what was chosen, and once there is a picture, what would be faster still."""
-    text = f"Chosen {choice.reason}{'; exchanges by copy engines' if choice.copies else ''}"
-    model = find_model(config)
-    drawn = model is not None and len(model.seconds["steps"]) > 0 and not is_running()
-    if choice.options and drawn and not config.speed.compile:
-        text += "\nNot compiled. On two H200, 'compile' took 16 s once and then 6 % less a step."
-    return text
+class ChoiceText:
+    """What an automatic layout shows: what was chosen, and from the first picture on what would be faster still."""
+
+    def __init__(self, choice: Choice, config: ModelConfig) -> None:
+        self.choice, self.config = choice, config
+        self.drawn = False
+
+    def __call__(self) -> str:
+        choice = self.choice
+        text = f"Chosen {choice.reason}{'; exchanges by copy engines' if choice.copies else ''}"
+        if choice.options and not self.config.speed.compile:
+            model = find_model(self.config)
+            self.drawn |= model is not None and len(model.seconds["steps"]) > 0 and not is_running()
+            if self.drawn:
+                text += "\nNot compiled. On two H200, 'compile' took 16 s once and then 6 % less a step."
+        return text

@@ -22,8 +22,8 @@ from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle
-from .layout import CATEGORY, Layout, LayoutSocket, text_of_choice
-from .states import HIDDEN, Place, show, state_of
+from .layout import CATEGORY, ChoiceText, Layout, LayoutSocket
+from .states import HIDDEN, Place, no_text, show, state_of
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def load(
         check: raises ValueError for a checkpoint that the loader does not take, before workers start.
     """
     layout = layout or Layout(ParallelismConfig(), "auto")
-    show(place, lambda: "")  # of an earlier run, until this one knows its model
+    show(place, no_text)  # of an earlier run, until this one knows its model
     path = find()
     source = open_checkpoint(path)
     check(source)
@@ -321,7 +321,7 @@ def load(
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
     config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
-        show(Place(place.graph, layout.node), lambda: "" if choice is None else text_of_choice(choice, config))
+        show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
     show(place, lambda: state_of(config))
     handle = ModelHandle(config)
     return handle, handle.get().source

@@ -83,6 +83,11 @@ def show(place: Place, text: Callable[[], str]) -> None:
     refresh()
 
 
+def no_text() -> str:
+    """Of a node about which there is nothing to say."""
+    return ""
+
+
 def set_progress(config: ModelConfig, text: str | None) -> None:
     """How far a model is that somebody waits for; None: nobody waits any longer."""
     with _lock:

@@ -255,6 +255,25 @@ def test_torch_compile_is_refused(server):
     assert "bypass" in text
 
 
+@pytest.mark.parametrize(
+    ("node", "inputs", "words"),
+    [
+        ("TomePatchModel", {"ratio": 0.3}, "attn1_patch"),
+        ("ModelAttentionBackend", {"attention": "pytorch attention"}, "attention"),
+        ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}, "attn1"),
+        ("ScaleROPE", {f"{what}_{axis}": 1.0 for what in ("scale", "shift") for axis in "xyt"}, "rope_options"),
+    ],
+)
+def test_block_patches_are_refused_where_they_are_made(node, inputs, words, server):
+    graph = Graph()
+    loader = add_loader(graph)
+    patched = graph.add(node, model=(loader, 0), **inputs)
+    sampled(graph, loader, model=patched)
+    text = failure(server, graph, patched)
+    assert words in text
+    assert "bypass" in text
+
+
 def test_model_cannot_be_saved(server):
     graph = Graph()
     node = graph.add("ModelSave", model=(add_loader(graph), 0), filename_prefix="saved")
