@@ -5,6 +5,7 @@ In classic nodes on dark and in Nodes 2.0 on light.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ def test_each_problem_is_told_once(page: Page, server: ComfyServer):
 
 
 @pytest.mark.parametrize("page", ["classic"], indirect=True)
-def test_state_is_true_in_every_tab(page: Page, server: ComfyServer):
+def test_state_is_true_in_every_tab(page: Page, server: ComfyServer, tmp_path: Path):
     assert page.run() == "success"
     page.wait_for_state(LOADER_ID, "ready: ")
     with page.another() as other:
@@ -176,3 +177,11 @@ def test_state_is_true_in_every_tab(page: Page, server: ComfyServer):
         assert page.run() == "success"
         for tab in (page, other):
             tab.wait_for_state(LOADER_ID, "ready: ")
+    # A copy of the workflow, whose loader is not run again, has the state of the one that ran it.
+    copy = json.loads(WORKFLOW.read_text()) | {"id": "33333333-3333-4333-8333-333333333333"}
+    file = tmp_path / "copy.json"
+    file.write_text(json.dumps(copy))
+    drop(page.frontend, file)
+    assert page.states() == {}
+    assert page.run() == "success"
+    page.wait_for_state(LOADER_ID, "ready: ")
