@@ -68,7 +68,7 @@ class RemoteTextEncoder(nn.Module):
         pass
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        refuse_clip_layer(options)
+        refuse_clip_layer(options.get("layer"))
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
         """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""

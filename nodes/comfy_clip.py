@@ -161,7 +161,7 @@ class RemoteEncoder:
         self.remote_part = RemotePart(spec.handle, "text_encoder")
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        refuse_clip_layer(options)
+        refuse_clip_layer(options.get("layer"))
         super().set_clip_options(options)  # type: ignore[misc]
 
     def generate(self, *_: Any, **__: Any) -> None:
@@ -188,12 +188,22 @@ def _is_image(token: Any) -> bool:
     return isinstance(token, dict) and token.get("type") == "image"
 
 
-def refuse_clip_layer(options: dict[str, Any]) -> None:
+class RemoteCLIP(comfy.sd.CLIP):
+    """ComfyUI's CLIP object, which nodes clone before they change it."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> RemoteCLIP:
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = RemoteCLIP
+        return clone
+
+    def clip_layer(self, layer_idx: int) -> None:
+        refuse_clip_layer(layer_idx)
+
+
+def refuse_clip_layer(layer: int | None) -> None:
     """Raise ValueError where a node chooses the text encoder's layer."""
-    if options.get("layer") is not None:
-        raise ValueError(
-            f"CLIP Set Last Layer asks for layer {options['layer']}, but the layers are fixed; bypass that node"
-        )
+    if layer is not None:
+        raise ValueError(f"CLIP Set Last Layer asks for layer {layer}, but the layers are fixed; bypass that node")
 
 
 def refuse_generation() -> NoReturn:
@@ -214,7 +224,7 @@ def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[i
 
 def wrap_clip(text_encoder: nn.Module, tokenizer: Any) -> comfy.sd.CLIP:
     """ComfyUI's CLIP object around a text encoder without parameters."""
-    clip = comfy.sd.CLIP(no_init=True)
+    clip = RemoteCLIP(no_init=True)
     clip.cond_stage_model = text_encoder
     clip.tokenizer = tokenizer
     clip.patcher = RemotePatcher(

@@ -15,7 +15,7 @@ from ..parallel_backend.families import Conditioning
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.runtime.errors import BatchTooLargeError
 from .cache_run import RUN_KEY
-from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
+from .comfy_patcher import LARGEST_TIMESTEP, RemotePart, RemotePatcher, meta_state_dict
 from .families import Shapes, family_of
 from .group import ModelHandle, check_interrupted
 
@@ -79,6 +79,8 @@ class RemoteDiffusionModel(nn.Module):
         options = given.pop("transformer_options", None) or {}
         self._refuse(x, timestep, given.pop("control", None), options)
         conditioning = self.family.conditioning(x, context, given)
+        for reference in conditioning.references:
+            self.check_latent(reference, "reference latent")
         left = [name for name, value in given.items() if value is not None]
         if left:
             raise ValueError(
@@ -114,14 +116,19 @@ class RemoteDiffusionModel(nn.Module):
             parts.append(self._predict(x[part], timestep[part], part_of(conditioning, part, len(x)), options, [uuid]))
         return torch.cat(parts)
 
+    def check_latent(self, latent: Tensor, what: str = "latent") -> None:
+        """Raise ValueError, with the node to use, for a latent that the workers cannot take."""
+        try:
+            self.source.family.check_latent(latent.shape, what)
+        except ValueError as error:
+            instead = f"{self.family.empty_latent}, or an image" if what == "latent" else "an image"
+            raise ValueError(
+                f"{error}; use {instead} encoded by this model's VAE, and no node that changes the latent's channels"
+            ) from None
+
     def _refuse(self, x: Tensor, timestep: Tensor, control: Any, options: dict[str, Any]) -> None:
         """Raise ValueError for what no family's workers can honour."""
-        channels = self.source.family.latent_channels
-        if x.shape[1] != channels:
-            raise ValueError(
-                f"the latent has {x.shape[1]} channels, this model takes {channels}; use {self.family.empty_latent} "
-                "(or an image encoded by this model's VAE), and no node that adds channels to the model's input"
-            )
+        self.check_latent(x)
         if control is not None:
             raise ValueError("a ControlNet is applied, which parallel models do not take in this version; bypass it")
         patched = [str(name) for kind in ("patches", "patches_replace") for name in options.get(kind) or ()]
@@ -134,7 +141,9 @@ class RemoteDiffusionModel(nn.Module):
             raise ValueError(
                 "a node changes the model's position encoding (rope_options), which is not supported; bypass it"
             )
-        if not (timestep.min() >= 0 and timestep.max() <= 1.001):  # which NaN is not, either
+        if options.get("optimized_attention_override") is not None:
+            raise ValueError("a node chooses an attention kernel, which the parallel workers do not take; bypass it")
+        if not (timestep.min() >= 0 and timestep.max() <= LARGEST_TIMESTEP):  # which NaN is not, either
             raise ValueError(
                 f"timesteps up to {timestep.max().item():g} arrived where sigmas from 0 to 1 are expected; a model "
                 "sampling node with a multiplier is in the way"
@@ -174,7 +183,14 @@ def _remote_class(model_class: Any) -> Any:
         def __init__(self, model_config: Any, diffusion_model: RemoteDiffusionModel) -> None:
             super().__init__(model_config)
             self.diffusion_model = diffusion_model
+            # Samplers ask it about an empty latent, before they make noise of the size that it was given: seconds of
+            # sound as a video's frames would be gigabytes.
+            self.latent_format.fix_empty_latent = self._check_empty
             self.remote_part = RemotePart(diffusion_model.handle, "transformer")
+
+        def _check_empty(self, latent):
+            self.diffusion_model.check_latent(latent)
+            return latent
 
         def extra_conds(self, **kwargs):
             # ComfyUI would convert and copy the context in each step: 8M numbers of FLUX.2's.

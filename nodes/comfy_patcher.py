@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_patcher
 import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .group import ModelHandle
+
+LARGEST_TIMESTEP = 1.001
+"""Models take sigmas from 0 to 1, give or take what is lost in rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,39 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return super().detach(unpatch_all)
 
     def load(self, *args: Any, **kwargs: Any) -> None:
-        if self.patches:
-            raise ValueError(
-                f"{len(self.patches)} weights are patched (by a LoRA loader or a model merge), which the parallel "
-                "workers do not take in this version; bypass that node, or use a checkpoint that it is merged into"
-            )
+        if self.patches:  # put there past `add_patches`
+            _refuse_weights(len(self.patches))
         super().load(*args, **kwargs)
 
-    def inject_model(self) -> None:
-        if self.injections:
+    # What cannot be honoured is refused by the node that asks for it, before anything is computed.
+
+    def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        if patches and (strength_patch, strength_model) != (0.0, 1.0):
+            _refuse_weights(len(patches))
+        return list(patches)
+
+    def set_injections(self, key: str, injections: list[Any]) -> None:
+        if injections:
             raise ValueError(
-                f"{', '.join(self.injections)} (such as a bypass LoRA loader) changes modules that live in the "
-                "parallel workers, which is not possible; bypass that node"
+                f"{key} (such as a bypass LoRA loader) changes modules that live in the parallel workers, which is not "
+                "possible; bypass the node"
             )
-        super().inject_model()
+        super().set_injections(key, injections)
+
+    def set_model_patch(self, patch: Any, name: str) -> None:
+        _refuse_block_patch(name)
+
+    def set_model_patch_replace(self, patch: Any, name: str, block_name: str, number: int, *_: Any, **__: Any) -> None:
+        _refuse_block_patch(f"{name} in {block_name} {number}")
+
+    def set_model_optimized_attention(self, optimized_attention: Any) -> None:
+        _refuse_block_patch("attention")
+
+    def set_model_rope_options(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "this node changes the model's position encoding (rope_options), which the parallel workers do not take; "
+            "bypass it"
+        )
 
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and self.get_combined_hook_patches(hooks):
@@ -82,6 +104,11 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         if name.split(".")[0] in ("diffusion_model", "first_stage_model", "cond_stage_model"):
             raise ValueError(
                 f"a node (such as TorchCompileModel) replaces {name}, which lives in the parallel workers; bypass it"
+            )
+        if name == "model_sampling" and (largest := float(obj.timestep(obj.sigma_max))) > LARGEST_TIMESTEP:
+            raise ValueError(
+                f"this model sampling hands the model timesteps up to {largest:g}, where it expects sigmas from 0 to "
+                "1; bypass the node, or use ModelSamplingAuraFlow or ModelSamplingFlux"
             )
         super().add_object_patch(name, obj)
 
@@ -102,3 +129,16 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
         return self.get_key_patches()
+
+
+def _refuse_weights(count: int) -> NoReturn:
+    raise ValueError(
+        f"a LoRA loader (or a model merge) changes {count} weights of a model that lives in the parallel workers, "
+        "which is not possible in this version; bypass the node, or load a checkpoint that the LoRA is merged into"
+    )
+
+
+def _refuse_block_patch(what: str) -> NoReturn:
+    raise ValueError(
+        f"this node patches the model's blocks ({what}), which live in the parallel workers; bypass the node"
+    )

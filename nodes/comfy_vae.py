@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -37,16 +36,18 @@ class RemoteAutoencoder(nn.Module):
 
     Args:
         handle: of the model in the workers.
-        latent_format: ComfyUI's, where its VAE nodes have other latents than its models; workers have the models'.
+        source: its checkpoint.
     """
 
-    def __init__(self, handle: ModelHandle, latent_format: Any = None) -> None:
+    def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         super().__init__()
-        self.handle, self.latent_format = handle, latent_format
+        self.handle, self.family = handle, source.family
+        self.latent_format = family_of(source).vae.latent_format
         self.remote_part = RemotePart(handle, "vae")
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``."""
+        self.family.check_decodable(latent.shape)  # before any worker is started
         model = self.handle.get()
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
@@ -67,7 +68,7 @@ class RemoteVAE(comfy.sd.VAE):
     def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         # Not super().__init__(), which needs the weights.
         look = family_of(source).vae
-        self.first_stage_model = RemoteAutoencoder(handle, look.latent_format)
+        self.first_stage_model = RemoteAutoencoder(handle, source)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
         self.downscale_ratio, self.upscale_ratio = look.downscale_ratio, look.upscale_ratio
         self.latent_channels = source.family.latent_channels

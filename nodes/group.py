@@ -1,4 +1,4 @@
-"""A model in a worker group as ComfyUI's objects use it: loaded when first needed, its state on the node that waits."""
+"""A model in a worker group as ComfyUI's objects use it: loaded when first needed, with Cancel and progress."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..parallel_backend.runtime.errors import RequestFailedError, WorkersFailedE
 from ..parallel_backend.runtime.group_config import ModelConfig
 from ..parallel_backend.runtime.groups import acquire_model, add_user, find_model, remove_user
 from ..parallel_backend.runtime.remote_model import RemoteModel
+from .states import set_progress
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,13 @@ class ModelHandle:
         weakref.finalize(self, remove_user, self.config).atexit = False
 
     def get(self) -> RemoteModel:
-        """The model, ready for requests; loading it shows its state on the node that is being executed.
+        """The model, ready for requests; how far it is is shown while it is loaded.
 
         Raises:
             ValueError, WorkersFailedError: it cannot be loaded; the text says why.
         """
-        return acquire_model(self.config, NodeState(self.config), check_interrupted)
+        with Waiting(self.config) as on_state:
+            return acquire_model(self.config, on_state, check_interrupted)
 
     def offload(self, component: str) -> None:
         """Free the device memory of a component until it is used next; nothing where the model is not loaded."""
@@ -63,35 +65,38 @@ def show_text(text: str) -> None:
         PromptServer.instance.send_progress_text(text, context.node_id)
 
 
-class NodeState:
-    """Shows a model's state on the executing node: as ComfyUI's progress bar and progress text."""
+class Waiting:
+    """Shows how far a model is for which a node waits: on the nodes that loaded it, and as the waiting one's progress.
+
+    A context manager whose value is what `WorkerGroup.start` and `WorkerGroup.load` call ``on_state``. Nothing is shown
+    of a model that is there.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        context = get_executing_context()
-        self.node_id = context.node_id if context is not None else None
+        self.fraction = 0.0
         self.bar: comfy.utils.ProgressBar | None = None
 
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            set_progress(self.config, None)
+
     def __call__(self, state: str, done: float, total: float, detail: str = "") -> None:
-        layout = self.config.layout
-        degrees = f"ulysses {layout.ulysses_size} x ring {layout.ring_size} x tp {layout.tp_size}"
-        where = f"{degrees} on {self.config.devices.kind}"
-        if self.config.hosts.several:
-            where += f" of {self.config.hosts.count} hosts"
+        # What is to be loaded is known when each rank has counted; shares that went back would be no progress.
+        share = done / total
         if state == "starting":
-            text = f"starting: {done:.0f} of {total:.0f} processes up" + (f"\n{detail}" if detail else "")
-            fraction = 0.5 * done / total
+            text, share = f"starting: {done:.0f} of {total:.0f} processes up", 0.5 * share
         elif state == "loading":
-            text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB, {detail}"
-            fraction = 0.5 + 0.5 * done / total
-        elif state == "ready":
-            text, fraction = f"ready: {where}", 1.0
-        else:
-            text, fraction = f"failed: {where}", 0.0
-        log.debug("worker group: %s", text)
-        if self.node_id is None:
+            self.fraction = max(self.fraction, share)
+            text, share = f"loading: {100 * self.fraction:.0f} %", 0.5 + 0.5 * self.fraction
+        else:  # what has become of it is seen when the wait ends
             return
-        show_text(text)
+        log.debug("worker group: %s, %s", text, detail)
         if self.bar is None:
-            self.bar = comfy.utils.ProgressBar(100, node_id=self.node_id)
-        self.bar.update_absolute(round(100 * fraction), 100)
+            context = get_executing_context()
+            self.bar = comfy.utils.ProgressBar(100, node_id=None if context is None else context.node_id)
+        self.bar.update_absolute(round(100 * share), 100)
+        set_progress(self.config, f"{text}\n{detail}" if detail and state == "starting" else text)

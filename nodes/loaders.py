@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -20,8 +21,9 @@ from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, Mode
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
-from .group import ModelHandle, NodeState, show_text
-from .layout import CATEGORY, Layout, LayoutSocket
+from .group import ModelHandle
+from .layout import CATEGORY, ChoiceText, Layout, LayoutSocket
+from .states import HIDDEN, Place, no_text, show, state_of
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class LoadPipeline(io.ComfyNode):
                 ),
                 encoder_memory_input(),
             ],
+            hidden=HIDDEN,
             outputs=[
                 io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers."),
                 io.Clip.Output(
@@ -92,7 +95,8 @@ class LoadPipeline(io.ComfyNode):
     def execute(
         cls, pipeline: str, layout: Layout | None = None, dtype: str = "auto", encoder_memory: str = "auto"
     ) -> io.NodeOutput:
-        handle, source = load(lambda: find_pipeline(pipeline), layout, dtype, encoder_memory=encoder_memory)
+        place = Place.of(cls.hidden)
+        handle, source = load(place, lambda: find_pipeline(pipeline), layout, dtype, encoder_memory=encoder_memory)
         assert isinstance(source, PipelineFolder)
         return io.NodeOutput(
             make_model(handle, source), family_of(source).clip_of_folder(handle, source), make_vae(handle, source)
@@ -127,6 +131,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     "bfloat16."
                 ),
             ],
+            hidden=HIDDEN,
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and guiders. Its evaluations run in the workers.")],
         )
 
@@ -142,7 +147,8 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, layout: Layout | None = None, weight_dtype: str = AS_STORED) -> io.NodeOutput:
-        handle, source = load(lambda: find_file(MODEL_FILES, unet_name), layout, *WEIGHT_DTYPES[weight_dtype])
+        place = Place.of(cls.hidden)
+        handle, source = load(place, lambda: find_file(MODEL_FILES, unet_name), layout, *WEIGHT_DTYPES[weight_dtype])
         assert isinstance(source, SingleFile)
         return io.NodeOutput(make_model(handle, source))
 
@@ -187,6 +193,7 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 encoder_memory_input(),
             ],
+            hidden=HIDDEN,
             outputs=[
                 io.Clip.Output(
                     "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
@@ -195,11 +202,9 @@ class LoadCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name=None, type=None):
-        def look(name: str) -> None:
-            check_type(open_text_encoder_file(find_file(ENCODER_FILES, name)), type)
-
-        return checked(clip_name, look)
+    def validate_inputs(cls, clip_name=None):
+        # Not the type too: ComfyUI repeats what is wrong for each of the arguments here.
+        return checked(clip_name, lambda name: open_text_encoder_file(find_file(ENCODER_FILES, name)))
 
     @classmethod
     def fingerprint_inputs(cls, clip_name=None, **_):
@@ -217,16 +222,23 @@ class LoadCLIP(io.ComfyNode):
         dtype, fp8 = WEIGHT_DTYPES[weight_dtype]
         # ComfyUI, too, multiplies text encoders in the number format beside fp8.
         fp8 = "stored" if fp8 == "matmul" else fp8
-        handle, source = load(lambda: find_file(ENCODER_FILES, clip_name), layout, dtype, fp8, encoder_memory)
+        handle, source = load(
+            Place.of(cls.hidden),
+            lambda: find_file(ENCODER_FILES, clip_name),
+            layout,
+            dtype,
+            fp8,
+            encoder_memory,
+            lambda source: check_type(source, type),
+        )
         assert isinstance(source, TextEncoderFile)
-        check_type(source, type)
         return io.NodeOutput(family_of(source).clip_of_file(handle, source))
 
 
-def check_type(source: TextEncoderFile, type: str | None) -> None:
-    """Raise ValueError if a text encoder's file is of another type than the one chosen; None is not known yet."""
+def check_type(source: Checkpoint, type: str) -> None:
+    """Raise ValueError if a text encoder's file is of another type than the one chosen."""
     found = family_of(source).clip_type
-    if type is not None and type != found:
+    if type != found:
         raise ValueError(
             f"{source.path.name} is the text encoder of {source.family.title}, but the type is {type!r}; choose the "
             f"type {found!r}, or another file"
@@ -280,34 +292,39 @@ def encoder_memory_input() -> io.Input:
 
 
 def load(
-    find: Callable[[], Path], layout: Layout | None, dtype: str, fp8: str = "cast", encoder_memory: str = "auto"
+    place: Place,
+    find: Callable[[], Path],
+    layout: Layout | None,
+    dtype: str,
+    fp8: str = "cast",
+    encoder_memory: str = "auto",
+    check: Callable[[Checkpoint], None] = lambda _: None,
 ) -> tuple[ModelHandle, Checkpoint]:
-    """Have the workers of a layout hold a checkpoint; what goes wrong is shown on the node that is being executed."""
+    """Have the workers of a layout hold a checkpoint, and show on the loader how that model is from then on.
+
+    Args:
+        place: of the loader.
+        find: the checkpoint.
+        layout: None: one process.
+        dtype, fp8, encoder_memory: see `ModelConfig.create`.
+        check: raises ValueError for a checkpoint that the loader does not take, before workers start.
+    """
     layout = layout or Layout(ParallelismConfig(), "auto")
-    reason = ""
-    try:
-        path, degrees = find(), layout.degrees
-        if layout.auto:
-            degrees, reason = choose_degrees(path, layout.devices, dtype, fp8)
-        config = ModelConfig.create(
-            path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, layout.speed
-        )
-        handle = ModelHandle(config)
-        source = handle.get().source
-    except (ValueError, RuntimeError) as error:
-        show_text(f"failed: {str(error).splitlines()[0]}")
-        raise
-    NodeState(handle.config)("ready", 1, 1)
-    if reason:
-        show_text(f"ready: {reason}")
-    return handle, source
-
-
-def choose_degrees(path: Path, devices: str, dtype: str, fp8: str) -> tuple[ParallelismConfig, str]:
-    """The fastest layout of the devices that a checkpoint fits, and why; what the others would cost goes to the log."""
-    choice = choose_for_checkpoint(open_checkpoint(path), devices, dtype, fp8)
-    log.info("Parallel Layout, auto: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
-    return choice.layout, choice.reason
+    show(place, no_text)  # of an earlier run, until this one knows its model
+    path = find()
+    source = open_checkpoint(path)
+    check(source)
+    degrees, speed, choice = layout.degrees, layout.speed, None
+    if layout.auto:
+        choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
+        log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
+        degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
+    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed)
+    if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
+        show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
+    show(place, lambda: state_of(config))
+    handle = ModelHandle(config)
+    return handle, handle.get().source
 
 
 def find_file(kind: str, name: str) -> Path:

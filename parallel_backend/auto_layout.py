@@ -55,11 +55,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, among what (fastest first), and what one should know of the estimate."""
+    """What was chosen, among what (fastest first), and what one should know of the estimate.
+
+    ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange.
+    """
 
     layout: ParallelismConfig
     options: tuple[Option, ...]
     reason: str
+    copies: bool = False
 
     def table(self) -> str:
         """A line for each option."""
@@ -124,14 +128,19 @@ def choose_layout(
             f"GiB each, and {min(free) / GIB:.1f} are free; free memory, name more GPUs, or load fp8 weights"
         )
     best = fitting[0]
-    words = f"{best.layout.name} of {len(gpus)} GPU(s): about {best.cost.ms / 1000:.2f} s a step at {SIDE} x {SIDE}"
+    words = f"{best.layout.name} of {len(gpus)} GPU(s): about {_time(best.cost.ms)} a step at {SIDE} x {SIDE}"
     if len(fitting) > 1:
         second = fitting[1]
-        words += f", next {second.layout.name} {second.cost.ms / 1000:.2f} s"
+        words += f", next {second.layout.name} {_time(second.cost.ms)}"
     faster = [option.layout.name for option in options if option.cost.ms < best.cost.ms]
     words += f"; faster, but too large: {', '.join(faster)}" if faster else ""
     words += f"; {', '.join(unknown)} is taken as fast as an H200" if unknown else ""
-    return Choice(best.layout, tuple(options), words)
+    reached = [link.peer_access for link in machine.links if {link.first, link.second} <= set(gpus)]
+    return Choice(best.layout, tuple(options), words, len(gpus) > 1 and all(reached))
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 100 else f"{ms:.1f} ms"
 
 
 def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:

@@ -5,6 +5,7 @@ Nothing here imports torch, so a wrong degree is refused before any process or d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,16 +112,25 @@ class ParallelismConfig:
         split = self.tp_size * self.ulysses_size
         if heads % split:
             fitting = [
-                f"ulysses={u} tp={t}"
+                ParallelismConfig(u, self.world_size // (u * t), t).degrees()
                 for t in _divisors(self.world_size)
                 for u in _divisors(self.world_size // t)
                 if heads % (t * u) == 0
             ]
             raise ValueError(
                 f"{model} has {heads} attention heads, which do not divide by tp x ulysses = {split} "
-                f"({self.describe()}); on {self.world_size} rank(s) these would work, the rest of the product as ring: "
-                f"{', '.join(fitting)}"
+                f"({self.describe()}); on {self.world_size} rank(s) these would work: {'; '.join(fitting)}"
             )
+
+    def shrunk(self, ranks: int) -> ParallelismConfig:
+        """The nearest degrees for another number of ranks: heads that divide by this layout's divide by theirs."""
+        tp = math.gcd(self.tp_size, ranks)
+        ulysses = math.gcd(self.ulysses_size, ranks // tp)
+        return ParallelismConfig(ulysses, ranks // (tp * ulysses), tp)
+
+    def degrees(self) -> str:
+        """The degrees as they are typed in: ``ulysses 4, ring 1, tp 2``."""
+        return f"ulysses {self.ulysses_size}, ring {self.ring_size}, tp {self.tp_size}"
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,13 @@ TEMPLATES = {
     "qwen_image_edit_2511": "image_qwen_image_edit_2511",
 }
 """Our name -> ComfyUI's."""
-DEGREES = {"ulysses": 2, "ring": 1, "tp": 2}
 ABOVE = 260
 """How far above the model loader the layout goes."""
 
 NOTE = """\
 ## On many GPUs
 This is ComfyUI's own template with two loaders replaced, inside the subgraph: *Load Diffusion Model (Parallel)* and \
-*Load CLIP (Parallel)*, both on one *Parallel Layout*. Open the subgraph and set the degrees so that \
-**ulysses x ring x tp = your GPUs** (here 4).
+*Load CLIP (Parallel)*, both on one *Parallel Layout*, which takes all GPUs in the fastest way that fits.
 
 The workers take no LoRA in this version: leave Lightning's switch off. ComfyUI wants the LoRA's file to be there \
 all the same; without it, delete its loader.
@@ -85,7 +83,7 @@ def save(server: ComfyServer, frontend: Frontend, name: str) -> bool:
         replace(frontend, "UNETLoader", "HybridDiT_LoadDiffusionModel"),
     ]
     lost = [slot for one in replaced for slot in one.lost]
-    wire(frontend, "HybridDiT_ParallelLayout", "layout", **DEGREES)
+    wire(frontend, "HybridDiT_ParallelLayout", "layout")
     move(frontend, "HybridDiT_ParallelLayout", "HybridDiT_LoadDiffusionModel", (0, -ABOVE))
     left, top = frontend.call(BOX)
     size = [400, 300]

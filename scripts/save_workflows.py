@@ -54,7 +54,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom."""
 HEIGHTS = {
-    **{"HybridDiT_ParallelLayout": 170, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
+    **{"HybridDiT_ParallelLayout": 380, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
     **{"HybridDiT_BlockCache": 290},
     **{"CLIPTextEncode": 110, "LoadImage": 340, "SaveImage": 350},
 }
@@ -67,7 +67,7 @@ TITLE, GAP, PADDING, COLUMN_GAP = 30, 24, 16, 40
 NOTE_HEIGHT, INPUT_NOTE_HEIGHT = 240, 60
 NOTE_END = """
 **For the real FLUX.2:** put the diffusers folder (such as FLUX.2-dev) into *models/diffusers*, pick it as *pipeline*, \
-and set the degrees so that **ulysses x ring x tp = your GPUs**. Then take 1024 x 1024 and 28 to 50 steps.
+and take 1024 x 1024 and 28 to 50 steps. The layout stays automatic, or is set by degrees.
 """
 INPUT_NOTE = f"""
 **First** copy *workflows/{EXAMPLE_IMAGE}* into ComfyUI's *input* folder, or drop it onto *Load Image*.
@@ -75,8 +75,8 @@ INPUT_NOTE = f"""
 NOTES = {
     "flux2_text_to_image": """\
 ## Text to image on many GPUs
-*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. Here 2 (Ulysses) x 2 \
-(TP) = 4 worker processes compute each step of the small demo model, on the CPU if there is no GPU.
+*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. All GPUs \
+together compute each step of the small demo model (or the CPU if there is no GPU); *Parallel Layout* shows how.
 """,
     "flux2_text_to_image_cached": """\
 ## Text to image with the block cache
@@ -85,18 +85,18 @@ that hardly differ from the last computed one skip most blocks; *Block Cache* sh
 """,
     "flux2_custom_sampler": """\
 ## Custom sampling, with a report
-*Parallel Layout*, *Load Pipeline (Parallel)* and *Workers Report* are Hybrid DiT's; all others are stock nodes. Here \
-2 (Ulysses) x 2 (Ring) = 4 worker processes compute a wide picture; the report has their seconds and memory.
+*Parallel Layout*, *Load Pipeline (Parallel)* and *Workers Report* are Hybrid DiT's; all others are stock nodes. All \
+GPUs together compute a wide picture; the report has the seconds and the memory of each.
 """,
     "flux2_edit": """\
 ## Edit a picture
 *Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. The picture goes in as \
-a reference latent, whose tokens are split over 4 (Ulysses) worker processes too.
+a reference latent, whose tokens are split over all GPUs, too.
 """,
     "flux2_inpaint": """\
 ## Inpaint half of a picture
-*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. The noise mask lets 2 \
-(Ring) x 2 (TP) = 4 worker processes repaint the right half only.
+*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. The noise mask lets \
+all GPUs together repaint the right half only.
 """,
 }
 

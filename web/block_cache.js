@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { findNode } from "./find_node.js";
 
 const NODE = "HybridDiT_BlockCache";
 const EVENT = "hybrid_dit.block_cache"; // nodes/cache_run.py sends it
@@ -18,7 +19,7 @@ app.registerExtension({
   name: "HybridDiT.BlockCache",
   setup() {
     api.addEventListener(EVENT, ({ detail: run }) => {
-      const node = findNode(run.node);
+      const node = findCache(run.node);
       if (!node) return;
       const runs = shown.get(app.rootGraph.id) ?? new Map();
       shown.set(app.rootGraph.id, runs.set(run.node, run));
@@ -27,19 +28,14 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     for (const [id, run] of shown.get(app.rootGraph.id) ?? []) {
-      const node = findNode(id);
+      const node = findCache(id);
       if (node) show(node, run);
     }
   },
 });
 
-// The node of an execution id, such as "3:7" for node 7 in the subgraph of node 3.
-function findNode(executionId) {
-  let graph = app.rootGraph, node;
-  for (const id of String(executionId).split(":")) {
-    node = graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
-    graph = node?.subgraph;
-  }
+function findCache(executionId) {
+  const node = findNode(executionId);
   return node?.type === NODE ? node : undefined;
 }
 

@@ -71,12 +71,6 @@ class QwenImage(ComfyFamily):
 
     def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
         references = list(given.pop("ref_latents", None) or ())
-        for what, latent in (("latent", x), *(("reference latent", reference) for reference in references)):
-            if latent.ndim == 5 and latent.shape[2] > 1:
-                raise ValueError(
-                    f"the {what} has {latent.shape[2]} frames (layers), this model draws one picture; use "
-                    f"{self.empty_latent} and encode pictures one by one"
-                )
         tensors, options = {}, {}
         mask = given.pop("attention_mask", None)
         if mask is not None and not (kept := token_mask(mask, context)).all():

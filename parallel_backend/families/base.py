@@ -109,6 +109,8 @@ class Family(ABC):
     """The transformer's lists of blocks in the order in which they run, for the cache."""
     latent_channels: int
     """Channels of the latent as ComfyUI and the transformer see it."""
+    latent_dims: int = 4
+    """4 for latents ``[B, C, H, W]``, 5 for those with frames ``[B, C, F, H, W]``, of which there is one."""
     latent_downscale: int
     """Pixels to one latent position, along each side."""
     pixel_multiple: int
@@ -167,6 +169,26 @@ class Family(ABC):
     @abstractmethod
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
+
+    def check_latent(self, shape: Sequence[int], what: str = "latent") -> None:
+        """Raise ValueError unless the transformer can take a latent (or a reference, as ``what`` says) of a shape."""
+        if len(shape) != self.latent_dims:
+            axes = "channels, frames, height, width" if self.latent_dims == 5 else "channels, height, width"
+            kind = {3: " (audio)", 5: " (a video)"}.get(len(shape), "")
+            problem = f"the shape {list(shape)}{kind}, {self.title} takes [batch, {axes}]"
+        elif shape[1] != self.latent_channels:
+            problem = f"{shape[1]} channels, {self.title} takes {self.latent_channels}"
+        elif self.latent_dims == 5 and shape[2] != 1:
+            problem = f"{shape[2]} frames (or layers), {self.title} takes one picture"
+        elif not all(shape):
+            problem = f"the shape {list(shape)}: there is nothing in it"
+        else:
+            return
+        raise ValueError(f"the {what} has {problem}")
+
+    def check_decodable(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless the VAE can take a latent of a shape: of any number of frames, where it has them."""
+        self.check_latent((*shape[:2], min(shape[2], 1), *shape[3:]) if len(shape) == 5 else shape)
 
     @abstractmethod
     def picture_tokens(self, arguments: Mapping[str, Any]) -> int:

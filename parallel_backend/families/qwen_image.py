@@ -48,6 +48,7 @@ class QwenImage(Family):
     output_stream = 1
     block_stacks = (BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),)
     latent_channels = 16
+    latent_dims = 5
     latent_downscale = 8
     pixel_multiple = 16
     conditioning_tensors = ("mask",)

@@ -11,6 +11,19 @@ MOST_CPU_RANKS = 16
 """Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
 
 
+class TooManyRanksError(ValueError):
+    """More ranks than the devices can take.
+
+    Args:
+        text: what is wrong, with the remedy.
+        most: how many ranks they can take.
+    """
+
+    def __init__(self, text: str, most: int) -> None:
+        super().__init__(text)
+        self.most = most
+
+
 @dataclass(frozen=True)
 class Devices:
     """The devices of a group's ranks, in rank order.
@@ -43,9 +56,10 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
         if count == 0:
             return _on_cpu(ranks)
         if count < ranks:
-            raise ValueError(
-                f"the layout has {ranks} ranks but this machine has {count} GPU(s); lower the degrees to a product of "
-                f"at most {count}, or choose the device 'cpu'"
+            raise TooManyRanksError(
+                f"the layout has {ranks} ranks but this machine has {count} GPU(s); choose the device 'cpu', or "
+                f"degrees with a product of at most {count}",
+                count,
             )
         chosen = list(range(ranks))
     else:
@@ -58,7 +72,11 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"the devices {spec!r} name a GPU twice; each rank needs one of its own")
         if len(chosen) != ranks:
-            raise ValueError(f"the devices {spec!r} are {len(chosen)} GPU(s), but the layout has {ranks} rank(s)")
+            raise TooManyRanksError(
+                f"the devices {spec!r} are {len(chosen)} GPU(s), but the layout has {ranks} rank(s); choose degrees "
+                f"with a product of {len(chosen)}",
+                len(chosen),
+            )
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = inherited.split(",") if inherited else [str(index) for index in range(count)]
     return Devices("cuda", tuple(names[index].strip() for index in chosen))
@@ -79,9 +97,10 @@ def gpu_numbers(spec: str) -> list[int] | None:
 def _on_cpu(ranks: int) -> Devices:
     most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
     if ranks > most:
-        raise ValueError(
-            f"the layout has {ranks} ranks, as many processes on this CPU; lower the degrees to a product "
-            f"of at most {most}"
+        raise TooManyRanksError(
+            f"the layout has {ranks} ranks, as many processes on this CPU; choose degrees with a product of at most "
+            f"{most}",
+            most,
         )
     return Devices("cpu")
 

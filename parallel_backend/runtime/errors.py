@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+_SHOWN_AS = "builtins"
+"""ComfyUI and Python put the module's name before a text that users read, and leave out this one's."""
+
 
 class WorkersFailedError(RuntimeError):
     """The group is gone; the next use starts a fresh one."""
 
+    __module__ = _SHOWN_AS
+
 
 class RequestFailedError(RuntimeError):
     """The ranks failed to carry out a request, all at the same place or alone; the group is as good as before."""
+
+    __module__ = _SHOWN_AS
 
 
 class OutOfMemoryError(WorkersFailedError, RequestFailedError):
@@ -19,6 +26,8 @@ class OutOfMemoryError(WorkersFailedError, RequestFailedError):
         details: what is less important, at the end.
         usable: whether the group is as good as before.
     """
+
+    __module__ = _SHOWN_AS
 
     def __init__(self, text: str, details: str = "", usable: bool = False) -> None:
         super().__init__(text + details)

@@ -10,7 +10,7 @@ from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..loading.checkpoint import open_checkpoint
 from ..loading.weight_loader import FP8_MODES
 from ..machine import missing_build_tools
-from .devices import Devices, resolve_devices
+from .devices import Devices, TooManyRanksError, resolve_devices
 from .hosts import ALONE, Hosts
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -114,5 +114,9 @@ def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devi
     try:
         return resolve_devices(devices, ranks)
     except ValueError as error:
-        share = f"; of {layout.world_size} ranks, each of {hosts.count} hosts has {ranks}" if hosts.several else ""
-        raise ValueError(f"{error}{share}") from None
+        advice = share = ""
+        if isinstance(error, TooManyRanksError):
+            advice = f", such as {layout.shrunk(error.most * hosts.count).degrees()}"
+        if hosts.several:
+            share = f"; of {layout.world_size} ranks, each of {hosts.count} hosts has {ranks}"
+        raise ValueError(f"{error}{advice}{share}") from None

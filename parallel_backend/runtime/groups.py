@@ -68,6 +68,11 @@ def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:
     return _groups[config]
 
 
+def find_group(config: GroupConfig) -> WorkerGroup | None:
+    """The group of a configuration, in whatever state it is."""
+    return _groups.get(config)
+
+
 def find_model(config: ModelConfig) -> RemoteModel | None:
     """The model of a configuration if it is loaded and its group is up."""
     group = _groups.get(config.group)

@@ -135,7 +135,7 @@ class RemoteModel:
             The prediction, of the latent's shape, in the model's dtype, on the CPU.
 
         Raises:
-            ValueError: tensors or options that the family does not know.
+            ValueError: tensors or options that the family does not know, or a latent or reference that it cannot take.
             BatchTooLargeError: there is no room for a ``divisible`` batch. Nothing was computed.
             WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
         """
@@ -146,6 +146,9 @@ class RemoteModel:
         ]
         if unknown:
             raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
+        family.check_latent(x.shape)
+        for reference in conditioning.references:
+            family.check_latent(reference.shape, "reference latent")
         with self._timed("steps", check):
             given = (conditioning.context, *conditioning.references)
             tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
@@ -204,12 +207,7 @@ class RemoteModel:
             OutOfMemoryError, RequestFailedError: the first rank failed, and is as good as before.
             WorkersFailedError: the group is gone.
         """
-        family = self.source.family
-        if latent.ndim not in (4, 5) or latent.shape[1] != family.latent_channels or not latent.numel():
-            raise ValueError(
-                f"the latent has shape {list(latent.shape)}; the VAE of {family.title} decodes latents of "
-                f"{family.latent_channels} channels, [B, {family.latent_channels}, H, W]"
-            )
+        self.source.family.check_decodable(latent.shape)
         with self._timed("decode", check):
             request = DecodeLatent(self.group.next_id(), self.name)
             return self._use("vae", request, {"latent": latent}, check)[1]["image"]

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,32 @@ class Frontend:
         self._playwright = sync_playwright().start()
         try:
             self._browser = self._playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-            self.page = self._browser.new_page(viewport={"width": self.width, "height": self.height})
-            self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-            self.page.on("console", self._console)
-            self.page.goto(self.server.url)
-            self.page.wait_for_function(READY, timeout=60_000)
-            self.page.wait_for_selector("#graph-canvas", timeout=60_000)
-            # The frontend opens its empty workflow last; what is loaded before would be replaced.
-            self.page.wait_for_timeout(1500)
+            self._open()
         except BaseException:
             self._playwright.stop()
             raise
         return self
+
+    def _open(self) -> None:
+        self.page = self._browser.new_page(viewport={"width": self.width, "height": self.height})
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.goto(self.server.url)
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_selector("#graph-canvas", timeout=60_000)
+        # The frontend opens its empty workflow last; what is loaded before would be replaced.
+        self.page.wait_for_timeout(1500)
+
+    @contextmanager
+    def another_tab(self) -> Iterator[Frontend]:
+        """A second page of the same server, as somebody else opens it."""
+        other = Frontend(self.server, width=self.width, height=self.height)
+        other.settings, other._browser = self.settings, self._browser
+        other._open()
+        try:
+            yield other
+        finally:
+            other.page.close()
 
     def __exit__(self, *_: object) -> None:
         self._browser.close()

@@ -45,12 +45,6 @@ TEXTS = """id => app.graph.getNodeById(id).widgets.filter(w => typeof w.value ==
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    with ComfyServer(environment={"HYBRID_DIT_HOME": str(tmp_path_factory.mktemp("home"))}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def frontend(server: ComfyServer) -> Iterator[Frontend]:
     with Frontend(server) as frontend:
         frontend.page.evaluate(LISTEN)

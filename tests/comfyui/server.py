@@ -35,6 +35,9 @@ HOW_TO_GET = (
     "scripts/setup_comfyui.sh SOURCE ~/ComfyUI, where SOURCE is ComfyUI's git URL or a local clone of it"
 )
 
+STATE_EVENT = "hybrid_dit.state"
+"""What nodes/states.py sends to all clients."""
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 # Kinds of binary websocket frames (ComfyUI's protocol.py).
@@ -64,7 +67,7 @@ class RunResult:
         outputs: node id -> the node's ui output, from the history.
         messages: all JSON events (``{"type": ..., "data": ...}``) while the graph ran, in order; none of other prompts.
         previews: encoded images (JPEG or PNG) of the binary preview frames.
-        texts: ``(node id, text)`` of the progress texts that nodes sent.
+        texts: ``(node id, text)`` of the progress texts that nodes sent, and of the pack's own states of workers.
         error: data of ``execution_error`` (``exception_message``, ``node_type``, ``traceback``...), or None.
         interrupted: the user's interrupt ended the run.
         seconds: from queueing to the last event.
@@ -392,6 +395,8 @@ class ComfyServer:
             if data.get("prompt_id", result.prompt_id) != result.prompt_id:
                 continue
             result.messages.append(message)
+            if message["type"] == STATE_EVENT:
+                result.texts.append((data["node"], data["text"]))
             if on_message is not None:
                 on_message(message)
             if message["type"] == "execution_error":

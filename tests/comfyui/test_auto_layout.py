@@ -17,8 +17,9 @@ def test_on_the_cpu_auto_runs_one_rank_and_says_why(server):
     save_latent(graph, add_sampler(graph, loader, seed=77))
     report = graph.add("HybridDiT_WorkersReport", model=(loader, 0))
     result = run_well(server, graph)
-    texts = [text for node, text in result.texts if node == str(loader)]
-    assert texts[-1] == "ready: single: on the CPU, where a step takes as long on any layout"
+    texts = dict(result.texts)  # the last of each node
+    assert texts[str(layout)] == "Chosen single: on the CPU, where a step takes as long on any layout"
+    assert texts[str(loader)] == "ready: single on 1 CPU process"
     (text,) = result.outputs[str(report)]["text"]
     assert json.loads(text)["layout"]["name"] == "single"
 

@@ -84,8 +84,10 @@ def test_unload_and_start_again(server, group):
     firsts = [next(i for i, text in enumerate(texts) if text.startswith(f"{state}:")) for state in STATES]
     assert firsts == sorted(firsts)
     assert f"{STATES[0]}: 2 of 2 processes up" in texts
-    assert any(text.endswith("ranks at 100 100 %") for text in texts)
-    assert texts[-1] == "ready: ulysses 2 x ring 1 x tp 1 on cpu"
+    loaded = [int(text.split()[1]) for text in texts if text.startswith("loading: ")]
+    assert loaded == sorted(loaded)
+    assert loaded[-1] == 100
+    assert texts[-1] == "ready: Ulysses-2 on 2 CPU processes"
 
 
 def test_report_needs_a_group(server, group):

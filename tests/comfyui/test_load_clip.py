@@ -245,9 +245,8 @@ class TestRefusals:
         # The LoRA has nothing for a model, so that any will do.
         model = graph.add("ReferencePipelineLoader", pipeline="tiny")
         loader = graph.add("LoraLoader", model=model, clip=add_clip(graph, file.name), **inputs)
-        encode = graph.add("CLIPTextEncode", text="a cat", clip=(loader, 1))
-        save_conditioning(graph, encode)
-        assert "LoRA loader" in failure(server, graph, encode)
+        save_conditioning(graph, graph.add("CLIPTextEncode", text="a cat", clip=(loader, 1)))
+        assert "LoRA loader" in failure(server, graph, loader)
 
     def test_saving(self, server, file):
         graph = Graph()

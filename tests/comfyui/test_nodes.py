@@ -86,12 +86,20 @@ def test_pipelines_are_listed(definitions):
 
 
 def test_defaults_are_small(definitions):
-    # What a new node does on any machine: two ranks, GPUs if there are some.
+    # What a new node does on any machine: the fastest of its devices. That switch stands first.
+    node = definitions["HybridDiT_ParallelLayout"]
+    defaults = {name: spec[1]["default"] for name, spec in inputs_of(node).items()}
+    options = {"nnodes": 1, "rdzv_endpoint": "", "compile": False, "cuda_graphs": False, "copy_engines": False}
+    assert defaults == {"auto": True, "ulysses": 1, "ring": 1, "tp": 1, "devices": "auto", **options}
+    assert (node["input_order"]["required"], node["input_order"]["optional"]) == ([], list(defaults))
+
+
+def test_automatic_cannot_be_taken_for_automatic_devices(definitions):
     inputs = inputs_of(definitions["HybridDiT_ParallelLayout"])
-    defaults = {name: spec[1]["default"] for name, spec in inputs.items()}
-    options = {"nnodes": 1, "rdzv_endpoint": "", "auto": False}
-    options |= {"compile": False, "cuda_graphs": False, "copy_engines": False}
-    assert defaults == {"ulysses": 2, "ring": 1, "tp": 1, "devices": "auto", **options}
+    switch, devices = inputs["auto"][1], inputs["devices"][1]
+    assert (switch["display_name"], switch["label_on"], switch["label_off"]) == ("layout", "automatic", "set below")
+    assert "auto" not in devices.get("display_name", "devices")
+    assert "Which devices there are" in devices["tooltip"]
 
 
 def test_block_cache_starts_from_the_first_preset(definitions):

@@ -121,7 +121,7 @@ def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Fronte
     show(frontend, opened, name)
     text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER, type="flux2")
     model = replace(frontend, "UNETLoader", LOADER)
-    layout = wire(frontend, LAYOUT, "layout", devices="cpu")
+    layout = wire(frontend, LAYOUT, "layout", devices="cpu", auto=False, ulysses=2)
     ours = both_ways(frontend)
     show(frontend, frontend.graph(), name)
     # The front end asks for the size of models that are not there, which ComfyUI's own policy forbids here.

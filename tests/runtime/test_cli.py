@@ -195,7 +195,7 @@ BAD = {
     "width": (["--width", "70"], "width=70 cannot be drawn; take a multiple of 16 pixels, at least 64"),
     "steps": (["--steps", "0"], "steps=0 cannot be drawn; take at least 1"),
     "degree": (["--ring", "0"], "ring_size must be a whole number of at least 1"),
-    "heads": (["--ulysses", "1", "--tp", "3"], "8 attention heads.*these would work.*ulysses=1 tp=1"),
+    "heads": (["--ulysses", "1", "--tp", "3"], "8 attention heads.*these would work: ulysses 1, ring 3, tp 1"),
     "picture's folder": (["--out", "nowhere/x.png"], "nowhere/x.png cannot be written: the folder .* does not exist"),
     "report's folder": (["--report", "nowhere/x.json"], "nowhere/x.json cannot be written"),
     "devices": (["--devices", "gpu0"], "cannot read the device 'gpu0'; write 'auto', 'cpu', or GPUs such as '0,1,2,3'"),

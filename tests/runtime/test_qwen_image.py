@@ -96,7 +96,7 @@ def test_what_the_family_does_not_take(model):
         model.predict(
             x, timestep, Conditioning(conditioning.context, (), {"guidance": timestep}, {"reference_method": "x"})
         )
-    with pytest.raises(ValueError, match="a latent of 4 frames cannot be drawn by Qwen-Image"):
+    with pytest.raises(ValueError, match=r"the latent has 4 frames \(or layers\), Qwen-Image takes one picture"):
         model.predict(noise(1, 1, 16, 4, 4, 4), timestep, conditioning)
 
 

@@ -1,6 +1,7 @@
 """The choice of a layout on machines that are made up: what is taken, what is refused, and what is said of it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_the_fastest_that_fits_is_taken():
         choice = chosen(machine(8, total=total))
         fitting = [option for option in choice.options if option.need <= (total - 1) * GIB]
         assert choice.layout == min(fitting, key=lambda option: option.cost.ms).layout
+
+
+def test_copy_engines_exchange_where_all_gpus_reach_each_other():
+    assert [chosen(machine(count)).copies for count in (1, 2, 3)] == [False, True, True]
+    assert not chosen(machine(2, peer=False)).copies
+
+
+def test_steps_of_small_models_take_some_time_too():
+    assert re.search(r"about [1-9]\.\d\d s a step at 1024 x 1024", chosen(machine(2, "NVIDIA L20", 80)).reason)
+    assert [auto_layout._time(ms) for ms in (1234.0, 100.0, 99.94, 1.26)] == ["1.23 s", "0.10 s", "99.9 ms", "1.3 ms"]
 
 
 def test_heads_that_do_not_divide_are_left_out():

@@ -69,7 +69,9 @@ def test_head_counts_that_do_not_divide(degrees, heads):
         return
     with pytest.raises(ValueError, match=rf"this model has {heads} attention heads") as caught:
         config.check_heads(heads, "this model")
-    named = {(int(u), int(t)) for u, t in re.findall(r"ulysses=(\d+) tp=(\d+)", str(caught.value))}
+    found = re.findall(r"ulysses (\d+), ring (\d+), tp (\d+)", str(caught.value))
+    named = {(int(u), int(t)) for u, _, t in found}
+    assert {int(u) * int(r) * int(t) for u, r, t in found} == {config.world_size}
     world = config.world_size
     fitting = {
         (u, t)
@@ -79,6 +81,16 @@ def test_head_counts_that_do_not_divide(degrees, heads):
     assert named == fitting
     for u, t in named:
         ParallelismConfig(ulysses_size=u, ring_size=world // (u * t), tp_size=t).check_heads(heads, "this model")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("degrees", [(2, 1, 2), (4, 2, 1), (1, 1, 8), (6, 1, 4)])
+def test_degrees_for_other_ranks_divide_what_the_old_ones_divide(degrees, ranks):
+    layout = ParallelismConfig(*degrees)
+    found = layout.shrunk(ranks)
+    assert found.world_size == ranks
+    assert (layout.ulysses_size * layout.tp_size) % (found.ulysses_size * found.tp_size) == 0
+    assert ParallelismConfig(2, 1, 2).shrunk(2).degrees() == "ulysses 1, ring 1, tp 2"
 
 
 def test_ring_does_not_split_heads():

@@ -47,7 +47,7 @@ def test_a_list_keeps_its_order(machine, spec):
 @pytest.mark.parametrize(
     ("gpus", "spec", "ranks", "message"),
     [
-        (2, "auto", 4, "the layout has 4 ranks but this machine has 2 GPU(s); lower the degrees to a product of"),
+        (2, "auto", 4, "has 4 ranks but this machine has 2 GPU(s); choose the device 'cpu', or degrees with a product"),
         (2, "0,2", 2, "the devices '0,2' name GPU 2, but this machine has 2 GPU(s)"),
         (0, "0", 1, "name GPU 0, but this machine has 0 GPU(s)"),
         (4, "1,1", 2, "the devices '1,1' name a GPU twice"),
