@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
 from .. import __version__
 from .group_config import ModelConfig
@@ -47,8 +46,8 @@ def make_report(
         "versions": {
             "hybrid_dit": __version__,
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
+            "diffusers": importlib.metadata.version("diffusers"),
+            "transformers": importlib.metadata.version("transformers"),
         },
         "seconds": {
             "start": seconds["start"],
