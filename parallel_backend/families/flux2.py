@@ -46,6 +46,14 @@ class Flux2(Family):
         BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         BlockStack("single_transformer_blocks", ("hidden_states",)),
     )
+    imports: Mapping[str, tuple[str, ...]] = {
+        "transformer": ("diffusers.models.transformers.transformer_flux2", "parallel_backend.families.flux2_blocks"),
+        "text_encoder": ("transformers.models.mistral3", "transformers.models.mistral.modeling_mistral"),
+        "vae": (
+            "diffusers.models.autoencoders.autoencoder_kl_flux2",
+            "diffusers.pipelines.flux2.pipeline_flux2",
+        ),
+    }
     latent_channels = 128
     latent_downscale = pixel_multiple = 16
     conditioning_tensors = ("guidance",)

@@ -46,6 +46,14 @@ class QwenImage(Family):
     sequence_inputs = (("encoder_hidden_states",), ("hidden_states",))
     output_stream = 1
     block_stacks = (BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),)
+    imports: Mapping[str, tuple[str, ...]] = {
+        "transformer": (
+            "diffusers.models.transformers.transformer_qwenimage",
+            "parallel_backend.families.qwen_image_blocks",
+        ),
+        "text_encoder": ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",),
+        "vae": ("diffusers.models.autoencoders.autoencoder_kl_qwenimage",),
+    }
     latent_channels = 16
     latent_downscale = 8
     pixel_multiple = 16

@@ -13,7 +13,7 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -93,13 +93,16 @@ class WorkerGroup:
         finally:
             self.lock.release()
 
-    def start(self, on_state: OnState = lambda *_: None, check: Check = lambda: None) -> None:
+    def start(
+        self, on_state: OnState = lambda *_: None, check: Check = lambda: None, imports: Sequence[str] = ()
+    ) -> None:
         """Start the ranks; nothing where they are up.
 
         Args:
             on_state: told the state and how far it is: ``("starting", ranks up, ranks, what is missing)`` or
                 ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
+            imports: modules that the ranks are going to need.
 
         Raises:
             WorkersFailedError: a rank ended, or another host cannot take part or has not joined.
@@ -108,7 +111,7 @@ class WorkerGroup:
         with self.held(check):
             try:
                 if self.state == "new":
-                    self._launcher.start()
+                    self._launcher.start(imports)
                     self.state = "starting"
                     self._reception = Reception(self._launcher.listener, self._local)
                     self._others.start(self._launcher.address)
