@@ -14,10 +14,10 @@ from pathlib import Path
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.demo_model import demo_folder
+from parallel_backend.loading.checkpoint import imports_of, open_checkpoint
 from parallel_backend.runtime.client import WorkerGroup
 from parallel_backend.runtime.group_config import GroupConfig, check_devices
 from parallel_backend.runtime.hosts import ALONE
-from parallel_backend.loading.checkpoint import imports_of, open_checkpoint
 
 
 def memory(pid: int) -> dict[str, int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..parallel_backend.auto_layout import choose_for_checkpoint
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
@@ -305,6 +304,8 @@ def load(
 
 def choose_degrees(path: Path, devices: str, dtype: str, fp8: str) -> tuple[ParallelismConfig, str]:
     """The fastest layout of the devices that a checkpoint fits, and why; what the others would cost goes to the log."""
+    from ..parallel_backend.auto_layout import choose_for_checkpoint  # with the compiler: a second
+
     choice = choose_for_checkpoint(open_checkpoint(path), devices, dtype, fp8)
     log.info("Parallel Layout, auto: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
     return choice.layout, choice.reason

@@ -28,7 +28,9 @@ from .memory import (
 )
 from .mesh import Axis
 from .parallel.tensor import apply_tensor_parallel
+from .parallelize import shard_text_model
 from .runtime.devices import gpu_numbers
+from .workload import count_workload
 
 SIDE = 1024
 """Pixels along a side of the picture that layouts are compared for."""
@@ -134,8 +136,6 @@ def choose_layout(
 
 def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:
     """The choice for a family's reference model in bfloat16, with what is free now."""
-    from .workload import count_workload  # with the compiler, which takes a second to import
-
     work = count_workload(family, reference_config(family), SIDE, SIDE)
     free = [machine.gpus[gpu].free for gpu in gpus]
     name = family.reference_model.name
@@ -200,8 +200,6 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
     if "text_encoder" in source.components:
         model = family.build_text_model(text_config)
         degree = family.text_degree(text_config, layout.world_size)
-        from .parallelize import shard_text_model
-
         table = shard_text_model(model, family, text_config, Axis(None, degree, 0))
         sizes["text_encoder"] = shard_bytes(model, source.weights("text_encoder"), table, dtype, fp8)
     weights = WeightBytes(sizes["transformer"], sizes["text_encoder"], counted.vae)

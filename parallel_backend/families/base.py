@@ -110,7 +110,7 @@ class Family(ABC):
     pixel_multiple: int
     """Width and height of a picture are multiples of this."""
     imports: Mapping[str, tuple[str, ...]] = {}
-    """Modules that a component of that name takes to be built and run, beside this one's: they take seconds to import."""
+    """Modules that a component of that name takes to be built and run, and that take seconds to import."""
     conditioning_tensors: tuple[str, ...] = ()
     """Names of the tensors beside the context that the transformer takes; see `Conditioning`."""
     conditioning_options: Mapping[str, tuple[str, ...]] = {}

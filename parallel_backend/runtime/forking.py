@@ -1,4 +1,4 @@
-"""What a process that was forked does to be like one that was started: streams, environment, name, whom it ends with."""
+"""What a forked process does to be like one that was started: its streams, environment, name, whom it ends with."""
 
 from __future__ import annotations
 

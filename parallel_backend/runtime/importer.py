@@ -112,8 +112,7 @@ class Importer:
                 agent.send(text.encode(), socket.MSG_NOSIGNAL)
 
     def wait_for_agents(self) -> None:
-        """Let the agents end. Where the client is gone, they notice by themselves, and tidy up; it may also just start no
-        more groups."""
+        """Let the agents end. Where the client is gone, rather than done with groups, they notice by themselves."""
         until = float("inf")
         while self.agents and time.monotonic() < until:
             if until == float("inf") and is_gone(self.control):

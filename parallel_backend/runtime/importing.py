@@ -119,16 +119,16 @@ class ImportingProcess:
 
     def __init__(self, environment: Mapping[str, str], output: int) -> None:
         self.environment, self.folder = dict(environment), _folder()
-        own = {key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in os.environ}
         # Threads of libraries that are only imported would be in the way of forks, and so would a GPU that they look
         # for by CUDA rather than by its management library. Ranks have neither setting.
-        own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        own.update((name, value) for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES")
         self._control, control = socket.socketpair()
         with control:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "parallel_backend.runtime.importer", _ROOM],
                 env={**self.environment, **own},
-                stdin=control,
+                stdin=control.fileno(),
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C in the terminal is the client's to handle

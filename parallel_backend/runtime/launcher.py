@@ -188,18 +188,18 @@ def listen(private: Path, ranks: int) -> socket.socket:
 
 def prepare(source: Checkpoint) -> None:
     """Begin to import what a model's ranks will need. Nothing of a group is started."""
-    importing.prepare(_client_environment(), imports_of(source))
+    importing.prepare(client_environment(), imports_of(source))
 
 
 def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
     """This process's environment as a number of ranks are to have it."""
-    env = _client_environment()
+    env = client_environment()
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env["CUDA_VISIBLE_DEVICES"] = ",".join(devices.visible)
     return env
 
 
-def _client_environment() -> dict[str, str]:
+def client_environment() -> dict[str, str]:
     """This process's environment as workers of any group are to have it."""
     env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
     package_root = str(Path(__file__).resolve().parents[2])
