@@ -149,6 +149,8 @@ class Launcher:
         code = None
         if first:
             rank, code = first
+        elif rank is None and self.process is not None:
+            code = self.process.poll()
         who = "the worker launcher" if rank is None else f"rank {rank}"
         return describe_end(who, code, self.log_of(rank))
 

@@ -529,17 +529,6 @@ class TestReport:
 
 
 class TestEnvironment:
-    def test_the_clients_settings_are_not_the_workers(self, group):
-        for rank, pid in group.group._pids.items():
-            entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
-            for name, value in CLIENT_ENVIRONMENT.items():
-                assert environment.get(name) != value, name
-            assert not any("ALLOC_CONF" in name for name in environment)
-            assert environment["RANK"] == str(rank)
-            assert environment["WORLD_SIZE"] == "4"
-            assert environment["CUDA_VISIBLE_DEVICES"] == ""
-
     def test_the_socket_is_private_and_gone_once_all_are_connected(self, group):
         launcher = Launcher(1, Devices("cpu"))
         launcher.start()
@@ -724,12 +713,13 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.groups import acquire_model
+from parallel_backend.runtime.importing import importing_pid
 
 group = acquire_model(ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)
 conditioning = Conditioning(context, tensors={"guidance": torch.tensor([4.0])})
 group.predict(x, torch.tensor([0.5]), conditioning)
-print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid]), flush=True)
+print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid, importing_pid()]), flush=True)
 while True:
     waits = iter(range(1000))
     group.predict(
@@ -759,8 +749,8 @@ def test_workers_end_when_their_client_is_killed(pipeline, tmp_path_factory):
     # Who is killed does not tidy up: the folder of the socket stays, so let it be in one that pytest removes.
     environment = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as killed:
-        first, second, torchrun = json.loads(killed.stdout.readline())
-        with Watched([first, second, torchrun]) as watched, Watched([first]) as in_a_collective:
+        first, second, *others = json.loads(killed.stdout.readline())
+        with Watched([first, second, *others]) as watched, Watched([first]) as in_a_collective:
             os.kill(second, signal.SIGSTOP)
             try:
                 assert killed.stdout.readline() == b"stuck\n"  # the first rank waits for it
