@@ -23,7 +23,7 @@ def main(forked: bool = False) -> None:
         "cuda": torch.cuda.is_initialized(),
         "command": Path("/proc/self/cmdline").read_text().rstrip("\0").split("\0"),
         "session": os.getsid(0) == os.getpid() or os.getpgid(0) == os.getpid(),
-        "signals": {name: value for name, value in map(str.split, _signals())},  # noqa: C416
+        "signals": {name: value for name, value in map(str.split, _signals())},
         "pid": os.getpid(),
         "agent": os.getppid(),
     }
