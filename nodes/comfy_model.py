@@ -14,7 +14,7 @@ from ..parallel_backend.loading.checkpoint import Checkpoint
 from .cache_run import RUN_KEY
 from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
 from .families import Shapes, family_of
-from .group import ModelHandle, check_interrupted
+from .group import ModelHandle, check_interrupted, show_text
 
 HOST_MEMORY = 64 * 2**20
 """Bytes that an evaluation takes in ComfyUI's own process, generously."""
@@ -81,13 +81,17 @@ class RemoteDiffusionModel(nn.Module):
                 "not take; bypass the node that adds it"
             )
         run = options.get(RUN_KEY)
-        prediction = self.handle.get().predict(
+        model = self.handle.get()
+        compiles = model.first_step is None and self.handle.config.speed.compile
+        prediction = model.predict(
             x,
             timestep,
             conditioning,
             check=check_interrupted,
             cache=None if run is None else run.plan(self.handle, options),
         )
+        if compiles and model.first_step is not None:
+            show_text(f"compiled, and evaluated once, in {model.first_step:.1f} s")
         if run is not None:
             run.evaluated()
         return prediction.to(x.device)

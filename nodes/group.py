@@ -85,7 +85,7 @@ class NodeState:
             text = f"loading: {done / 2**20:.0f} of {total / 2**20:.0f} MiB, {detail}"
             fraction = 0.5 + 0.5 * done / total
         elif state == "ready":
-            text, fraction = f"ready: {where}", 1.0
+            text, fraction = f"ready: {where}" + (f"\n{detail}" if detail else ""), 1.0
         else:
             text, fraction = f"failed: {where}", 0.0
         log.debug("worker group: %s", text)

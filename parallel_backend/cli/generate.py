@@ -136,8 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.report.write_text(json.dumps(report, indent=2) + "\n")
 
     seconds = report["seconds"]
+    compiled = "" if seconds["compile"] is None else f", compiled in {seconds['compile']:.1f} s"
     print(
-        f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s, text {seconds['text']:.2f} s, "
+        f"{model.took()}{compiled}, text {seconds['text']:.2f} s, "
         f"evaluation {seconds['step_median']:.3f} s (median of {len(seconds['steps'])}), "
         f"decode {seconds['decode']:.2f} s"
     )

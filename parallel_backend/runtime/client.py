@@ -54,7 +54,8 @@ class WorkerGroup:
         self.config = config
         self._local = config.hosts.ranks_of(0, config.ranks)
         self.state = "new"
-        self.start_seconds = 0.0
+        self.start_seconds = self.import_seconds = 0.0
+        """Of starting its ranks, and of waiting for imports meanwhile."""
         self.models: dict[ModelConfig, RemoteModel] = {}
         self.lock = threading.RLock()
         """Held by whoever waits for an answer."""
@@ -119,6 +120,7 @@ class WorkerGroup:
                 if self.state == "starting":
                     self._receive_ranks(on_state, check)
                     self.start_seconds = time.perf_counter() - self._began
+                    self.import_seconds = self._launcher.import_seconds
                     self.state = "ready"
             except (WorkersFailedError, ValueError, OSError):
                 self.close(state="failed")
@@ -160,7 +162,7 @@ class WorkerGroup:
         Args:
             config: of the model; its devices and ranks are the group's.
             on_state: told ``("loading", bytes on all ranks, of bytes, each rank's percentage)``, and in the end
-                ``("ready", 1, 1, "")`` or ``("failed", 0, 1, "")``.
+                ``("ready", 1, 1, seconds of each stage)`` or ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
             orphans: whether nobody refers to a model any more, so that it goes first where room is needed.
 
@@ -184,7 +186,7 @@ class WorkerGroup:
                 self.models.pop(config, None)
                 on_state("failed", 0, 1, "")
                 raise
-            on_state("ready", 1, 1, "")
+            on_state("ready", 1, 1, model.took())
             return model
 
     def _load(self, model: RemoteModel, on_state: OnState, check: Check, orphans: list[str]) -> None:

@@ -33,6 +33,9 @@ class Forked:
         self._connection, self._importer = connection, importer
         self._said = b""
         self._pid = 0
+        self._asked = time.perf_counter()
+        self.import_seconds = 0.0
+        """From asking for it to its being there, which it is once everything is imported."""
         self.returncode: int | None = None
         self._lock = threading.Lock()
 
@@ -85,6 +88,7 @@ class Forked:
             what, _, number = line.decode().partition(" ")
             if what == "pid":
                 self._pid = int(number)
+                self.import_seconds = time.perf_counter() - self._asked
             else:
                 self.returncode = int(number)
         if not data and self.returncode is None:

@@ -98,6 +98,11 @@ class Launcher:
         """Whether torchrun has not ended."""
         return self.process is not None and self.process.poll() is None
 
+    @property
+    def import_seconds(self) -> float:
+        """Seconds of the start that went by until everything was imported."""
+        return 0.0 if self.process is None else self.process.import_seconds
+
     def forget(self) -> None:
         """Close what a forked child has of this, and leave the processes alone."""
         self.listener.close()

@@ -487,7 +487,10 @@ class TestReport:
         assert set(report["versions"]) == {"hybrid_dit", "torch", "diffusers", "transformers"}
         assert report["versions"]["torch"] == torch.__version__
         seconds = report["seconds"]
-        assert set(seconds) == {"start", "load", "text", "steps", "step_median", "workers", "decode"}
+        names = {"start", "imports", "load", "text", "steps", "step_median", "compile", "workers", "decode"}
+        assert set(seconds) == names
+        assert seconds["compile"] is None
+        assert 0 < seconds["imports"] < seconds["start"]
         assert len(seconds["steps"]) == 3
         assert seconds["step_median"] == sorted(seconds["steps"])[1]
         assert all(seconds[name] > 0 for name in ("start", "load", "text", "decode"))
@@ -632,7 +635,8 @@ class TestLife:
         assert fresh is acquire_model(single_config)
         assert_works(fresh, untouched)
         assert states[0] == ("starting", 0, 1, "")
-        assert states[-1] == ("ready", 1, 1, "")
+        assert states[-1][:3] == ("ready", 1, 1)
+        assert re.fullmatch(r"started in \d+\.\d s \(imports \d+\.\d\), loaded in \d+\.\d s", states[-1][3])
         loading = [(done, total) for state, done, total, _ in states if state == "loading"]
         assert [detail for *_, detail in states][-2] == "ranks at 100 %"
         assert [done for done, _ in loading] == sorted(done for done, _ in loading)
