@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 
-from .forking import Order, end_with_parent, has_begun_cuda, run, start_as, threads
+from .forking import Order, adopt_orphans, end_with_parent, has_begun_cuda, run, start_as, threads
 from .rank_log import end_at_once
 
 ALWAYS = ("torch", "parallel_backend.runtime.agent", "parallel_backend.runtime.worker")
@@ -61,9 +61,9 @@ class Importer:
     def _carry_out(self, order: Order, streams: list[int]) -> None:
         for number in (1, 2):
             os.dup2(streams[number], number)
-        with gone_with(self.control):
+        with gone_with(self.control), no_ends():
             import_all(order.imports)
-        if not order.module:
+        if not order.module or is_gone(streams[0], select.POLLRDHUP):  # given up meanwhile
             for descriptor in streams:
                 os.close(descriptor)
             return
@@ -99,11 +99,11 @@ class Importer:
 
     def reap(self, *_: object) -> None:
         """Ask after agents that have ended, and tell the client how."""
-        for pid in list(self.agents):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                self._tell(pid, f"exit {os.waitstatus_to_exitcode(status)}\n")
-                self.agents.pop(pid).close()
+        with contextlib.suppress(ChildProcessError):  # there are none
+            while pid := (end := os.waitpid(-1, os.WNOHANG))[0]:
+                self._tell(pid, f"exit {os.waitstatus_to_exitcode(end[1])}\n")
+                if pid in self.agents:  # else a rank that outlived its agent
+                    self.agents.pop(pid).close()
 
     def _tell(self, pid: int, text: str) -> None:
         agent = self.agents.get(pid)
@@ -130,10 +130,10 @@ def no_ends() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
-def is_gone(control: socket.socket) -> bool:
-    """Whether the client is, rather than that it has no more orders."""
+def is_gone(control: socket.socket | int, event: int = 0) -> bool:
+    """Whether the other end is, rather than that it has no more to say; with POLLRDHUP either."""
     poll = select.poll()
-    poll.register(control, 0)
+    poll.register(control, event)
     return bool(poll.poll(0))
 
 
@@ -172,6 +172,7 @@ def main() -> None:
     with gone_with(control):
         for module in ALWAYS:
             importlib.import_module(module)
+    adopt_orphans()  # ask after ranks, too, whose agent was killed
     importer = Importer(control)
     signal.signal(signal.SIGCHLD, importer.reap)
     importer.serve()

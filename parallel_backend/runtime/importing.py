@@ -103,10 +103,13 @@ class Forked:
             self._connection.shutdown(socket.SHUT_WR)
 
     def kill(self) -> None:
-        """Kill it; where it has not begun, the importing process."""
+        """Kill it. Where it has not begun, it never will: its standard input is to be closed by now."""
         if self.poll() is None:
+            if not self._pid:
+                self.returncode = -signal.SIGKILL
+                return
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid or self._importer.pid, signal.SIGKILL)
+                os.kill(self._pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Close this end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.runtime import importing, launcher
+from parallel_backend.runtime import importer, importing, launcher
 from parallel_backend.runtime.client import WorkersFailedError
 from parallel_backend.runtime.devices import Devices
 from parallel_backend.runtime.group_config import ModelConfig
@@ -86,9 +87,9 @@ def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
 
 def test_groups_of_one_environment_share_it_and_no_variables(monkeypatch):
     with revealed(monkeypatch) as (first,):
-        importer = importing.importing_pid()
+        shared = importing.importing_pid()
         with revealed(monkeypatch, devices=Devices("cuda", ("3",))) as (second,):
-            assert importing.importing_pid() == importer
+            assert importing.importing_pid() == shared
             assert first["agent"] != second["agent"]
             assert second["threads"] == 1
             assert second["environment"]["CUDA_VISIBLE_DEVICES"] == "3"
@@ -137,6 +138,26 @@ def test_another_environment_and_a_library_with_threads(monkeypatch):
             assert earlier.alive_after(0)  # it has a group
             os.kill(first["pid"], 0)
     assert earlier.alive_after(5) == []
+
+
+def test_a_group_that_is_given_up_meanwhile_leaves_it_alone(monkeypatch):
+    with revealed(monkeypatch) as (first,):
+        given_up = Launcher(1, Devices("cpu"))
+        given_up.start(["tests.runtime.slow"])
+        began = time.monotonic()
+        given_up.stop(0.1)
+        assert time.monotonic() - began < 1
+        with revealed(monkeypatch):
+            os.kill(first["pid"], 0)
+            assert list(given_up.logs.iterdir()) == [given_up.logs / "torchrun.log"]
+
+
+def test_it_ends_when_nobody_wants_anything_of_it(monkeypatch):
+    monkeypatch.setattr(importer, "IDLE_SECONDS", 0.2)
+    control, _client = socket.socketpair()
+    began = time.monotonic()
+    importer.Importer(control).serve()
+    assert 0.2 < time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
