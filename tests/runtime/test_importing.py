@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import FAMILIES
 from parallel_backend.runtime import importer, importing, launcher
 from parallel_backend.runtime.client import WorkersFailedError
 from parallel_backend.runtime.devices import Devices
@@ -172,3 +174,13 @@ def test_it_ends_with_its_client_while_it_imports(tmp_path, seconds):
     except subprocess.TimeoutExpired:
         process.process.kill()
         raise
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_components_take_can_be_imported(family):
+    """A name that is wrong would have each rank import for itself, and nobody would notice."""
+    assert set(family.imports) == {"transformer", "text_encoder", "vae"}
+    for module in (module for modules in family.imports.values() for module in modules):
+        importlib.import_module(module)
+    # A transformer alone does not wait for a text encoder's classes.
+    assert not any(module.startswith("transformers.") for module in family.imports["transformer"])
