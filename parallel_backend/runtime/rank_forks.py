@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from .forking import Order, adopt_orphans, end_with_parent, run, start_as
+from .forking import Order, adopt_orphans, end_with_parent, run, start_as, threads
 
 POLL_SECONDS = 0.02
 
@@ -28,6 +28,7 @@ class RankForks:
     """Forks of this process as it is now. Make it before this process has a second thread."""
 
     def __init__(self) -> None:
+        assert threads() == 1, "a fork may find a lock that another thread held"
         self._agent = os.getpid()
         self._started = 0
         adopt_orphans()

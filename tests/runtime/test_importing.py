@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -37,7 +37,7 @@ def client_environment(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@contextmanager
+@contextlib.contextmanager
 def revealed(monkeypatch, ranks: int = 1, devices: Devices = Devices("cpu"), imports=()) -> Iterator[list[dict]]:  # noqa: B008
     """What ranks find when they begin; they are there until the end of the context."""
     monkeypatch.setattr(launcher, "WORKER", "tests.runtime.reveal")
@@ -129,17 +129,20 @@ def test_it_is_killed(config):
 def test_another_environment_and_a_library_with_threads(monkeypatch):
     """A variable may be read by imports: groups that have another value of it have another importing process."""
     monkeypatch.delenv(OF_TESTS, raising=False)
-    with revealed(monkeypatch) as (first,), Watched([importing.importing_pid()]) as earlier:
-        monkeypatch.setenv(OF_TESTS, "another")
-        with revealed(monkeypatch, imports=["tests.runtime.threaded"]) as (second,):
-            assert second["environment"][OF_TESTS] == "another"
-            assert OF_TESTS not in first["environment"]
-            # What has threads is not forked from: the rank was started, and has imported nothing yet.
-            assert not second["forked"]
-            assert second["imported"] == [False, False]
-            assert earlier.alive_after(0)  # it has a group
-            os.kill(first["pid"], 0)
-    assert earlier.alive_after(5) == []
+    with contextlib.ExitStack() as both:
+        with revealed(monkeypatch) as (first,):
+            earlier = both.enter_context(Watched([importing.importing_pid()]))
+            monkeypatch.setenv(OF_TESTS, "another")
+            with revealed(monkeypatch, imports=["tests.runtime.threaded"]) as (second,):
+                assert importing.importing_pid() not in earlier.descriptors
+                assert second["environment"][OF_TESTS] == "another"
+                assert OF_TESTS not in first["environment"]
+                # What has threads is not forked from: the rank was started, and has imported nothing yet.
+                assert not second["forked"]
+                assert second["imported"] == [False, False]
+                assert earlier.alive_after(0)  # it has a group
+                os.kill(first["pid"], 0)
+        assert earlier.alive_after(5) == []
 
 
 def test_a_group_that_is_given_up_meanwhile_leaves_it_alone(monkeypatch):
