@@ -20,7 +20,7 @@ from parallel_backend.runtime import importer, importing, launcher
 from parallel_backend.runtime.client import WorkersFailedError
 from parallel_backend.runtime.devices import Devices
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, find_model
+from parallel_backend.runtime.groups import acquire_model, close_groups, find_model
 from parallel_backend.runtime.launcher import Launcher
 
 from .processes import Watched
@@ -129,6 +129,7 @@ def test_it_is_killed(config):
 def test_another_environment_and_a_library_with_threads(monkeypatch):
     """A variable may be read by imports: groups that have another value of it have another importing process."""
     monkeypatch.delenv(OF_TESTS, raising=False)
+    close_groups()  # of tests before
     with contextlib.ExitStack() as both:
         with revealed(monkeypatch) as (first,):
             earlier = both.enter_context(Watched([importing.importing_pid()]))
