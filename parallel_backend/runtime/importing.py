@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from .forking import Order
 from .network import IFNAME_VARIABLES
 
-OF_A_GROUP = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *IFNAME_VARIABLES})
-"""Variables that differ from group to group. They are read when a rank begins; all others may be when it imports."""
+OF_A_GROUP = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES})
+"""Variables that differ from group to group, or that torch sets by itself in the client. They are read when a rank begins
+or compiles; all others may be when it imports."""
 _ROOM = " " * 160
 
 

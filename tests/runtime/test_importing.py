@@ -90,6 +90,7 @@ def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
 def test_groups_of_one_environment_share_it_and_no_variables(monkeypatch):
     with revealed(monkeypatch) as (first,):
         shared = importing.importing_pid()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/of-torch")  # torch sets it, once it has been in use
         with revealed(monkeypatch, devices=Devices("cuda", ("3",))) as (second,):
             assert importing.importing_pid() == shared
             assert first["agent"] != second["agent"]
