@@ -17,8 +17,8 @@ from .forking import Order
 from .network import IFNAME_VARIABLES
 
 OF_A_GROUP = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES})
-"""Variables that differ from group to group, or that torch itself sets in the client. They are read when a rank begins or
-compiles; all others may be when it imports."""
+"""Variables that differ from group to group, or that torch itself sets in the client. They are read when a rank begins
+or compiles; all others may be when it imports."""
 _ROOM = " " * 160
 
 
