@@ -10,7 +10,6 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..parallel_backend.auto_layout import choose_for_checkpoint
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +17,7 @@ from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipe
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
 from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, ModelConfig
+from ..parallel_backend.runtime.launcher import prepare
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
@@ -315,7 +315,10 @@ def load(
     source = open_checkpoint(path)
     check(source)
     degrees, speed, choice = layout.degrees, layout.speed, None
+    prepare(source)  # beside what is imported and looked at here
     if layout.auto:
+        from ..parallel_backend.auto_layout import choose_for_checkpoint  # with the compiler: a second
+
         choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)

@@ -14,7 +14,6 @@ from .config import ParallelismConfig
 from .families import Family, Model
 from .mesh import Axis
 from .parallel.tensor import apply_tensor_parallel
-from .parallelize import shard_text_model
 
 GIB = 2**30
 RUNTIME_BYTES = 3 * GIB // 2
@@ -240,6 +239,8 @@ def _transformer_numel(family: Family, config: str, degree: int) -> int:
 
 @lru_cache(maxsize=64)
 def _text_numel(family: Family, config: str, degree: int) -> int:
+    from .parallelize import shard_text_model  # with the compiler, which takes a second to import
+
     values = json.loads(config)
     model = family.build_text_model(values)
     shard_text_model(model, family, values, Axis(None, degree, 0))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
@@ -21,9 +19,15 @@ from .image_request import CompleteRequest, ImageRequest
 from .loading.pipeline_folder import PipelineFolder
 from .runtime.remote_model import RemoteModel
 
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import PreTrainedTokenizerBase
+
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a pipeline folder."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer", trust_remote_code=False)
 
 
@@ -39,6 +43,8 @@ def load_processor(folder: str | Path) -> Any:
             f"{path / 'preprocessor_config.json'} is missing, which reference images go through: the pipeline is "
             "incomplete; download it again"
         )
+    from transformers import AutoImageProcessor
+
     return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
 
@@ -51,6 +57,8 @@ def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
     path = Path(folder) / "scheduler"
     if not (path / "scheduler_config.json").is_file():
         raise ValueError(f"{path / 'scheduler_config.json'} is missing: the pipeline is incomplete; download it again")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     return FlowMatchEulerDiscreteScheduler.from_pretrained(path)
 
 

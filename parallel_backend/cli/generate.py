@@ -87,20 +87,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{arguments.out} cannot be written: its ending is none of a picture; take .png")
 
-    import diffusers
-    import transformers
-
     from ..cache.run import summarize
     from ..demo_model import demo_folder
     from ..image_request import ImageRequest, open_image
     from ..loading.pipeline_folder import open_pipeline_folder
     from ..runtime.group_config import ModelConfig
     from ..runtime.groups import acquire_model
+    from ..runtime.launcher import prepare
     from ..sampling import check_request, draw
 
-    # The libraries' bars would run through this command's own.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     folder = arguments.model or demo_folder()
     request = ImageRequest(
@@ -114,7 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.negative_prompt,
         tuple(map(open_image, arguments.image)),
     )
-    drawn = check_request(open_pipeline_folder(folder), request)  # before anything is started
+    source = open_pipeline_folder(folder)
+    prepare(source)  # beside what is imported here
+    import diffusers
+    import transformers
+
+    # The libraries' bars would run through this command's own.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    drawn = check_request(source, request)  # before any group is started
     config = ModelConfig.create(
         folder, layout, _devices(arguments.devices, ranks), arguments.dtype, hosts=hosts, speed=speed
     )
@@ -134,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     seconds = report["seconds"]
     print(
-        f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s, text {seconds['text']:.2f} s, "
+        f"{model.took()}, text {seconds['text']:.2f} s, "
         f"evaluation {seconds['step_median']:.3f} s (median of {len(seconds['steps'])}), "
         f"decode {seconds['decode']:.2f} s"
     )

@@ -9,14 +9,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from ..paths import new_private_folder
 from ..runtime.hosts import Hosts
+
+HOST = "parallel_backend.runtime.host"
 
 BETWEEN_SECONDS = 1.0
 FAILED_SECONDS = 5.0
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     host = node_rank(hosts, arguments.node_rank)
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     command = [
-        *(sys.executable, "-m", "parallel_backend.runtime.host", "--owner", owner, "--node-rank", str(host)),
+        *("--owner", owner, "--node-rank", str(host)),
         *(f"--nnodes={hosts.count}", f"--rdzv-endpoint={hosts.endpoint}", f"--devices={arguments.devices}"),
         *([] if arguments.nproc_per_node is None else [f"--nproc-per-node={arguments.nproc_per_node}"]),
     ]
@@ -76,28 +76,29 @@ def node_rank(hosts: Hosts, given: int | None) -> int:
 
 def _take_part(command: list[str]) -> None:
     """Wait for a group and take part in it until it ends."""
+    # They import torch, which other subcommands start without.
+    from ..families import FAMILIES
+    from ..runtime.forking import Order
+    from ..runtime.importing import fork
+    from ..runtime.launcher import client_environment
+
     private = new_private_folder()
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [*command, "--private", str(private)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
-        stdin=subprocess.PIPE,  # never written to: its end tells the process, and so the ranks, that this one is gone
-        start_new_session=True,
-        umask=0o077,
-    )
-    assert process.stdin is not None
+    # A group may be of any family, and there is time to import all until it comes.
+    imports = [module for family in FAMILIES for modules in family.imports.values() for module in modules]
+    process = fork(Order(HOST, [*command, "--private", str(private)], client_environment(), imports), 1)
     try:
         code = process.wait()
         if code:
             print(f"the process that takes part in groups ended with exit code {code}", flush=True)
             time.sleep(FAILED_SECONDS)
     finally:
-        process.stdin.close()
+        process.hang_up()
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        process.close()
         shutil.rmtree(private, ignore_errors=True)
 
 

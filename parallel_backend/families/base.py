@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from torch import Tensor
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
-from ..parallel.attention import ShardedAttention
-from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
 
 if TYPE_CHECKING:
+    from ..parallel.attention import ShardedAttention
+    from ..parallel.sequence import Entrance
     from .drawing import Drawing
 
 Model = Any
@@ -115,6 +114,8 @@ class Family(ABC):
     """Pixels to one latent position, along each side."""
     pixel_multiple: int
     """Width and height of a picture are multiples of this."""
+    imports: Mapping[str, tuple[str, ...]] = {}
+    """Modules that a component of that name takes to be built and run, and that take seconds to import."""
     conditioning_tensors: tuple[str, ...] = ()
     """Names of the tensors beside the context that the transformer takes; see `Conditioning`."""
     conditioning_options: Mapping[str, tuple[str, ...]] = {}
@@ -306,11 +307,15 @@ class Family(ABC):
 
     def build_vae(self, config: Mapping[str, Any]) -> Model:
         """The VAE of a configuration, with weights on the meta device."""
+        import diffusers  # here and in the families, what takes seconds to import is imported where it is used
+
         with torch.device("meta"):
             return getattr(diffusers, self.vae_class).from_config(dict(config))
 
     def load_vae(self, folder: Path) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
+        import diffusers
+
         kind = getattr(diffusers, self.vae_class)
         return kind.from_pretrained(
             folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModel
 
 from ..parallel.tensor import Shard
 from .base import Model
@@ -20,6 +19,8 @@ def build_decoder(config: Any) -> Model:
 
     A file's configuration may ask for attention kernels and classes that are code from elsewhere; it gets none.
     """
+    from transformers import AutoModel
+
     with torch.device("meta"):
         return AutoModel.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from torch import Tensor, nn
-from transformers import Mistral3Config
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
-from ..parallel.attention import ShardedAttention
-from ..parallel.sequence import Entrance
 from ..parallel.tensor import Shard
-from . import flux2_blocks, flux2_single_file, flux2_text_file
+from . import flux2_single_file, flux2_text_file
 from .base import Conditioning, Family, Model, ReferenceModel
 from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .flux2_pipeline import Flux2Drawing
+
+if TYPE_CHECKING:
+    from ..parallel.attention import ShardedAttention
+    from ..parallel.sequence import Entrance
 
 REFERENCE_SPACING = 10
 """Distance of reference images along the time coordinate, as the model was trained."""
@@ -47,6 +46,14 @@ class Flux2(Family):
         BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         BlockStack("single_transformer_blocks", ("hidden_states",)),
     )
+    imports: Mapping[str, tuple[str, ...]] = {
+        "transformer": ("diffusers.models.transformers.transformer_flux2", "parallel_backend.families.flux2_blocks"),
+        "text_encoder": ("transformers.models.mistral3", "transformers.models.mistral.modeling_mistral"),
+        "vae": (
+            "diffusers.models.autoencoders.autoencoder_kl_flux2",
+            "diffusers.pipelines.flux2.pipeline_flux2",
+        ),
+    }
     latent_channels = 128
     latent_downscale = pixel_multiple = 16
     conditioning_tensors = ("guidance",)
@@ -72,6 +79,8 @@ class Flux2(Family):
     # The transformer.
 
     def build_transformer(self, config: Mapping[str, Any]) -> Model:
+        from diffusers import Flux2Transformer2DModel
+
         with torch.device("meta"):
             return Flux2Transformer2DModel.from_config(dict(config)).eval()
 
@@ -125,6 +134,8 @@ class Flux2(Family):
         }
 
     def install(self, transformer: Model, attention: ShardedAttention, speed: Speed) -> Entrance:
+        from . import flux2_blocks
+
         return flux2_blocks.install(transformer, attention, speed)
 
     def transformer_inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
@@ -166,6 +177,8 @@ class Flux2(Family):
         return Flux2Drawing(self)
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
         sigmas = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(tokens, steps))
         scheduler.set_begin_index(0)
@@ -186,6 +199,8 @@ class Flux2(Family):
         return text_encoder.model.language_model
 
     def build_text_model(self, config: Mapping[str, Any]) -> Model:
+        from transformers import Mistral3Config
+
         full = Mistral3Config(**config).text_config
         available = full.num_hidden_layers
         used = max(self.text_layers(config))
@@ -240,10 +255,14 @@ class Flux2(Family):
         return 5 * config["block_out_channels"][1]
 
     def decode_latent(self, vae: Model, latent: Tensor) -> Tensor:
+        from diffusers import Flux2Pipeline
+
         mean, std = _latent_statistics(vae, latent)
         return vae.decode(Flux2Pipeline._unpatchify_latents(latent * std + mean), return_dict=False)[0]
 
     def encode_image(self, vae: Model, image: Tensor) -> Tensor:
+        from diffusers import Flux2Pipeline
+
         latent = Flux2Pipeline._patchify_latents(vae.encode(image, return_dict=False)[0].mode())
         mean, std = _latent_statistics(vae, latent)
         return (latent - mean) / std

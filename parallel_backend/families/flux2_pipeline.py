@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +18,8 @@ REFERENCE_AREA = 1024 * 1024
 
 def conversation(prompt: str) -> list[dict[str, Any]]:
     """What the tokenizer's chat template turns into the text encoder's input."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
     return format_input([prompt])[0]
 
 
@@ -48,6 +48,8 @@ class Flux2Drawing(Drawing):
         return TextInputs(tokens["input_ids"], tokens["attention_mask"])
 
     def reference_pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
         processor = Flux2ImageProcessor(vae_scale_factor=self.family.pixel_multiple)
         pixels = []
         for image in images:
@@ -58,6 +60,8 @@ class Flux2Drawing(Drawing):
     def _reference_size(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
         """A reference image of at most `REFERENCE_AREA`, and the width and height that its middle is cropped to."""
         if image.width * image.height > REFERENCE_AREA:
+            from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
             image = Flux2ImageProcessor._resize_to_target_area(image, REFERENCE_AREA)
         multiple = self.family.pixel_multiple
         return image, (image.width // multiple * multiple, image.height // multiple * multiple)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from torch.nn import functional
-from transformers import Qwen2_5_VLConfig
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
-from ..parallel.attention import ShardedAttention
 from ..parallel.tensor import Shard
-from . import qwen_image_blocks, qwen_image_positions, qwen_image_text
+from . import qwen_image_positions, qwen_image_text
 from .base import Conditioning, Family, Model, ReferenceModel, VisionImage
 from .decoder import decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .file_shapes import count_blocks, shape_of
 from .qwen_image_pipeline import DRAWINGS, PATCH, QwenImageDrawing
 from .qwen_image_positions import LatentImages, QwenEntrance
+
+if TYPE_CHECKING:
+    from ..parallel.attention import ShardedAttention
 
 MARK = "transformer_blocks.0.img_mod.1.weight"
 ZERO_MARK = "__index_timestep_zero__"
@@ -47,6 +46,14 @@ class QwenImage(Family):
     sequence_inputs = (("encoder_hidden_states",), ("hidden_states",))
     output_stream = 1
     block_stacks = (BlockStack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),)
+    imports: Mapping[str, tuple[str, ...]] = {
+        "transformer": (
+            "diffusers.models.transformers.transformer_qwenimage",
+            "parallel_backend.families.qwen_image_blocks",
+        ),
+        "text_encoder": ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",),
+        "vae": ("diffusers.models.autoencoders.autoencoder_kl_qwenimage",),
+    }
     latent_channels = 16
     latent_dims = 5
     latent_downscale = 8
@@ -79,6 +86,8 @@ class QwenImage(Family):
             raise ValueError(
                 "this is Qwen-Image-Layered, which is not supported; Qwen-Image and Qwen-Image-Edit (2509, 2511) are"
             )
+        from diffusers import QwenImageTransformer2DModel
+
         # Frequencies of the positions are tables rather than buffers, so they are made where they are used.
         with torch.device("meta"):
             return QwenImageTransformer2DModel.from_config(dict(config)).eval()
@@ -138,6 +147,8 @@ class QwenImage(Family):
         }
 
     def install(self, transformer: Model, attention: ShardedAttention, speed: Speed) -> QwenEntrance:
+        from . import qwen_image_blocks
+
         forwards = qwen_image_blocks.install(transformer, attention, speed)
         return QwenEntrance(transformer, attention.shards, forwards)
 
@@ -187,6 +198,8 @@ class QwenImage(Family):
         return DRAWINGS[pipeline_class](self)
 
     def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
         config = scheduler.config
         mu = calculate_shift(
             tokens,
@@ -280,6 +293,8 @@ def _tokens(latent: Tensor) -> Tensor:
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text model's part of a configuration, with all its values; older files have it flat."""
+    from transformers import Qwen2_5_VLConfig
+
     return Qwen2_5_VLConfig(**config).text_config.to_dict()
 
 

@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -105,6 +104,8 @@ class QwenImageEditDrawing(QwenImageDrawing):
         )
 
     def reference_pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        from diffusers.image_processor import VaeImageProcessor
+
         processor = VaeImageProcessor(vae_scale_factor=self.family.pixel_multiple)
         return [processor.preprocess(_resize(image, self.reference_area)).unsqueeze(2) for image in images]
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ..parallel.sequence import Entrance, SequenceShards
 from .base import Model
 from .embedding import ExactTime
-from .forwards import BlockForwards
+
+if TYPE_CHECKING:
+    from .forwards import BlockForwards
 
 THETA = 10_000.0
 KEPT = 8

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from .base import Model, VisionImage
 from .decoder import ATTENTION, build_decoder
@@ -80,6 +78,8 @@ def file_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def build_text_model(config: Mapping[str, Any]) -> Model:
     """The language model, with weights on the meta device."""
+    from transformers import Qwen2_5_VLConfig
+
     full = Qwen2_5_VLConfig(**config)
     model = build_decoder(full.text_config)
     # Frequencies are computed, not stored: they must be real.
@@ -90,6 +90,9 @@ def build_text_model(config: Mapping[str, Any]) -> Model:
 
 def build_vision(config: Mapping[str, Any]) -> Model:
     """The vision tower, with weights on the meta device."""
+    from transformers import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
     vision = Qwen2_5_VLConfig(**config).vision_config
     with torch.device("meta"):
         model = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision, attn_implementation=ATTENTION)

@@ -14,6 +14,11 @@ from .text_encoder_file import TextEncoderFile, open_text_encoder_file
 Checkpoint = PipelineFolder | SingleFile | TextEncoderFile
 
 
+def imports_of(source: Checkpoint) -> list[str]:
+    """Modules that whoever builds and runs the model of a checkpoint is going to import."""
+    return [module for component in source.components for module in source.family.imports.get(component, ())]
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Look at a checkpoint; a few kilobytes of it are read.
 

@@ -30,6 +30,7 @@ from torch.distributed.run import main as torchrun
 
 from .board import Board
 from .notices import Card
+from .rank_forks import RankForks
 from .rank_log import end_at_once
 
 LOOPBACK = "hybrid-dit-loopback"
@@ -132,8 +133,13 @@ def _children(parent: int) -> list[int]:
     return found
 
 
-def main() -> None:
-    """Entry point of the agent."""
+def main(forked: bool = False) -> None:
+    """Entry point of the agent.
+
+    Args:
+        forked: whether it is a fork of the importing process, and its ranks can be.
+    """
+    forks = RankForks() if forked else None
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--private", type=Path, required=True, help="the control socket's folder, removed with the client"
@@ -153,6 +159,8 @@ def main() -> None:
         store = serve_store(address, int(port))  # as long as this variable is there
         Board.publish(store, Card.from_json(arguments.card))
     sys.excepthook = end_at_once
+    if forks is not None:
+        forks.use()
     torchrun([*rendezvous, *arguments.torchrun])
 
 

@@ -13,7 +13,7 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +54,8 @@ class WorkerGroup:
         self.config = config
         self._local = config.hosts.ranks_of(0, config.ranks)
         self.state = "new"
-        self.start_seconds = 0.0
+        self.start_seconds = self.import_seconds = 0.0
+        """Of starting its ranks, and of waiting for imports meanwhile."""
         self.models: dict[ModelConfig, RemoteModel] = {}
         self.lock = threading.RLock()
         """Held by whoever waits for an answer."""
@@ -93,13 +94,16 @@ class WorkerGroup:
         finally:
             self.lock.release()
 
-    def start(self, on_state: OnState = lambda *_: None, check: Check = lambda: None) -> None:
+    def start(
+        self, on_state: OnState = lambda *_: None, check: Check = lambda: None, imports: Sequence[str] = ()
+    ) -> None:
         """Start the ranks; nothing where they are up.
 
         Args:
             on_state: told the state and how far it is: ``("starting", ranks up, ranks, what is missing)`` or
                 ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
+            imports: modules that the ranks are going to need.
 
         Raises:
             WorkersFailedError: a rank ended, or another host cannot take part or has not joined.
@@ -108,7 +112,7 @@ class WorkerGroup:
         with self.held(check):
             try:
                 if self.state == "new":
-                    self._launcher.start()
+                    self._launcher.start(imports)
                     self.state = "starting"
                     self._reception = Reception(self._launcher.listener, self._local)
                     self._others.start(self._launcher.address)
@@ -116,6 +120,7 @@ class WorkerGroup:
                 if self.state == "starting":
                     self._receive_ranks(on_state, check)
                     self.start_seconds = time.perf_counter() - self._began
+                    self.import_seconds = self._launcher.import_seconds
                     self.state = "ready"
             except (WorkersFailedError, ValueError, OSError):
                 self.close(state="failed")
@@ -157,7 +162,7 @@ class WorkerGroup:
         Args:
             config: of the model; its devices and ranks are the group's.
             on_state: told ``("loading", bytes on all ranks, of bytes, each rank's percentage)``, and in the end
-                ``("ready", 1, 1, "")`` or ``("failed", 0, 1, "")``.
+                ``("ready", 1, 1, seconds of each stage)`` or ``("failed", 0, 1, "")``.
             check: called every 50 ms; may raise to give up waiting. The ranks go on: the next call waits for the rest.
             orphans: whether nobody refers to a model any more, so that it goes first where room is needed.
 
@@ -181,7 +186,7 @@ class WorkerGroup:
                 self.models.pop(config, None)
                 on_state("failed", 0, 1, "")
                 raise
-            on_state("ready", 1, 1, "")
+            on_state("ready", 1, 1, model.took())
             return model
 
     def _load(self, model: RemoteModel, on_state: OnState, check: Check, orphans: list[str]) -> None:

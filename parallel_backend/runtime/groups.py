@@ -9,7 +9,9 @@ import os
 import queue
 import threading
 from collections import Counter
+from pathlib import Path
 
+from ..loading.checkpoint import imports_of, open_checkpoint
 from .client import POLL_SECONDS, OnState, WorkerGroup
 from .errors import RequestFailedError, WorkersFailedError
 from .group_config import GroupConfig, ModelConfig
@@ -45,9 +47,16 @@ def acquire_model(
         group = _groups.get(config.group)
         if group is None or not group.usable:
             group = _make_way(config.group, check, port)
-        group.start(on_state, check)  # nothing where it is up
+        group.start(on_state, check, _imports(config))  # nothing where it is up
         _groups[config.group] = _groups.pop(config.group)  # the last one used stands last
         return group.load(config, on_state, check, orphans=lambda other: other != config and not _is_used(other))
+
+
+def _imports(config: ModelConfig) -> list[str]:
+    try:
+        return imports_of(open_checkpoint(Path(config.path)))
+    except ValueError:  # loading it says what is wrong with it
+        return []
 
 
 def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:

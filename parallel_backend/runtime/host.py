@@ -31,6 +31,7 @@ from .launcher import describe_end, inherited_environment, listen, static_rendez
 from .messages import Failed, Progress
 from .network import interface_variables
 from .notices import HostNotice
+from .rank_forks import RankForks
 from .rank_log import log_file, log_to
 from .reception import Reception
 
@@ -185,8 +186,9 @@ class Keeper:
         return True
 
 
-def main() -> None:
-    """Entry point."""
+def main(forked: bool = False) -> None:
+    """Entry point; see `agent.main`."""
+    forks = RankForks() if forked else None
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--private", type=Path, required=True, help="an empty folder for the ranks' socket")
     parser.add_argument("--owner", required=True, help="names the command that offers this host")
@@ -226,6 +228,8 @@ def main() -> None:
         say("the first host has ended the group")
         return
     keepers.append(keeper)
+    if forks is not None:
+        forks.use()
     watching = threading.Thread(target=keeper.run, name="keeper", daemon=True)
     watching.start()
     try:

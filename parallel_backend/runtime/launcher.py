@@ -9,16 +9,21 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..loading.checkpoint import Checkpoint, imports_of
 from ..paths import new_log_folder, new_private_folder
+from . import importing
 from .devices import Devices
+from .forking import Order
 from .hosts import ALONE, Hosts
+from .importing import Forked
 from .network import IFNAME_VARIABLES, interface_variables, own_address
 from .notices import Card
 from .rank_log import log_file
 
+AGENT, WORKER = "parallel_backend.runtime.agent", "parallel_backend.runtime.worker"
 SOCKET = "control"
 """Name of the socket in its folder."""
 
@@ -26,6 +31,8 @@ SOCKET = "control"
 # NCCL), and the variables of a distributed job that the client itself may be part of.
 _DROPPED = re.compile(
     r"PYTORCH_(CUDA_|HIP_)?ALLOC_CONF|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    # pytest's, which would have each test import anew.
+    r"|PYTEST_CURRENT_TEST"
 )
 
 
@@ -42,12 +49,15 @@ class Launcher:
     def __init__(self, ranks: int, devices: Devices, port: int = 0, hosts: Hosts = ALONE) -> None:
         self.ranks, self.devices, self.port, self.hosts = ranks, devices, port, hosts
         self.card = Card.create(hosts, ranks * hosts.count, devices.kind) if hosts.several else None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
         self.address = ""
         """Of this host, where the others find it."""
 
-    def start(self) -> None:
+    def start(self, imports: Sequence[str] = ()) -> None:
         """Open the socket and start torchrun.
+
+        Args:
+            imports: modules that the ranks are going to need, imported once for all.
 
         Raises:
             ValueError: the port is taken, or the endpoint is no address of this host.
@@ -56,22 +66,15 @@ class Launcher:
         self.logs = new_log_folder()
         self.private = new_private_folder()
         self.listener = listen(self.private, self.ranks)
-        command = [
-            *(sys.executable, "-m", "parallel_backend.runtime.agent", "--private", str(self.private)),
+        arguments = [
+            *("--private", str(self.private)),
             *rendezvous,
             *torchrun_arguments(self.private, self.logs, self.ranks, self.devices.kind),
         ]
         self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                env={**inherited_environment(self.ranks, self.devices), **environment},
-                stdin=subprocess.PIPE,  # never written to: its end tells the agent that the client is gone
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is the client's to handle
-                umask=0o077,
-            )
+            environment = {**inherited_environment(self.ranks, self.devices), **environment}
+            self.process = importing.fork(Order(AGENT, arguments, environment, imports), log.fileno())
 
     def _rendezvous(self) -> tuple[list[str], dict[str, str]]:
         """How the ranks find each other: arguments of the agent and the first of torchrun's, and environment."""
@@ -95,11 +98,16 @@ class Launcher:
         """Whether torchrun has not ended."""
         return self.process is not None and self.process.poll() is None
 
+    @property
+    def import_seconds(self) -> float:
+        """Seconds of the start that went by until everything was imported."""
+        return 0.0 if self.process is None else self.process.import_seconds
+
     def forget(self) -> None:
         """Close what a forked child has of this, and leave the processes alone."""
         self.listener.close()
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
+        if self.process is not None:
+            self.process.close()
 
     def stop(self, grace: float = 1.5) -> None:
         """End all processes. The ranks end by themselves once their sockets are closed; whatever lingers is killed.
@@ -110,14 +118,13 @@ class Launcher:
         if self.process is None:
             return
         self.all_connected()
-        assert self.process.stdin is not None
         # Where there are other hosts, torchrun waits for theirs, and they for this one's store to go.
         if self.hosts.several or not self._ended_within(grace):
-            self.process.stdin.close()  # the agent kills the ranks, stopped ones too
+            self.process.hang_up()  # the agent kills the ranks, stopped ones too
             if not self._ended_within(grace):
                 self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        self.process.close()
 
     def _ended_within(self, seconds: float) -> bool:
         assert self.process is not None
@@ -147,6 +154,8 @@ class Launcher:
         code = None
         if first:
             rank, code = first
+        elif rank is None and self.process is not None:
+            code = self.process.poll()
         who = "the worker launcher" if rank is None else f"rank {rank}"
         return describe_end(who, code, self.log_of(rank))
 
@@ -162,7 +171,7 @@ def torchrun_arguments(private: Path, logs: Path, ranks: int, device: str) -> li
     """What torchrun is to start on a host, and how: a number of ranks that connect to the socket in a folder."""
     return [
         *(f"--nproc-per-node={ranks}", "--max-restarts=0", "--monitor-interval=0.2", f"--log-dir={logs}"),
-        *("-m", "parallel_backend.runtime.worker", "--socket", str(private / SOCKET), "--device", device),
+        *("-m", WORKER, "--socket", str(private / SOCKET), "--device", device),
         *("--log-folder", str(logs)),
     ]
 
@@ -184,14 +193,27 @@ def listen(private: Path, ranks: int) -> socket.socket:
     return listener
 
 
+def prepare(source: Checkpoint) -> None:
+    """Begin to import what a model's ranks will need. Nothing of a group is started."""
+    if not hasattr(os, "memfd_create"):  # there are no ranks; `ModelConfig.create` says why
+        return
+    importing.prepare(client_environment(), imports_of(source))
+
+
 def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
     """This process's environment as a number of ranks are to have it."""
+    env = client_environment()
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(devices.visible)
+    return env
+
+
+def client_environment() -> dict[str, str]:
+    """This process's environment as workers of any group are to have it."""
     env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
     package_root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env["PYTHONUNBUFFERED"] = "1"
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(devices.visible)
     return env
 
 

@@ -77,6 +77,8 @@ class RemoteModel:
         self.offloaded: set[str] = set()
         """Components whose device memory was freed and that were not used since."""
         self.seconds: dict[str, Any] = {"load": 0.0}
+        self.first_step: float | None = None
+        """Seconds of the first evaluation, which compiles where that is asked for."""
         self.reset_timings()
         self.last_run: CacheRun | None = None
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
@@ -231,8 +233,18 @@ class RemoteModel:
         with self.group.lock:
             ranks = [done.data for done in self.group.call(Stats(self.group.next_id(), self.name), {})[0]]
         cache = None if self.last_run is None else self.last_run.report()
-        seconds = {"start": self.group.start_seconds, **self.seconds}
+        group = self.group
+        seconds = {"start": group.start_seconds, "imports": group.import_seconds, "first_step": self.first_step}
+        seconds |= self.seconds
         return make_report(self.config, self.source.family.name, seconds, ranks, cache)
+
+    def took(self) -> str:
+        """How long starting, loading and the first step took that compiles, for people."""
+        start, imports = self.group.start_seconds, self.group.import_seconds
+        text = f"started in {start:.1f} s (imports {imports:.1f}), loaded in {self.seconds['load']:.1f} s"
+        if self.config.speed.compile and self.first_step is not None:
+            text += f", compiled (with the first step) in {self.first_step:.1f} s"
+        return text
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""
@@ -267,6 +279,8 @@ class RemoteModel:
             began = time.perf_counter()
             yield
             self.seconds[name].append(time.perf_counter() - began)
+            if name == "steps" and self.first_step is None:
+                self.first_step = self.seconds[name][-1]
 
     def _names(self, tensors: Sequence[Tensor], check: Check) -> tuple[list[str], dict[str, Tensor]]:
         """The names of conditioning tensors, and of those that are guessed the content, which is still to be compared.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
 from .. import __version__
 from .group_config import ModelConfig
@@ -27,12 +26,15 @@ def make_report(
     Args:
         config: of the model.
         family: name of the model family.
-        seconds: ``start`` and ``load``, and lists of ``text``, ``steps``, ``workers`` and ``decode``.
+        seconds: ``start``, ``imports``, ``load`` and ``first_step``, and lists of ``text``, ``steps``, ``workers`` and
+            ``decode``.
         ranks: each rank's own figures, in rank order.
         cache: the last run that used the block cache.
     """
     layout = config.layout
     steps = list(seconds["steps"])
+    median = statistics.median(steps) if steps else None
+    compiled = config.speed.compile and median is not None and len(steps) > 1
     return {
         "layout": {
             "name": layout.name,
@@ -47,15 +49,17 @@ def make_report(
         "versions": {
             "hybrid_dit": __version__,
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
+            "diffusers": importlib.metadata.version("diffusers"),
+            "transformers": importlib.metadata.version("transformers"),
         },
         "seconds": {
             "start": seconds["start"],
+            "imports": seconds["imports"],
             "load": seconds["load"],
             "text": sum(seconds["text"]),
             "steps": steps,
-            "step_median": statistics.median(steps) if steps else None,
+            "step_median": median,
+            "compile": max(0.0, seconds["first_step"] - median) if compiled else None,
             "workers": list(seconds["workers"]),
             "decode": sum(seconds["decode"]),
         },

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ..families import VisionImage
 from .channel import Channel, ChannelClosedError
 from .engine import Engine
 from .errors import BatchTooLargeError
+from .forking import end_with_parent
 from .messages import (
     DecodeLatent,
     Done,
@@ -52,8 +54,17 @@ from .rank_log import end_at_once, log_file, log_to
 from .relay import Relay
 
 
-def main() -> None:
-    """Entry point of a rank."""
+def main(forked: bool = False) -> None:
+    """Entry point of a rank.
+
+    Args:
+        forked: whether libraries were imported in another environment than this one.
+    """
+    if not forked:
+        end_with_parent()
+    elif threads := os.environ["OMP_NUM_THREADS"].partition(",")[0].strip():
+        with suppress(ValueError, RuntimeError):  # it is not a number of threads
+            torch.set_num_threads(int(threads))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", required=True, help="the client's AF_UNIX socket")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from . import load_audit
 from .graphs import Graph
 from .qwen_models import PIPELINE, ZERO, make_qwen_pipeline, make_zero_pipeline, write_text_encoder, write_transformer
 from .server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
@@ -101,7 +102,11 @@ def new_server(comfyui: Path, home: Path) -> ComfyServer:
         comfyui=comfyui,
         diffusers_folder=home / "models",
         packs=[REFERENCE_PACK],
-        environment={"HYBRID_DIT_HOME": str(home)},
+        environment={
+            "HYBRID_DIT_HOME": str(home),
+            "HYBRID_DIT_TEST_HOOKS": load_audit.__file__,
+            load_audit.LOG: str(home / "load.log"),
+        },
     )
 
 

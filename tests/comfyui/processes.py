@@ -13,19 +13,17 @@ from .server import ComfyServer
 
 WORKER_MODULE = "parallel_backend.runtime.worker"
 LAUNCHER_MODULE = "parallel_backend.runtime.agent"
+IMPORTER_MODULE = "parallel_backend.runtime.importer"
 
 
 def worker_ranks(server: ComfyServer) -> dict[int, int]:
     """Process id -> rank of all workers of all groups of a server."""
-    return {
-        pid: int(environment(pid)["RANK"])
-        for pid in group_processes(server)
-        if LAUNCHER_MODULE not in _command_line(pid)
-    }
+    lines = {pid: command_line(pid) for pid in group_processes(server)}
+    return {pid: int(line[3].removeprefix("rank ")) for pid, line in lines.items() if WORKER_MODULE in line}
 
 
 def group_processes(server: ComfyServer) -> set[int]:
-    """Process ids of all workers and of the torchrun processes above them."""
+    """Process ids of all workers and of the torchrun processes above them, but not of the importing process."""
     assert server.process is not None
     parents = {}
     for entry in Path("/proc").iterdir():
@@ -36,7 +34,10 @@ def group_processes(server: ComfyServer) -> set[int]:
                 if state != "Z":
                     parents[int(entry.name)] = int(parent)
     return {
-        pid for pid in parents if server.process.pid in _ancestors(pid, parents) and WORKER_MODULE in _command_line(pid)
+        pid
+        for pid in parents
+        if server.process.pid in _ancestors(pid, parents)
+        and not {WORKER_MODULE, LAUNCHER_MODULE}.isdisjoint(command_line(pid))
     }
 
 
@@ -46,14 +47,15 @@ def _ancestors(pid: int, parents: dict[int, int]) -> Iterable[int]:
         yield pid
 
 
-def _command_line(pid: int) -> list[str]:
+def command_line(pid: int) -> list[str]:
+    """The words of a process's command line; those of a fork say what it is."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return []
 
 
 def environment(pid: int) -> dict[str, str]:
-    """What a process was started with."""
+    """What a process was started with: a fork, what the importing process was."""
     entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,13 @@ NODES = {
 def definitions(server: ComfyServer) -> dict[str, Any]:
     """The pack's nodes as the frontend gets them."""
     return {key: node for key, node in server.object_info().items() if key.startswith("HybridDiT_")}
+
+
+def test_loading_the_pack_imports_nothing_else_and_starts_nothing(server: ComfyServer, home: Path):
+    notes = (home / "load.log").read_text().splitlines()
+    own = [note for note in notes if note.startswith("import ") and f"/{PACK_NAME}." in note]
+    assert any(note.endswith(".runtime.client") for note in own)
+    assert notes == own
 
 
 def inputs_of(node: dict[str, Any]) -> dict[str, list]:

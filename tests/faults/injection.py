@@ -2,7 +2,8 @@
 
 A test writes an `Order` into a folder; the rank that it is for carries it out once, at its moment, and notes when.
 `install` runs in every Python process that a server under test starts (see tests/comfyui/launch_server.py), before
-anything else, and does nothing but in ranks. So this module imports only what starting Python has imported anyway.
+anything else, and does nothing but in the importing process, of which ranks are forks. So this module imports only what
+starting Python has imported anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 FOLDER = "HYBRID_DIT_TEST_FAULTS"
 """Environment variable: the folder of orders; without it nothing is done."""
 ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.worker"
+IMPORTER = "parallel_backend.runtime.importer"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
 ALONE = {"vae_decode": ("VAEPart", "decode"), "vae_encode": ("VAEPart", "encode")}
@@ -98,10 +100,10 @@ def _done_file(folder: Path) -> Path:
 
 
 class _Rank:
-    """Carries out orders in this process."""
+    """Carries out orders in this process, once it is a rank."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._counted: tuple[str, int] = ("", 0)
         self._latest = ""
 
@@ -109,8 +111,9 @@ class _Rank:
         """A moment has come: carry out what is ordered for it."""
         if moment in METHODS:
             self._latest = moment
+        rank = int(os.environ["RANK"])
         try:
-            text = _order_file(self.folder, self.rank).read_text()
+            text = _order_file(self.folder, rank).read_text()
         except FileNotFoundError:
             return
         order = Order(**json.loads(text))
@@ -120,7 +123,7 @@ class _Rank:
         self._counted = (text, count)
         if count < order.nth:
             return
-        _order_file(self.folder, self.rank).unlink()
+        _order_file(self.folder, rank).unlink()
         self._counted = ("", 0)
         _done_file(self.folder).write_text(repr(time.time()))
         _carry_out(order)
@@ -144,7 +147,7 @@ def _carry_out(order: Order) -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """The engine's module, with its methods and the collectives announced to a rank."""
+    """The engine's module, with its methods and the collectives announced to a rank; the worker's, with its start."""
 
     def __init__(self, loader: importlib.abc.Loader, rank: _Rank) -> None:
         self.loader, self.rank = loader, rank
@@ -153,8 +156,10 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module) -> None:
-        self.rank.reached(START)
         self.loader.exec_module(module)
+        if module.__name__ == WORKER:
+            module.main = self._announced(module.main, START)
+            return
         import torch.distributed as dist
 
         from parallel_backend.parallel import exchange
@@ -185,7 +190,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         self.rank = rank
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != ENGINE:
+        if fullname not in (ENGINE, WORKER):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -194,8 +199,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """In a rank of a server whose environment asks for it: take orders."""
+    """In the importing process of a server whose environment asks for it: have its ranks take orders."""
     folder = os.environ.get(FOLDER)
-    if not folder or WORKER not in sys.orig_argv or "RANK" not in os.environ:
-        return
-    sys.meta_path.insert(0, _Finder(_Rank(Path(folder), int(os.environ["RANK"]))))
+    if folder and IMPORTER in sys.orig_argv:
+        sys.meta_path.insert(0, _Finder(_Rank(Path(folder))))

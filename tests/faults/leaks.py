@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallel_backend.paths import KEPT_LOGS
-from tests.comfyui.processes import environment, worker_ranks
+from tests.comfyui.processes import IMPORTER_MODULE, command_line, environment, worker_ranks
 from tests.comfyui.server import ComfyServer
 
 from .injection import FOLDER
@@ -21,7 +21,8 @@ class Holdings:
     """Counts at one moment.
 
     Args:
-        processes: that the server started, and those that these started, wherever they are now: ranks and agents.
+        processes: that the server started, and those that these started, wherever they are now: ranks and agents. Not
+            the importing process, which stays.
         zombies: children of the server that have ended and that it did not ask after.
         memfds, sockets, descriptors: open in the server's process; ``descriptors`` are all, also those two.
         rank_memfds: open in the ranks, all together.
@@ -66,12 +67,13 @@ def holdings(server: ComfyServer) -> Holdings:
 
 
 def started_by(server: ComfyServer) -> set[int]:
-    """The processes that stem from a server but itself, whatever became of it and of those between."""
+    """The processes that stem from a server, whatever became of it and of those between, but itself and the importing
+    process."""
     mark = (FOLDER, server.environment[FOLDER])
     found = set()
     for pid in _processes():
         with contextlib.suppress(OSError):  # gone, or not ours
-            if mark in environment(pid).items() and not _state(pid)[0]:
+            if mark in environment(pid).items() and not _state(pid)[0] and IMPORTER_MODULE not in command_line(pid):
                 found.add(pid)
     return found - {server.process.pid if server.process else 0}
 
