@@ -15,6 +15,8 @@ from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
 from .states import is_running
 
 CATEGORY = "model/loaders/parallel"
+ALIASES = ["hybrid dit", "distributed", "sequence parallel"]
+"""What all nodes are found by."""
 MAX_DEGREE = 64
 
 
@@ -49,7 +51,7 @@ class ParallelLayout(io.ComfyNode):
                 "How a model is split over devices: the fastest way, or by degrees whose product is their number. "
                 "Ulysses and Ring split the image's tokens (faster), TP splits the weights (smaller, and faster)."
             ),
-            search_aliases=["ulysses", "ring", "tensor parallel", "context parallel", "multi gpu", "usp"],
+            search_aliases=["ulysses", "ring", "tensor parallel", "context parallel", "multi gpu", "usp", *ALIASES],
             inputs=[
                 # All are optional so that this one stands first, and graphs from before it was there still run.
                 io.Boolean.Input(

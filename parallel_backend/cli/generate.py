@@ -8,12 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
 from ..runtime.hosts import Hosts
-from .progress import ProgressBar
 from .speed import add_speed_arguments, speed_of
 
 
@@ -84,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     for path in written:
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path} cannot be written: the folder {path.resolve().parent} does not exist")
+
+    # Imported here, so that other subcommands start where packages are missing.
+    from PIL import Image
+
     if arguments.out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{arguments.out} cannot be written: its ending is none of a picture; take .png")
 

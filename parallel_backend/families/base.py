@@ -73,12 +73,16 @@ class ReferenceModel:
         transformer_config: of the transformer; what it leaves out has diffusers' defaults.
         text_config: of the text encoder, as its ``config.json`` has it.
         text_tokens: of a prompt.
+        fp8_files: names of ComfyUI's fp8 files of transformer and text encoder.
+        fp8_bytes: size of the transformer's, from which one sees how much of it stays in bf16.
     """
 
     name: str
     transformer_config: Mapping[str, Any]
     text_config: Mapping[str, Any]
     text_tokens: int = 512
+    fp8_files: tuple[str, ...] = ()
+    fp8_bytes: int = 0
 
 
 class Family(ABC):

@@ -67,6 +67,8 @@ class Flux2(Family):
                 "head_dim": 128,
             }
         },
+        fp8_files=("flux2_dev_fp8mixed.safetensors", "mistral_3_small_flux2_fp8.safetensors"),
+        fp8_bytes=35_500_000_000,
     )
 
     # The transformer.
