@@ -84,6 +84,9 @@ OURS_COLOUR, OTHER_COLOUR = "#3f789e", "#8a8a8a"
 
 TITLE, GAP, PADDING, COLUMN_GAP, MARGIN = 30, 24, 16, 40, 20
 
+VIEW_WIDTH, LEAST_SCALE, VIEW_OFFSET = 1500, 0.7, [90, 90]
+"""Pixels of a usual screen beside the side bar, the scale at which all text is readable, and where the left top goes."""
+
 FILES = "https://huggingface.co/Comfy-Org/flux2-dev/resolve/main/split_files"
 QWEN_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 EDIT_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files"
@@ -236,6 +239,11 @@ def arrange(workflow: dict[str, Any], sizes: dict[str, list[float]], name: str) 
     return {"nodes": nodes, "groups": groups, "note": note, "title": f"Hybrid DiT: {name}"}
 
 
+def right_of(plan: dict[str, Any]) -> float:
+    """The right edge of a plan's group boxes."""
+    return max(group["bounding"][0] + group["bounding"][2] for group in plan["groups"])
+
+
 def models_of(node: dict[str, Any]) -> list[dict[str, str]]:
     """The files that a node of an API workflow loads, as `properties.models` has them."""
     names = [value for value in node["inputs"].values() if isinstance(value, str) and value in MODELS]
@@ -255,11 +263,12 @@ def uses_example(workflow: dict[str, Any]) -> bool:
     return any(node["inputs"].get("image") == EXAMPLE_IMAGE for node in workflow.values())
 
 
-def steady(graph: dict[str, Any], name: str) -> dict[str, Any]:
-    """The saved graph without what differs from one saving to the next."""
+def steady(graph: dict[str, Any], name: str, width: float) -> dict[str, Any]:
+    """The saved graph without what differs from one saving to the next, and opening on its left, to be read."""
     graph = {**graph, "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"hybrid-dit/workflows/{name}"))}
-    # Without a view, the frontend shows the whole graph.
-    graph["extra"] = {key: value for key, value in graph["extra"].items() if key != "ds"}
+    # Without a view, the frontend shows the whole graph, so small that it cannot be read.
+    scale = round(min(0.9, max(LEAST_SCALE, VIEW_WIDTH / width)), 2)
+    graph["extra"] = {**graph["extra"], "ds": {"scale": scale, "offset": VIEW_OFFSET}}
     # Links are numbered on from one loading to the next.
     numbers = {link[0]: number for number, link in enumerate(graph["links"], start=1)}
     graph["links"] = [[numbers[link[0]], *link[1:]] for link in graph["links"]]
@@ -304,8 +313,8 @@ def thumbnail(server: ComfyServer, frontend: Frontend, plan: dict[str, Any], wor
     """What ComfyUI's template browser shows: the workflow's result, or the graph where that needs files of its own."""
     if any(node["models"] for node in plan["nodes"]):
         boxes = [group["bounding"] for group in plan["groups"]] + [[*plan["note"]["pos"], *plan["note"]["size"]]]
-        right, bottom = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
-        return screenshot(frontend, [-MARGIN, 0, right + 2 * MARGIN, bottom + MARGIN], width=800)
+        bottom = max(box[1] + box[3] for box in boxes)
+        return screenshot(frontend, [-MARGIN, 0, right_of(plan) + 2 * MARGIN, bottom + MARGIN], width=800)
     (file,) = run_well(server, workflow).files()
     return server.image(**file).convert("RGB")
 
@@ -319,7 +328,7 @@ def save(server: ComfyServer, frontend: Frontend, name: str) -> bool:
     plan = arrange(workflow, sizes, name)
     frontend.page.evaluate(ARRANGE, plan)
     frontend.page.wait_for_timeout(500)
-    graph = steady(frontend.graph(), name)
+    graph = steady(frontend.graph(), name, right_of(plan))
 
     frontend.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
     frontend.page.wait_for_timeout(1000)

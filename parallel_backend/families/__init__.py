@@ -70,6 +70,11 @@ def family_of_text_file(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.is_text_file(keys)), None)
 
 
+def family_of_vae_file(keys: Collection[str]) -> Family | None:
+    """The family whose VAE has these keys in a single file; None if no family knows them."""
+    return next((family for family in FAMILIES if family.is_vae_file(keys)), None)
+
+
 def supported_models() -> str:
     """The end of a message that refuses a model: those that are supported."""
     models = "; ".join(f"{family.title} ({_models(family)})" for family in FAMILIES)
@@ -95,5 +100,6 @@ __all__ = [
     "family_of_single_file",
     "family_of_text_file",
     "family_of_transformer",
+    "family_of_vae_file",
     "supported_models",
 ]

@@ -306,6 +306,18 @@ class Family(ABC):
             folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
         ).eval()
 
+    def is_vae_file(self, keys: Collection[str]) -> bool:
+        """Whether keys of a file are those of this family's VAE; False where such files are ComfyUI's alone."""
+        return False
+
+    def vae_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The VAE's configuration, read off the shapes in its file; ValueError if one is missing."""
+        raise NotImplementedError
+
+    def vae_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under the names of the diffusers class."""
+        raise NotImplementedError
+
     @abstractmethod
     def vae_width(self, config: Mapping[str, Any]) -> int:
         """About the features of a pixel that decoding holds at its peak."""
