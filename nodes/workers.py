@@ -62,7 +62,9 @@ def summarize(report: dict[str, Any]) -> str:
     lines = []
     if seconds["step_median"] is not None:
         lines.append(f"{seconds['step_median']:.3f} s a step (median of {len(seconds['steps'])})")
-    lines.append(f"{layout['ranks']} rank(s): {degrees or 'not split'}, {report['model']['dtype']}, {report['backend']}")
+    lines.append(
+        f"{layout['ranks']} rank(s): {degrees or 'not split'}, {report['model']['dtype']}, {report['backend']}"
+    )
     lines.append(f"{seconds['start']:.1f} s to start, {seconds['load']:.1f} s to load")
     for rank in report["ranks"]:
         weights, most = sum(rank["weight_bytes"].values()) / 2**30, rank["peak_bytes"] / 2**30

@@ -96,7 +96,7 @@ class Models:
         assert isinstance(text_encoder.source, TextEncoderFile)
         drawing = drawing_of_files(transformer.source, text_encoder.source, vae.source)
         tokenizer = drawing.file_tokenizer(text_encoder.source.read_tokenizer())
-        scheduler = FlowMatchEulerDiscreteScheduler(**drawing.scheduler)
+        scheduler = FlowMatchEulerDiscreteScheduler(**(drawing.scheduler or {}))
         return cls(drawing, transformer, text_encoder, vae, tokenizer, None, scheduler)
 
 
@@ -115,7 +115,9 @@ def drawing_of_files(transformer: Checkpoint, text_encoder: Checkpoint, vae: Che
         if not isinstance(source, kind):
             raise ValueError(f"{source.path} is not {what} in one file")
         if source.family is not family:
-            raise ValueError(f"{source.path} is {what} of {source.family.title}, but {transformer.path} is of {family.title}")
+            raise ValueError(
+                f"{source.path} is {what} of {source.family.title}, but {transformer.path} is of {family.title}"
+            )
     return files_drawing(family, transformer.path)
 
 

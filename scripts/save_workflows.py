@@ -45,20 +45,20 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         },
     ),
     (
-        330,
-        {
-            "Prompt": [
-                *["CLIPTextEncode", "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod"],
-                *["FluxGuidance", "ReferenceLatent", "EmptyFlux2LatentImage", "EmptySD3LatentImage"],
-            ]
-        },
-    ),
-    (
         290,
         {
             "Input image": [
                 *["LoadImage", "FluxKontextImageScale", "ImageScaleToTotalPixels", "GetImageSize", "VAEEncode"],
                 "SetLatentNoiseMask",
+            ]
+        },
+    ),
+    (
+        330,
+        {
+            "Prompt": [
+                *["CLIPTextEncode", "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod"],
+                *["FluxGuidance", "ReferenceLatent", "EmptyFlux2LatentImage", "EmptySD3LatentImage"],
             ]
         },
     ),
@@ -85,7 +85,7 @@ OURS_COLOUR, OTHER_COLOUR = "#3f789e", "#8a8a8a"
 TITLE, GAP, PADDING, COLUMN_GAP, MARGIN = 30, 24, 16, 40, 20
 
 VIEW_WIDTH, LEAST_SCALE, VIEW_OFFSET = 1500, 0.7, [90, 90]
-"""Pixels of a usual screen beside the side bar, the scale at which all text is readable, and where the left top goes."""
+"""Pixels of a usual screen beside the side bar, the scale at which all text can be read, and where the left top goes."""
 
 FILES = "https://huggingface.co/Comfy-Org/flux2-dev/resolve/main/split_files"
 QWEN_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
@@ -104,7 +104,7 @@ MODELS = {
 when a loader's `properties.models` says so; ComfyUI's folder is the last part of the address."""
 
 # No code spans: on a coloured note, Nodes 2.0 shows them blue on blue.
-NOTE_HEIGHT, LINE_HEIGHT = 250, 22
+NOTE_HEIGHT, LINE_HEIGHT = 240, 20
 INPUT_NOTE = f"""
 **First** copy *workflows/{EXAMPLE_IMAGE}* into ComfyUI's *input* folder, or drop it onto *Load Image*.
 """

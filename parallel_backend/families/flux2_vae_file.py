@@ -33,12 +33,15 @@ def vae_config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
                 return shapes[name][0]
         raise ValueError(f"there is no tensor {names[0]}; the file is incomplete")
 
-    levels = range(LEVELS)
-    encoder = [width(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", f"encoder.down.{i}.block.0.conv1.weight")
-               for i in levels]  # fmt: skip
+    encoder = [
+        width(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", f"encoder.down.{i}.block.0.conv1.weight")
+        for i in range(LEVELS)
+    ]
     # diffusers counts the decoder's levels from the widest.
-    decoder = [width(f"decoder.up_blocks.{LEVELS - 1 - i}.resnets.0.conv1.weight", f"decoder.up.{i}.block.0.conv1.weight")
-               for i in levels]  # fmt: skip
+    decoder = [
+        width(f"decoder.up_blocks.{LEVELS - 1 - i}.resnets.0.conv1.weight", f"decoder.up.{i}.block.0.conv1.weight")
+        for i in range(LEVELS)
+    ]
     return {"block_out_channels": encoder, "decoder_block_out_channels": decoder}
 
 

@@ -154,7 +154,9 @@ def test_files_can_be_downloaded(server: ComfyServer):
         assert [model for model in models if model not in known] == []
         found += models
     assert len(found) == 15
-    assert not any("lora" in json.dumps(json.loads(file.read_text())["nodes"]).lower() for file in FOLDER.glob("*.json"))
+    assert not any(
+        "lora" in json.dumps(json.loads(file.read_text())["nodes"]).lower() for file in FOLDER.glob("*.json")
+    )
 
 
 def models_of_ui(workflow: dict[str, Any]) -> list[dict[str, str]]:

@@ -156,7 +156,10 @@ def test_generate_takes_single_files(flux2_files, photos, tmp_path):
     def drawn(prompt: str, *more: str) -> np.ndarray:
         out = tmp_path / "x.png"
         parts = ["--model", transformer, "--text-encoder", text, "--vae", vae, "--prompt", prompt]
-        assert main(["generate", *parts, *LAYOUT, *SMALL, "--out", str(out), "--report", str(tmp_path / "x.json"), *more]) == 0
+        assert (
+            main(["generate", *parts, *LAYOUT, *SMALL, "--out", str(out), "--report", str(tmp_path / "x.json"), *more])
+            == 0
+        )
         with Image.open(out) as picture:
             assert picture.size == (64, 80)
             return np.asarray(picture, int)

@@ -152,7 +152,10 @@ def test_a_torchvision_of_another_torch_is_named(examine, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("machine", "said"),
     [
-        (with_gpus(2, total=22.8), ["in bf16 does not fit 2", "mistral_3_small_flux2_fp8.safetensors fits all 2 GPU(s) as TP-2 *"]),
+        (
+            with_gpus(2, total=22.8),
+            ["in bf16 does not fit 2", "mistral_3_small_flux2_fp8.safetensors fits all 2 GPU(s) as TP-2 *"],
+        ),
         (with_gpus(2, total=80), ["in bf16 fits all 2 GPU(s) as TP-2\n", "fits all 2 GPU(s) as Ulysses-2\n"]),
         (CPU_ONLY, ["in bf16: 2 x 24 GB: no, 2 x 32 GB: no, 2 x 48 GB: TP-2 *, 2 x 80 GB: TP-2"]),
     ],

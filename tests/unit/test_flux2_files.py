@@ -83,8 +83,9 @@ def test_a_vae_that_is_not_whole(vae, tmp_path, key, message):
 
 def test_tokenizer():
     tokenizer = tokenizer_of_tekken(tekken())
-    ids = tokenizer.apply_chat_template([conversation("a red circle")], tokenize=True, return_dict=True, padding="max_length",
-                                        max_length=512)["input_ids"][0]  # fmt: skip
+    given = [conversation("a red circle")]
+    ids = tokenizer.apply_chat_template(given, tokenize=True, return_dict=True, padding="max_length", max_length=512)
+    ids = ids["input_ids"][0]
     names = {name: number for number, name in SPECIAL.items()}
     assert ids.count(names["<pad>"]) == 512 - len([number for number in ids if number != names["<pad>"]])
     assert ids[0] == names["<pad>"]  # in front

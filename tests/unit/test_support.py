@@ -30,8 +30,8 @@ def test_the_page_has_the_table(found):
     assert END in rest, f"docs/models.md lacks the line {END if begin else BEGIN}"
     table, _, _ = rest.partition(END)
     assert table.strip() == render_markdown(**found), (
-        "docs/models.md is not up to date: put what `python -m parallel_backend families --markdown` prints between the "
-        f"lines {BEGIN} and {END}"
+        "docs/models.md is not up to date: put what `python -m parallel_backend families --markdown` prints between "
+        f"the lines {BEGIN} and {END}"
     )
 
 
