@@ -75,7 +75,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom. The note stands first."""
 HEIGHTS = {
-    **{"HybridDiT_ParallelLayout": 360, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
+    **{"HybridDiT_ParallelLayout": 400, "HybridDiT_LoadPipeline": 220, "HybridDiT_WorkersReport": 240},
     **{"HybridDiT_LoadDiffusionModel": 180, "HybridDiT_LoadCLIP": 220, "HybridDiT_BlockCache": 290},
     **{"CLIPTextEncode": 110, "TextEncodeQwenImageEditPlus": 180, "LoadImage": 340, "SaveImage": 350},
 }
