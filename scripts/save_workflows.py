@@ -84,7 +84,7 @@ OURS_COLOUR, OTHER_COLOUR = "#3f789e", "#8a8a8a"
 
 TITLE, GAP, PADDING, COLUMN_GAP, MARGIN = 30, 24, 16, 40, 20
 
-VIEW_WIDTH, LEAST_SCALE, VIEW_OFFSET = 1500, 0.7, [90, 90]
+VIEW_WIDTH, LEAST_SCALE, VIEW_OFFSET = 1500, 0.7, [90, 125]
 """Pixels of a usual screen beside the side bar, the scale at which text can be read, and where the left top goes."""
 
 FILES = "https://huggingface.co/Comfy-Org/flux2-dev/resolve/main/split_files"

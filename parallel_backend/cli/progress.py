@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-_UNITS = {"starting": "processes", "loading": "B", "sampling": "steps"}
+_UNITS = {"starting": "process", "loading": "B", "sampling": "step"}
 LOG_SECONDS = 10
 """Where there is no terminal, a bar is written anew after so many seconds, as each becomes a line of a log."""
 
@@ -35,9 +35,8 @@ class ProgressBar:
             interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
             self.stage = stage
             self.bar = tqdm(
-                desc=stage, total=total, unit=unit if unit == "B" else f" {unit}", mininterval=interval,
-                unit_scale=unit == "B", unit_divisor=1024,
-            )  # fmt: skip
+                desc=stage, total=total, unit=unit, unit_scale=unit == "B", unit_divisor=1024, mininterval=interval
+            )
         assert self.bar is not None
         self.bar.total = total
         self.bar.set_postfix_str(detail, refresh=False)
