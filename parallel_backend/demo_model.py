@@ -53,7 +53,7 @@ DEMO_SIZE = DemoSize(
 def demo_folder() -> Path:
     """The trained demo pipeline, which comes with this package; ``training/`` has its recipe.
 
-    It draws one to three shapes: "a large red circle left of a small blue star on a grey background".
+    It draws one to three shapes: "a large red circle left of a large blue star on a grey background".
     """
     return Path(__file__).parent / "models" / DEMO_FOLDER_NAME
 

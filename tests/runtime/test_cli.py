@@ -21,6 +21,7 @@ from parallel_backend.runtime.groups import close_groups
 from tests.single_file import flux2_tensors, to_fp8, write
 from tests.text_encoder_file import write_text
 from tests.vae_file import write_vae
+from training.checker import find
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -74,6 +75,7 @@ def test_demo_draws_a_picture_and_writes_a_report(tmp_path):
 
 
 LAYOUT = ["--ulysses", "2", "--devices", "cpu"]
+DEMO_LAYOUT = ["--tp", "1", *LAYOUT]
 SMALL = ["--steps", "2", "--width", "64", "--height", "80"]
 
 
@@ -204,6 +206,19 @@ def test_a_missing_package_is_named_with_a_way_out(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.search(r"has no package '\w+'; .*pip install -r .*requirements.txt$", line), line
+
+
+@pytest.mark.usefixtures("kept_group")
+def test_the_demos_own_picture_is_right(tmp_path):
+    out = tmp_path / "demo.png"
+    assert main(["demo", *DEMO_LAYOUT, "--out", str(out), "--report", str(tmp_path / "demo.json")]) == 0
+    with Image.open(out) as picture:
+        background, found = find(np.asarray(picture.convert("RGB")))
+    assert background == "grey"
+    assert [(thing.shape, thing.colour) for thing in sorted(found, key=lambda thing: thing.x)] == [
+        ("circle", "red"),
+        ("star", "blue"),
+    ]
 
 
 WRONG = {
