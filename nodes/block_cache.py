@@ -12,7 +12,7 @@ from ..parallel_backend.cache.config import PRESETS, CacheSettings
 from ..parallel_backend.cache.step_mask import POLICIES, parse_mask
 from .cache_run import RUN_KEY, CacheWrappers
 from .comfy_model import RemoteDiffusionModel
-from .layout import CATEGORY
+from .layout import ALIASES, CATEGORY
 
 CUSTOM = "custom"
 START = PRESETS["quality"]
@@ -34,7 +34,7 @@ class BlockCache(io.ComfyNode):
                 "(DBCache), and can extrapolate what the skipped ones would add (TaylorSeer). Goes between a parallel "
                 "loader and a sampler; bypassed, the picture is the uncached one."
             ),
-            search_aliases=["dbcache", "taylorseer", "cache-dit", "first block cache", "teacache", "speed"],
+            search_aliases=["dbcache", "taylorseer", "cache-dit", "first block cache", "teacache", "speed", *ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip="A MODEL from a parallel loader."),
                 io.DynamicCombo.Input(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..parallel_backend.auto_layout import Choice
 
 CATEGORY = "model/loaders/parallel"
+ALIASES = ["hybrid dit", "distributed", "sequence parallel"]
+"""What all nodes are found by."""
 MAX_DEGREE = 64
 
 
@@ -52,7 +54,7 @@ class ParallelLayout(io.ComfyNode):
                 "How a model is split over devices: the fastest way, or by degrees whose product is their number. "
                 "Ulysses and Ring split the image's tokens (faster), TP splits the weights (smaller, and faster)."
             ),
-            search_aliases=["ulysses", "ring", "tensor parallel", "context parallel", "multi gpu", "usp"],
+            search_aliases=["ulysses", "ring", "tensor parallel", "context parallel", "multi gpu", "usp", *ALIASES],
             inputs=[
                 # All are optional so that this one stands first, and graphs from before it was there still run.
                 io.Boolean.Input(

@@ -22,7 +22,7 @@ from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle
-from .layout import CATEGORY, ChoiceText, Layout, LayoutSocket
+from .layout import ALIASES, CATEGORY, ChoiceText, Layout, LayoutSocket
 from .states import HIDDEN, Place, no_text, show, state_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class LoadPipeline(io.ComfyNode):
                 "Loads a diffusers pipeline folder from models/diffusers into worker processes, split as the layout "
                 "says. MODEL, CLIP and VAE go to the stock nodes."
             ),
-            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel", "qwen image parallel"],
+            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel", "qwen image parallel", *ALIASES],
             inputs=[
                 io.Combo.Input(
                     "pipeline",
@@ -116,7 +116,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
                 "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
-            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel", "qwen image parallel"],
+            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel", "qwen image parallel", *ALIASES],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
@@ -173,6 +173,7 @@ class LoadCLIP(io.ComfyNode):
                 "multi gpu clip",
                 "mistral parallel",
                 "qwen parallel",
+                *ALIASES,
             ],
             inputs=[
                 io.Combo.Input(

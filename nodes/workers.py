@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..parallel_backend.runtime.groups import close_groups, find_model
 from .comfy_model import RemoteDiffusionModel
 from .group import show_text
-from .layout import CATEGORY
+from .layout import ALIASES, CATEGORY
 
 
 class WorkersReport(io.ComfyNode):
@@ -23,6 +23,7 @@ class WorkersReport(io.ComfyNode):
             display_name="Workers Report",
             category=CATEGORY,
             description="Layout, versions, seconds a step, and memory of each worker behind a parallel MODEL.",
+            search_aliases=["memory", "benchmark", *ALIASES],
             is_output_node=True,
             not_idempotent=True,
             inputs=[
@@ -55,21 +56,19 @@ class WorkersReport(io.ComfyNode):
 
 
 def summarize(report: dict[str, Any]) -> str:
-    """A report in a few lines, as they stand on the node."""
+    """A report in a few lines, as they stand on the node: the step, the layout, and the memory of each rank."""
     layout, seconds = report["layout"], report["seconds"]
-    lines = [
-        f"ulysses {layout['ulysses']} x ring {layout['ring']} x tp {layout['tp']} = {layout['ranks']} rank(s)",
-        f"{report['backend']}, {report['model']['dtype']}",
-        f"start {seconds['start']:.1f} s, load {seconds['load']:.1f} s",
-    ]
+    degrees = " x ".join(f"{axis} {layout[axis]}" for axis in ("ulysses", "ring", "tp") if layout[axis] > 1)
+    lines = []
     if seconds["step_median"] is not None:
-        lines.append(f"step {seconds['step_median']:.3f} s (median of {len(seconds['steps'])})")
-    lines.append("weights of peak memory:")
+        lines.append(f"{seconds['step_median']:.3f} s a step (median of {len(seconds['steps'])})")
+    lines.append(
+        f"{layout['ranks']} rank(s): {degrees or 'not split'}, {report['model']['dtype']}, {report['backend']}"
+    )
+    lines.append(f"{seconds['start']:.1f} s to start, {seconds['load']:.1f} s to load")
     for rank in report["ranks"]:
-        weights = sum(rank["weight_bytes"].values())
-        lines.append(
-            f"rank {rank['rank']}, {rank['device']}: {weights / 2**30:.2f} of {rank['peak_bytes'] / 2**30:.2f} GiB"
-        )
+        weights, most = sum(rank["weight_bytes"].values()) / 2**30, rank["peak_bytes"] / 2**30
+        lines.append(f"rank {rank['rank']}, {rank['device']}: {most:.2f} GiB at most, {weights:.2f} of it weights")
     return "\n".join(lines)
 
 
@@ -83,6 +82,7 @@ class UnloadWorkers(io.ComfyNode):
             display_name="Unload Workers",
             category=CATEGORY,
             description="Ends all parallel workers and frees their memory. The next use starts them again.",
+            search_aliases=["free memory", "vram", *ALIASES],
             is_output_node=True,
             not_idempotent=True,
             inputs=[

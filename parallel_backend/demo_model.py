@@ -18,21 +18,6 @@ DEMO_FOLDER_NAME = "flux2-demo"
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]")
 
-# Renders a conversation as Mistral-Small-3.2's template does; `content` is a string or a list of text parts.
-CHAT_TEMPLATE = """\
-{%- macro text_of(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}{%- for part in content -%}
-{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- else -%}{{- '[IMG]' -}}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{%- endmacro -%}
-{{- '<s>' -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{- '[SYSTEM_PROMPT]' + text_of(message['content']) + '[/SYSTEM_PROMPT]' -}}
-{%- elif message['role'] == 'user' -%}{{- '[INST]' + text_of(message['content']) + '[/INST]' -}}
-{%- else -%}{{- text_of(message['content']) + '</s>' -}}{%- endif -%}
-{%- endfor -%}"""
-
 
 @dataclass(frozen=True)
 class DemoSize:
@@ -68,7 +53,7 @@ DEMO_SIZE = DemoSize(
 def demo_folder() -> Path:
     """The trained demo pipeline, which comes with this package; ``training/`` has its recipe.
 
-    It draws one to three shapes: "a large red circle left of a small blue star on a grey background".
+    It draws one to three shapes: "a large red circle left of a large blue star on a grey background".
     """
     return Path(__file__).parent / "models" / DEMO_FOLDER_NAME
 
@@ -80,19 +65,12 @@ def assemble_pipeline(
     # Imported here: demo_folder() must stay cheap for callers that only look whether the demo is there.
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
+    from .families.flux2_pipeline import SCHEDULER
+
     for model in (transformer, text_encoder, vae):
         # Not model.to(): diffusers' override warns about modules to keep in float32 where there are none.
         nn.Module.to(model, dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        time_shift_type="exponential",
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     return Flux2Pipeline(
         scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
     )
@@ -102,6 +80,8 @@ def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer, as Mistral's, learnt from ``texts``, with FLUX.2's tokens and template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from .families.flux2_pipeline import CHAT_TEMPLATE
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import ParallelismConfig
 from .families import Family, Model
+from .loading.weight_loader import LINEARS
 from .mesh import Axis
 from .parallel.tensor import apply_tensor_parallel
 
@@ -103,7 +104,7 @@ def weight_bytes(
     family.check_layout(_full_config(family, _key(transformer_config)), layout)
     return WeightBytes(
         transformer=transformer_bytes(family, transformer_config, layout, dtype_bytes),
-        text_encoder=_text_numel(family, _key(text_config), text_degree) * dtype_bytes,
+        text_encoder=_text_counts(family, _key(text_config), text_degree)[0] * dtype_bytes,
         vae=_numel(_default_vae(family)) * _VAE_DTYPE_BYTES,
     )
 
@@ -112,7 +113,7 @@ def transformer_bytes(
     family: Family, config: Mapping[str, Any], layout: ParallelismConfig, dtype_bytes: int = 2
 ) -> int:
     """Bytes of the transformer's weights that a rank holds; arguments as of `weight_bytes`."""
-    return _transformer_numel(family, _key(config), layout.tp_size) * dtype_bytes
+    return _transformer_counts(family, _key(config), layout.tp_size)[0] * dtype_bytes
 
 
 def transformer_activation_bytes(
@@ -138,15 +139,39 @@ def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int)
     return family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
 
 
-def reference_memory(family: Family, layout: ParallelismConfig) -> MemoryEstimate:
-    """What a family's reference model needs on rank 0 in bfloat16 for one 1024 x 1024 image.
+def reference_memory(family: Family, layout: ParallelismConfig, fp8: bool = False) -> MemoryEstimate:
+    """What a family's reference model needs on rank 0 for one 1024 x 1024 image.
+
+    Args:
+        family: whose.
+        layout: degrees.
+        fp8: as its ``fp8_files`` rather than in bfloat16.
 
     Raises:
         ValueError: the model cannot be split so.
     """
-    config, text_config = reference_config(family), family.reference_model.text_config
-    weights = weight_bytes(family, family.reference_model.transformer_config, text_config, layout)
+    config, reference = reference_config(family), family.reference_model
+    weights = weight_bytes(family, reference.transformer_config, reference.text_config, layout)
+    if fp8:
+        weights = _as_fp8_files(family, weights, layout)
     return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
+
+
+def _as_fp8_files(family: Family, bf16: WeightBytes, layout: ParallelismConfig) -> WeightBytes:
+    """Weights of the reference model where the blocks' linears are in 8 bits, but for what the file's size tells.
+
+    Which of them a "mixed" file keeps in bfloat16 is its own matter: on a rank they are split as the others are.
+    """
+    reference = family.reference_model
+    config, text_config = _key(reference.transformer_config), _key(reference.text_config)
+    whole = _transformer_counts(family, config, 1)[0] * 2 - _transformer_counts(family, config, 1)[1]
+    kept = max(0, reference.fp8_bytes - whole)
+    text_degree = family.text_degree(reference.text_config, layout.world_size)
+    return WeightBytes(
+        bf16.transformer - _transformer_counts(family, config, layout.tp_size)[1] + kept // layout.tp_size,
+        bf16.text_encoder - _text_counts(family, text_config, text_degree)[1],
+        bf16.vae,
+    )
 
 
 def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
@@ -155,11 +180,20 @@ def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: Par
     They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
     family's reference model; ``config`` is the transformer's, with every value.
     """
-    tokens = pixels // family.pixel_multiple**2 + family.reference_model.text_tokens
     return max(
-        transformer_activation_bytes(family, config, layout, tokens),
+        _step_bytes(family, config, layout, pixels),
         vae_activation_bytes(family, dict(_default_vae(family).config), pixels),
     )
+
+
+def reference_step_bytes(family: Family, layout: ParallelismConfig) -> int:
+    """Estimate the peak beside the weights in a step of a family's reference model, for one 1024 x 1024 image."""
+    return _step_bytes(family, reference_config(family), layout, IMAGE_PIXELS)
+
+
+def _step_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
+    tokens = pixels // family.pixel_multiple**2 + family.reference_model.text_tokens
+    return transformer_activation_bytes(family, config, layout, tokens)
 
 
 def layout_fits(
@@ -231,20 +265,28 @@ def _full_config(family: Family, config: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _transformer_numel(family: Family, config: str, degree: int) -> int:
+def _transformer_counts(family: Family, config: str, degree: int) -> tuple[int, int]:
+    """Parameters of a rank, and how many of them are weights of its blocks' linears."""
     model = family.build_transformer(json.loads(config))
     apply_tensor_parallel(model, family.transformer_plan(dict(model.config)), Axis(None, degree, 0))
-    return _numel(model)
+    stacks = [getattr(model, stack.attribute) for stack in family.block_stacks]
+    return _numel(model), sum(map(_linears, stacks))
 
 
 @lru_cache(maxsize=64)
-def _text_numel(family: Family, config: str, degree: int) -> int:
+def _text_counts(family: Family, config: str, degree: int) -> tuple[int, int]:
+    """The same of the text model, whose linears are all in its layers."""
     from .parallelize import shard_text_model  # with the compiler, which takes a second to import
 
     values = json.loads(config)
     model = family.build_text_model(values)
     shard_text_model(model, family, values, Axis(None, degree, 0))
-    return _numel(model)
+    return _numel(model), _linears(model)
+
+
+def _linears(model: nn.Module) -> int:
+    modules = (module for module in model.modules() if isinstance(module, LINEARS))
+    return sum(module.weight.numel() for module in modules)  # type: ignore[union-attr, operator]
 
 
 @lru_cache(maxsize=8)

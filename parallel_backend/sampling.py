@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,14 @@ from torch import Tensor
 
 from .cache.config import CacheSettings
 from .cache.run import CacheRun
-from .families import Conditioning
+from .families import Conditioning, Family
 from .families.drawing import Drawing
 from .image_request import CompleteRequest, ImageRequest
+from .loading.checkpoint import Checkpoint
 from .loading.pipeline_folder import PipelineFolder
+from .loading.single_file import SingleFile
+from .loading.text_encoder_file import TextEncoderFile
+from .loading.vae_file import VaeFile
 from .runtime.remote_model import RemoteModel
 
 if TYPE_CHECKING:
@@ -62,6 +67,79 @@ def load_scheduler(folder: str | Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(path)
 
 
+@dataclass(frozen=True)
+class Models:
+    """What draws: a pipeline folder's model, or three models of single files.
+
+    Args:
+        drawing: how.
+        transformer, text_encoder, vae: which may be one.
+        tokenizer, processor: of text and images; the processor may be None.
+        scheduler: of the steps.
+    """
+
+    drawing: Drawing
+    transformer: RemoteModel
+    text_encoder: RemoteModel
+    vae: RemoteModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    scheduler: FlowMatchEulerDiscreteScheduler
+
+    @classmethod
+    def of_folder(cls, model: RemoteModel) -> Models:
+        """All of a pipeline; ValueError for a model that is none."""
+        source = model.source
+        if not isinstance(source, PipelineFolder):
+            raise ValueError(
+                f"{source.path} is one model; drawing takes a pipeline folder (one with a model_index.json)"
+            )
+        folder, drawing = source.path, source.drawing
+        processor = load_processor(folder) if drawing.needs_processor else None
+        return cls(drawing, model, model, model, load_tokenizer(folder), processor, load_scheduler(folder))
+
+    @classmethod
+    def of_files(cls, transformer: RemoteModel, text_encoder: RemoteModel, vae: RemoteModel) -> Models:
+        """Models of files that `drawing_of_files` has looked at."""
+        assert isinstance(text_encoder.source, TextEncoderFile)
+        drawing = drawing_of_files(transformer.source, text_encoder.source, vae.source)
+        tokenizer = drawing.file_tokenizer(text_encoder.source.read_tokenizer())
+        scheduler = FlowMatchEulerDiscreteScheduler(**(drawing.scheduler or {}))
+        return cls(drawing, transformer, text_encoder, vae, tokenizer, None, scheduler)
+
+
+def drawing_of_files(transformer: Checkpoint, text_encoder: Checkpoint, vae: Checkpoint) -> Drawing:
+    """How the models of three files draw together.
+
+    Raises:
+        ValueError: a file that is another part, of another family, or of one whose files do not say enough.
+    """
+    family = transformer.family
+    for source, kind, what in (
+        (transformer, SingleFile, "a transformer"),
+        (text_encoder, TextEncoderFile, "a text encoder"),
+        (vae, VaeFile, "a VAE"),
+    ):
+        if not isinstance(source, kind):
+            raise ValueError(f"{source.path} is not {what} in one file")
+        if source.family is not family:
+            raise ValueError(
+                f"{source.path} is {what} of {source.family.title}, but {transformer.path} is of {family.title}"
+            )
+    return files_drawing(family, transformer.path)
+
+
+def files_drawing(family: Family, path: Path) -> Drawing:
+    """How models of a family's files draw; ValueError for a family whose files do not say enough."""
+    drawing = family.drawing(family.pipeline_classes[0])
+    if drawing.scheduler is None:
+        raise ValueError(
+            f"{path} is of {family.title}, whose files come without their tokenizer, which ComfyUI has: draw with them "
+            "in ComfyUI, or take the diffusers folder"
+        )
+    return drawing
+
+
 def check_request(source: PipelineFolder, request: ImageRequest) -> CompleteRequest:
     """A request with what suits the pipeline where it leaves something open. Nothing is started.
 
@@ -77,7 +155,7 @@ def check_request(source: PipelineFolder, request: ImageRequest) -> CompleteRequ
 
 
 def draw(
-    model: RemoteModel,
+    models: RemoteModel | Models,
     request: ImageRequest,
     on_step: Callable[[int, int], None] = lambda *_: None,
     cache: CacheSettings | None = None,
@@ -85,7 +163,7 @@ def draw(
     """Draw one picture.
 
     Args:
-        model: a pipeline in a worker group.
+        models: a pipeline in a worker group, or its parts.
         request: what to draw.
         on_step: told the steps done and the steps in all.
         cache: of the transformer's blocks; None computes each step in full.
@@ -93,36 +171,36 @@ def draw(
     Raises:
         ValueError: a request that cannot be drawn, or a model that is no whole pipeline.
     """
-    source = model.source
-    if not isinstance(source, PipelineFolder):
-        raise ValueError(f"{source.path} is one model; drawing takes a pipeline folder (one with a model_index.json)")
-    drawing, complete = source.drawing, check_request(source, request)
-    streams = _conditionings(model, drawing, complete)
+    if not isinstance(models, Models):
+        models = Models.of_folder(models)
+    drawing, complete = models.drawing, request.complete(models.drawing)
+    family = drawing.family
+    streams = _conditionings(models, complete)
     latent = torch.randn(
         drawing.latent_shape(complete.width, complete.height),
         generator=torch.Generator().manual_seed(complete.seed),
         dtype=torch.float32,
     )
-    scheduler = load_scheduler(source.path)
-    multiple = source.family.pixel_multiple
-    source.family.set_timesteps(scheduler, complete.steps, complete.width // multiple * (complete.height // multiple))
+    multiple = family.pixel_multiple
+    family.set_timesteps(models.scheduler, complete.steps, complete.width // multiple * (complete.height // multiple))
     run = None if cache is None else CacheRun(cache, steps=complete.steps)
     on_step(0, complete.steps)
     try:
-        for index, timestep in enumerate(scheduler.timesteps):
+        for index, timestep in enumerate(models.scheduler.timesteps):
             predictions = {}
             for stream, conditioning in streams.items():
                 plan = None if run is None else (run, run.evaluation(stream, index))
-                predictions[stream] = model.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan).float()
+                predicted = models.transformer.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan)
+                predictions[stream] = predicted.float()
             prediction = predictions["cond"]
             if complete.cfg is not None and "uncond" in predictions:
                 prediction = drawing.combine(prediction, predictions["uncond"], complete.cfg)
-            latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
+            latent = models.scheduler.step(prediction, timestep, latent, return_dict=False)[0]
             on_step(index + 1, complete.steps)
     finally:
         if run is not None:
-            model.end_run(run)
-    return to_picture(model.decode(latent))
+            models.transformer.end_run(run)
+    return to_picture(models.vae.decode(latent))
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -132,16 +210,16 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _conditionings(model: RemoteModel, drawing: Drawing, request: CompleteRequest) -> dict[str, Conditioning]:
+def _conditionings(models: Models, request: CompleteRequest) -> dict[str, Conditioning]:
     """What the evaluations of a step are conditioned on: "cond", and under true CFG "uncond"."""
     prompts = {"cond": request.prompt}
     if request.negative_prompt is not None:
         prompts["uncond"] = request.negative_prompt
-    folder, images = model.source.path, request.images
-    tokenizer, processor = load_tokenizer(folder), load_processor(folder) if drawing.needs_processor else None
-    texts = {stream: drawing.tokenize(tokenizer, processor, prompt, images) for stream, prompt in prompts.items()}
-    contexts = {stream: model.encode_text(text.ids, text.mask, text.images) for stream, text in texts.items()}
-    references: Sequence[Tensor] = [model.encode(pixels) for pixels in drawing.reference_pixels(images)]
+    drawing, images = models.drawing, request.images
+    texts = {s: drawing.tokenize(models.tokenizer, models.processor, prompt, images) for s, prompt in prompts.items()}
+    encode = models.text_encoder.encode_text
+    contexts = {stream: encode(text.ids, text.mask, text.images) for stream, text in texts.items()}
+    references: Sequence[Tensor] = [models.vae.encode(pixels) for pixels in drawing.reference_pixels(images)]
     return {
         stream: drawing.conditioning(contexts[stream], text, references, request.guidance)
         for stream, text in texts.items()

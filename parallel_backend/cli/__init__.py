@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {
     "demo": "draw a picture with a small FLUX.2 on any layout, with no GPU and no download",
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return modules[parsed.command].run(parsed)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__.partition(".")[0]):
+            raise
+        print(f"{parser.prog} {parsed.command}: {missing_package(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
         return 2
@@ -38,3 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What is missing, in which Python, and two ways out."""
+    checkout = Path(__file__).resolve().parents[2]
+    python = checkout / ".venv" / "bin" / "python"
+    there = f"run it with {python}, or " if python.is_file() and Path(sys.executable) != python else ""
+    requirements = checkout / "requirements.txt"
+    what = f"-r {requirements}" if requirements.is_file() else "hybrid-dit"
+    return (
+        f"the Python that runs this ({sys.executable}) has no package {error.name!r}; {there}install what is needed: "
+        f"{sys.executable} -m pip install {what}"
+    )

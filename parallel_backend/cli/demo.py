@@ -15,10 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     generate.add_common_arguments(
         parser,
-        prompt="a large red circle left of a small blue star on a grey background",
+        prompt="a large red circle left of a large blue star on a grey background",
         width=256,
         height=256,
         steps=8,
+        seed=2,
         ulysses=2,
         tp=2,
         out=Path("demo.png"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     # Names are not declared as choices: the doctor has to start where diffusers, which they need, cannot be imported.
     parser.add_argument(
-        "--model", default="flux2", help='family of the model, as "families" lists them (default: %(default)s)'
+        "--model", default="flux2", help="a model's name, or a part of it, such as qwen (default: %(default)s)"
     )
     parser.add_argument("--ulysses", type=int, help="check one layout: its degree of Ulysses")
     parser.add_argument("--ring", type=int, help="check one layout: its degree of Ring")
@@ -63,15 +65,14 @@ def run(args: argparse.Namespace) -> int:
                 findings += check_layout(family, layout, machine, gpus)
             rows = layout_fits(family, [layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
             findings += check_memory(family, layout, machine, gpus, rows)
+            findings += check_formats(family, gpus) if layout is None else []
             if gpus and layout is None:
                 choice = choose(family, machine, gpus)
                 findings += [Finding("ok", f"auto takes {choice.reason}")] if choice else []
         except ValueError as error:
             findings.append(Finding("FAIL", str(error)))
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            # What an old or broken diffusers or transformers raises when it is imported.
-            text = f"the models cannot be imported: {' '.join(str(error).split())[:300]}"
-            findings.append(Finding("FAIL", text, _install("torch", "diffusers", "transformers")))
+            findings.append(check_companions() or not_imported(error))
     failed = any(finding.level == "FAIL" for finding in findings)
     if args.json:
         report = {"version": __version__, "ok": not failed, "layout": layout.name if layout else None}
@@ -200,6 +201,25 @@ def check_memory(
     return [Finding("FAIL" if layout else "warn", text, remedy)]
 
 
+def check_formats(family: Family, gpus: list[Gpu]) -> list[Finding]:
+    """What these GPUs take of the family's reference model in each format; without GPUs, what some others would."""
+    from ..fits import APART, MACHINES, best_fit, usable
+
+    name, files = family.reference_model.name, " and ".join(family.reference_model.fp8_files)
+    found = []
+    for fp8, title in ((False, f"{name} in bf16"), (True, f"{name} as {files}")):
+        if gpus:
+            fit = best_fit(family, len(gpus), min(gpu.total for gpu in gpus), fp8)
+            how = f"fits all {len(gpus)} GPU(s) as {fit}" if fit.layout else f"does not fit {len(gpus)} GPU(s)"
+            apart = f" ({APART})" if fit.apart else ""
+            found.append(Finding("ok" if fit.layout else "warn", f"{title} {how}{apart}"))
+        else:
+            fits = [(f"{n} x {size} GB", best_fit(family, n, usable(size), fp8)) for n, size in MACHINES if n == 2]
+            apart = f" ({APART})" if any(fit.apart for _, fit in fits) else ""
+            found.append(Finding("ok", f"{title}: {', '.join(f'{gpus}: {fit}' for gpus, fit in fits)}{apart}"))
+    return found
+
+
 def choose(family: Family, machine: Machine, gpus: list[Gpu]) -> Choice | None:
     """What **Parallel Layout** would choose for the family's reference model on these GPUs; None if nothing fits."""
     from ..auto_layout import choose_for_reference
@@ -219,6 +239,35 @@ def _option(option: Option) -> dict[str, Any]:
         "gib": option.need / GIB,
         "fits": option.fits,
     }
+
+
+COMPANIONS = ("torchvision", "torchaudio")
+"""Built for one version and one kind (CPU, CUDA) of torch; transformers imports what is there of them."""
+
+
+def check_companions() -> Finding | None:
+    """A library beside torch that is installed and cannot be imported, on which transformers would stumble."""
+    for name in COMPANIONS:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            versions = [metadata.version(package) for package in (name, "torch")]
+            text = f"{name} {versions[0]} does not work with torch {versions[1]}: {_short(error)}"
+            remedy = f"install the {name} that was made for this torch, from the same index, or uninstall it"
+            return Finding("FAIL", text, f"{remedy}: python -m pip uninstall {name}")
+    return None
+
+
+def not_imported(error: Exception) -> Finding:
+    """What an old or broken diffusers or transformers raises when it is imported."""
+    remedy = _install("torch", "diffusers", "transformers")
+    return Finding("FAIL", f"the models cannot be imported: {_short(error)}", remedy)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _hidden_gpus(machine: Machine) -> Finding:

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--markdown", action="store_true", help="print the table that README.md has")
+    form.add_argument("--markdown", action="store_true", help="print the table that docs/models.md has")
+    form.add_argument("--fits", action="store_true", help="print which layout fits which GPUs, the table of README.md")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +25,11 @@ def run(args: argparse.Namespace) -> int:
     # torch and diffusers are imported here, so that other subcommands start without them.
     from ..support import support
 
+    if args.fits:
+        from ..fits import fits_table
+
+        print(fits_table())
+        return 0
     found = support()
     if args.json:
         found["families"] = {name: asdict(family) for name, family in found["families"].items()}

@@ -1,25 +1,30 @@
-"""``generate``: one picture from a pipeline folder of any family, drawn by worker processes on any layout."""
+"""``generate``: one picture from a pipeline folder or FLUX.2's files, drawn by worker processes on any layout."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
 from ..runtime.hosts import Hosts
-from .progress import ProgressBar
 from .speed import add_speed_arguments, speed_of
+
+if TYPE_CHECKING:
+    from ..runtime.remote_model import RemoteModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("--model", type=Path, required=True, help="a diffusers pipeline folder, of any family")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a diffusers pipeline folder, or FLUX.2's transformer in one file"
+    )
+    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="its text encoder, with a transformer's file")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="its VAE, with a transformer's file")
     add_common_arguments(parser, ulysses=1, tp=1, out=Path("picture.png"))
 
 
@@ -84,20 +89,27 @@ def run(arguments: argparse.Namespace) -> int:
     for path in written:
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path} cannot be written: the folder {path.resolve().parent} does not exist")
+
+    # Imported here, so that other subcommands start where packages are missing.
+    from PIL import Image
+
     if arguments.out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{arguments.out} cannot be written: its ending is none of a picture; take .png")
 
     from ..cache.run import summarize
     from ..demo_model import demo_folder
     from ..image_request import ImageRequest, open_image
-    from ..loading.pipeline_folder import open_pipeline_folder
+    from ..loading.checkpoint import open_checkpoint
+    from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
     from ..runtime.group_config import ModelConfig
-    from ..runtime.groups import acquire_model
+    from ..runtime.groups import acquire_model, add_user
     from ..runtime.launcher import prepare
-    from ..sampling import check_request, draw
+    from ..runtime.report import took
+    from ..sampling import Models, check_request, draw, drawing_of_files
+    from .progress import ProgressBar
 
     began = time.perf_counter()
-    folder = arguments.model or demo_folder()
+    paths = _files(arguments) or [arguments.model or demo_folder()]
     request = ImageRequest(
         arguments.prompt,
         arguments.width,
@@ -109,26 +121,40 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.negative_prompt,
         tuple(map(open_image, arguments.image)),
     )
-    source = open_pipeline_folder(folder)
-    prepare(source)  # beside what is imported here
+    sources = [open_pipeline_folder(paths[0])] if len(paths) == 1 else list(map(open_checkpoint, paths))
+    for source in sources:
+        prepare(source)  # beside what is imported here
     import diffusers
     import transformers
 
     # The libraries' bars would run through this command's own.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    drawn = check_request(source, request)  # before any group is started
-    config = ModelConfig.create(
-        folder, layout, _devices(arguments.devices, ranks), arguments.dtype, hosts=hosts, speed=speed
+    # Before anything is started.
+    folder = sources[0]
+    drawn = (
+        check_request(folder, request)
+        if isinstance(folder, PipelineFolder)
+        else request.complete(drawing_of_files(*sources))
     )
+    devices = _devices(arguments.devices, ranks)
+    configs = [
+        ModelConfig.create(path, layout, devices, arguments.dtype, fp8, hosts=hosts, speed=speed)
+        for path, fp8 in zip(paths, ("matmul", "stored", "cast"), strict=False)
+    ]
+    config = configs[0]
     over = f" of {hosts.count} hosts" if hosts.several else ""
     print(f"{layout.name}: {layout.describe()} on {config.devices.kind}{over}, {config.dtype}, {speed.describe()}")
 
-    bar = ProgressBar()
-    model = acquire_model(config, bar.show, port=arguments.port)
-    picture = draw(model, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
-    report = model.report()
-    model.group.close()
+    with ProgressBar() as bar:
+        models = []
+        for one in configs:
+            add_user(one)  # or a model that has to make room would be dropped for good
+            models.append(acquire_model(one, bar.show, port=arguments.port))
+        drawing = models[0] if len(models) == 1 else Models.of_files(*models)
+        picture = draw(drawing, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
+    report = _report(models)
+    models[0].group.close()
     report["request"] = {**vars(drawn), "images": list(map(str, arguments.image)), "out": str(arguments.out)}
     report["seconds"]["total"] = time.perf_counter() - began
     picture.save(arguments.out)
@@ -136,8 +162,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.report.write_text(json.dumps(report, indent=2) + "\n")
 
     seconds = report["seconds"]
+    before = took(seconds["start"], seconds["imports"], seconds["load"], seconds["compile"])
     print(
-        f"{model.took()}, text {seconds['text']:.2f} s, "
+        f"{before}, text {seconds['text']:.2f} s, "
         f"evaluation {seconds['step_median']:.3f} s (median of {len(seconds['steps'])}), "
         f"decode {seconds['decode']:.2f} s"
     )
@@ -151,6 +178,40 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"wrote {' and '.join(map(str, written))}")
     return 0
+
+
+def _files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of transformer, text encoder and VAE; none for a folder.
+
+    Raises:
+        ValueError: some, but not all of them.
+    """
+    beside = {"--text-encoder": getattr(arguments, "text_encoder", None), "--vae": getattr(arguments, "vae", None)}
+    if arguments.model is None or not arguments.model.is_file():
+        given = [name for name, path in beside.items() if path is not None]
+        if given:
+            raise ValueError(f"{' and '.join(given)} go with a transformer's file, but --model is {arguments.model}")
+        return []
+    missing = [name for name, path in beside.items() if path is None]
+    if missing:
+        raise ValueError(
+            f"{arguments.model} is one file; give the others, too: {' FILE and '.join(missing)} FILE, such as "
+            "mistral_3_small_flux2_fp8.safetensors and flux2-vae.safetensors"
+        )
+    return [arguments.model, *filter(None, beside.values())]
+
+
+def _report(models: Sequence[RemoteModel]) -> dict[str, Any]:
+    """The first model's report, with what the others took."""
+    report, *others = (model.report() for model in models)
+    for other in others:
+        report["seconds"]["load"] += other["seconds"]["load"]
+        for name in ("text", "decode"):
+            report["seconds"][name] += other["seconds"][name]
+        for rank, same in zip(report["ranks"], other["ranks"], strict=True):
+            rank["weight_bytes"] |= same["weight_bytes"]
+            rank["peak_bytes"] = max(rank["peak_bytes"], same["peak_bytes"])
+    return report
 
 
 def _devices(asked: str, ranks: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
@@ -12,15 +13,27 @@ FAMILIES: tuple[Family, ...] = (Flux2(), QwenImage())
 
 
 def family_of_name(name: str) -> Family:
-    """The family of a short name.
+    """The family of its name, of one of its models', or of a part of those: ``qwen``, ``FLUX.2-dev``, ``edit-2511``.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is none, or several; names those that there are.
     """
-    for family in FAMILIES:
-        if family.name == name:
-            return family
-    raise ValueError(f"there is no model family {name!r}; there are: {', '.join(family.name for family in FAMILIES)}")
+    asked = _plain(name)
+    names = {family: [_plain(one) for one in (family.name, family.title, *family.models)] for family in FAMILIES}
+    exact = [family for family, known in names.items() if asked in known]
+    found = exact or [family for family, known in names.items() if asked and any(asked in one for one in known)]
+    if len(found) == 1:
+        return found[0]
+    problem = f"{name!r} may be {' or '.join(f.title for f in found)}" if found else f"there is no model {name!r}"
+    raise ValueError(f"{problem}; there are: {', '.join(f'{f.name} ({_models(f)})' for f in FAMILIES)}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _models(family: Family) -> str:
+    return ", ".join(family.models)
 
 
 def family_of_pipeline(class_name: str) -> Family:
@@ -57,9 +70,14 @@ def family_of_text_file(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.is_text_file(keys)), None)
 
 
+def family_of_vae_file(keys: Collection[str]) -> Family | None:
+    """The family whose VAE has these keys in a single file; None if no family knows them."""
+    return next((family for family in FAMILIES if family.is_vae_file(keys)), None)
+
+
 def supported_models() -> str:
     """The end of a message that refuses a model: those that are supported."""
-    models = "; ".join(f"{family.title} ({', '.join(family.models)})" for family in FAMILIES)
+    models = "; ".join(f"{family.title} ({_models(family)})" for family in FAMILIES)
     return f"supported are: {models} (python -m parallel_backend families says more)"
 
 
@@ -82,5 +100,6 @@ __all__ = [
     "family_of_single_file",
     "family_of_text_file",
     "family_of_transformer",
+    "family_of_vae_file",
     "supported_models",
 ]

@@ -75,12 +75,16 @@ class ReferenceModel:
         transformer_config: of the transformer; what it leaves out has diffusers' defaults.
         text_config: of the text encoder, as its ``config.json`` has it.
         text_tokens: of a prompt.
+        fp8_files: names of ComfyUI's fp8 files of transformer and text encoder.
+        fp8_bytes: size of the transformer's, from which one sees how much of it stays in bf16.
     """
 
     name: str
     transformer_config: Mapping[str, Any]
     text_config: Mapping[str, Any]
     text_tokens: int = 512
+    fp8_files: tuple[str, ...] = ()
+    fp8_bytes: int = 0
 
 
 class Family(ABC):
@@ -320,6 +324,18 @@ class Family(ABC):
         return kind.from_pretrained(
             folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
         ).eval()
+
+    def is_vae_file(self, keys: Collection[str]) -> bool:
+        """Whether keys of a file are those of this family's VAE; False where such files are ComfyUI's alone."""
+        return False
+
+    def vae_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The VAE's configuration, read off the shapes in its file; ValueError if one is missing."""
+        raise NotImplementedError
+
+    def vae_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under the names of the diffusers class."""
+        raise NotImplementedError
 
     @abstractmethod
     def vae_width(self, config: Mapping[str, Any]) -> int:

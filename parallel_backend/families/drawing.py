@@ -58,8 +58,15 @@ class Drawing(ABC):
     needs_processor = False
     """Whether images go through the image processor in the pipeline's ``processor`` folder."""
 
+    scheduler: Mapping[str, Any] | None = None
+    """Configuration of the scheduler, for models that come as files; None: those are drawn with in ComfyUI alone."""
+
     def __init__(self, family: Family) -> None:
         self.family = family
+
+    def file_tokenizer(self, content: bytes) -> Any:
+        """The tokenizer that a text encoder's file brings along."""
+        raise NotImplementedError
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Shape of the latent ``[1, C, H, W]`` (with frames after C, where latents have them) of a picture."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
 from ..parallel.tensor import Shard
-from . import flux2_single_file, flux2_text_file
+from . import flux2_single_file, flux2_text_file, flux2_vae_file
 from .base import Conditioning, Family, Model, ReferenceModel
 from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 from .flux2_pipeline import Flux2Drawing
@@ -74,6 +74,8 @@ class Flux2(Family):
                 "head_dim": 128,
             }
         },
+        fp8_files=("flux2_dev_fp8mixed.safetensors", "mistral_3_small_flux2_fp8.safetensors"),
+        fp8_bytes=35_500_000_000,
     )
 
     # The transformer.
@@ -248,6 +250,15 @@ class Flux2(Family):
         return flux2_text_file.text_config_of(shapes)
 
     # The VAE.
+
+    def is_vae_file(self, keys: Collection[str]) -> bool:
+        return flux2_vae_file.is_vae_file(keys)
+
+    def vae_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return flux2_vae_file.vae_config_of(shapes)
+
+    def vae_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return flux2_vae_file.vae_tensors(tensors)
 
     def vae_width(self, config: Mapping[str, Any]) -> int:
         # Five tensors of the widest full-size layer: a residual block's input, its norm, the activation of that and

@@ -77,6 +77,8 @@ class QwenImage(Family):
                 "num_key_value_heads": 4,
             }
         },
+        fp8_files=("qwen_image_fp8_e4m3fn.safetensors", "qwen_2.5_vl_7b_fp8_scaled.safetensors"),
+        fp8_bytes=20_430_000_000,
     )
 
     # The transformer.

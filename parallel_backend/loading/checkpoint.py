@@ -10,8 +10,9 @@ from .pipeline_folder import PipelineFolder, open_pipeline_folder
 from .safetensors_reader import read_header
 from .single_file import SingleFile, check_suffix, open_single_file
 from .text_encoder_file import TextEncoderFile, open_text_encoder_file
+from .vae_file import VaeFile, open_vae_file
 
-Checkpoint = PipelineFolder | SingleFile | TextEncoderFile
+Checkpoint = PipelineFolder | SingleFile | TextEncoderFile | VaeFile
 
 
 def imports_of(source: Checkpoint) -> list[str]:
@@ -29,4 +30,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not os.path.isfile(path):
         return open_pipeline_folder(path)
     check_suffix(path)
-    return open_text_encoder_file(path) if family_of_text_file(read_header(path)) else open_single_file(path)
+    if family_of_text_file(read_header(path)):
+        return open_text_encoder_file(path)
+    return open_vae_file(path) or open_single_file(path)

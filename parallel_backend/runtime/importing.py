@@ -128,9 +128,8 @@ class ImportingProcess:
     def __init__(self, environment: Mapping[str, str], output: int) -> None:
         self.environment, self.folder = dict(environment), _folder()
         # Threads of libraries that are only imported would be in the way of forks, and so would a GPU that they look
-        # for by CUDA rather than by its management library. Ranks have neither setting.
-        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        own.update((name, value) for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES")
+        # for, which diffusers does: here they see none. Ranks have neither setting.
+        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._control, control = socket.socketpair()
         with control:
             self.process = subprocess.Popen(

@@ -11,6 +11,7 @@ import torch
 from ..config import ParallelismConfig
 from ..loading.checkpoint import Checkpoint
 from ..loading.text_encoder_file import TextEncoderFile
+from ..loading.vae_file import VaeFile
 from ..memory import GIB, transformer_bytes
 from .group_config import ModelConfig
 
@@ -53,7 +54,7 @@ def advice(config: ModelConfig, source: Checkpoint, component: str) -> str:
         remedies.append("shorten the prompt, or spread the text encoder over more devices")
     else:
         remedies.append("draw a smaller picture or a smaller batch")
-        if not isinstance(source, TextEncoderFile):
+        if not isinstance(source, TextEncoderFile | VaeFile):
             remedies += _layouts(config, source)
     if config.encoder_memory != "host" and component != "text_encoder":
         remedies.append("set the loader's encoder_memory to 'host'")
@@ -62,7 +63,7 @@ def advice(config: ModelConfig, source: Checkpoint, component: str) -> str:
 
 def _layouts(config: ModelConfig, source: Checkpoint) -> list[str]:
     """Layouts of as many ranks, and of twice as many, whose ranks hold less of the transformer."""
-    assert not isinstance(source, TextEncoderFile)
+    assert not isinstance(source, TextEncoderFile | VaeFile)
     family, current = source.family, config.layout
     size = getattr(torch, config.dtype).itemsize
 

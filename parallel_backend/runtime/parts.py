@@ -23,6 +23,7 @@ from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
 from ..loading.safetensors_reader import Weight
 from ..loading.text_encoder_file import TextEncoderFile
+from ..loading.vae_file import VaeFile
 from ..loading.weight_loader import load_weights, shard_bytes
 from ..memory import transformer_activation_bytes, vae_activation_bytes
 from ..mesh import SINGLE, Axis, ParallelMesh, raise_together
@@ -165,7 +166,7 @@ class TransformerPart(Part):
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         settings = self.settings
-        assert not isinstance(settings.source, TextEncoderFile)
+        assert not isinstance(settings.source, TextEncoderFile | VaeFile)
         self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
         module = settings.family.build_transformer(self.config)
         table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh, settings.speed)
@@ -289,7 +290,7 @@ class VAEPart(Part):
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         if not self._here:
             return torch.nn.Module(), {}
-        assert isinstance(self.settings.source, PipelineFolder)
+        assert isinstance(self.settings.source, PipelineFolder | VaeFile)
         module = self.settings.family.build_vae(self.settings.source.vae_config)
         self._config = dict(module.config)
         return module, {}
@@ -302,15 +303,17 @@ class VAEPart(Part):
         self._built = None
         error: Exception | None = None
         if self._here:
-            folder = settings.source.path / self.name
+            source = settings.source
+            place = source.path if isinstance(source, VaeFile) else source.path / self.name
             try:
-                self.module = settings.family.load_vae(folder).to(settings.device)
+                vae = source.load() if isinstance(source, VaeFile) else settings.family.load_vae(place)
+                self.module = vae.to(settings.device)
                 for name, tensor in self.module.state_dict().items():
                     if not tensor.isfinite().all():
                         raise ValueError(f"{name} holds values that are not finite numbers; download it again")
             except (OSError, ValueError) as found:
                 self.module = None
-                error = ValueError(f"the VAE in {folder} cannot be loaded: {found}")
+                error = ValueError(f"the VAE in {place} cannot be loaded: {found}")
             except Exception as found:  # such as too little memory
                 self.module, error = None, found
         raise_together(error, settings.mesh.world)

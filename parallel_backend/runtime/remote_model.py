@@ -23,7 +23,7 @@ from .group_config import ModelConfig
 from .messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
 from .out_of_memory import advice
 from .parcel import copy_into
-from .report import make_report
+from .report import make_report, took
 
 if TYPE_CHECKING:
     from .client import WorkerGroup
@@ -239,12 +239,9 @@ class RemoteModel:
         return make_report(self.config, self.source.family.name, seconds, ranks, cache)
 
     def took(self) -> str:
-        """How long starting, loading and the first step took that compiles, for people."""
-        start, imports = self.group.start_seconds, self.group.import_seconds
-        text = f"started in {start:.1f} s (imports {imports:.1f}), loaded in {self.seconds['load']:.1f} s"
-        if self.config.speed.compile and self.first_step is not None:
-            text += f", compiled (with the first step) in {self.first_step:.1f} s"
-        return text
+        """How long starting, loading and the first step took, which compiles where that is asked for; for people."""
+        compiled = self.first_step if self.config.speed.compile else None
+        return took(self.group.start_seconds, self.group.import_seconds, self.seconds["load"], compiled)
 
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""

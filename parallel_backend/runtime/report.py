@@ -66,3 +66,9 @@ def make_report(
         "cache": cache,
         "ranks": ranks,
     }
+
+
+def took(start: float, imports: float, load: float, compiled: float | None) -> str:
+    """Seconds of what comes before the first picture, for people; ``compiled`` is None where nothing was."""
+    text = f"started in {start:.1f} s (imports {imports:.1f}), loaded in {load:.1f} s"
+    return text if compiled is None else f"{text}, compiled in {compiled:.1f} s"

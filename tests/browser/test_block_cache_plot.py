@@ -12,7 +12,7 @@ from ..comfyui.server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
 from .frontend import Frontend, what_is_missing
 from .test_drag_and_drop import RUN_SECONDS, drop
 
-WORKFLOW = CHECKOUT / "workflows" / "flux2_text_to_image_cached.json"
+WORKFLOW = CHECKOUT / "workflows" / "05_demo_block_cache.json"
 STEPS = 20
 CACHE_ID = 10
 

@@ -62,6 +62,7 @@ def test_the_nodes(definitions):
 def test_everything_is_described(node_id, definitions):
     node = definitions[node_id]
     assert len(node["description"]) > 20
+    assert {"hybrid dit", "distributed", "sequence parallel"} <= set(node["search_aliases"])
     inputs = inputs_of(node)
     assert inputs
     for name, spec in inputs.items():
@@ -80,6 +81,8 @@ def test_help_page(node_id, definitions, server):
     assert text.startswith(f"# {NODES[node_id]}\n")
     missing = [name for name in inputs_of(definitions[node_id]) if not re.search(rf"`{re.escape(name)}`", text)]
     assert not missing
+    # The info panel is 272 pixels wide and cuts tables off.
+    assert not re.search(r"^\|", text, re.MULTILINE)
 
 
 def test_no_help_page_without_a_node():

@@ -24,7 +24,7 @@ from ..single_file import flux2_tensors, to_fp8, write
 from ..text_encoder_file import comfy_config, write_text
 from ..vae_file import write_vae
 from .graphs import run_well
-from .server import ComfyServer
+from .server import CHECKOUT, ComfyServer
 
 LOADER, TEXT_LOADER, LAYOUT = "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "HybridDiT_ParallelLayout"
 LORA = "LoraLoaderModelOnly"
@@ -268,3 +268,35 @@ def test_what_goes_in_is_seen(edited: Edited, server: ComfyServer):
         prompt = copy.deepcopy(usual)
         prompt[key]["inputs"][name] = value
         assert not same(drawn, draw(server, prompt)), name
+
+
+@pytest.mark.parametrize("name", ["06_flux2_text_to_image", "07_flux2_edit"])
+def test_our_own_workflows(server: ComfyServer, name: str):
+    """The shipped flat graphs, on small files of the names that they ask for, against ComfyUI's own loaders."""
+    folder = CHECKOUT / "workflows"
+    write_models(server, json.loads((folder / f"{name}.json").read_text()))
+    server.add_input_image("example.png", picture(3))
+    ours: Prompt = json.loads((folder / "api" / f"{name}.json").read_text())
+    small = {"width": 128, "height": 96, "megapixels": MEGAPIXELS, "steps": 2}
+    for node in ours.values():
+        if node["class_type"] == LAYOUT:  # automatic, which would be one rank on the CPU
+            node["inputs"] |= {"auto": False, "ulysses": 2}
+        node["inputs"] |= {key: small[key] for key, value in node["inputs"].items()
+                           if key in small and not isinstance(value, list)}  # fmt: skip
+    reference = copy.deepcopy(ours)
+    for node in reference.values():
+        names = node["inputs"]
+        if node["class_type"] == LOADER:
+            node |= {"class_type": "UNETLoader", "inputs": {"unet_name": names["unet_name"], "weight_dtype": "default"}}
+        elif node["class_type"] == TEXT_LOADER:
+            inputs = {"clip_name": names["clip_name"], "config": REFERENCE_CONFIG}
+            node |= {"class_type": REFERENCE, "inputs": inputs}
+    reference = {key: node for key, node in reference.items() if node["class_type"] != LAYOUT}
+    drawn = draw(server, ours)
+    assert drawn.std() > 10
+    assert same(drawn, draw(server, reference))
+    other = copy.deepcopy(ours)
+    for node in other.values():
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = "a cat"
+    assert not same(drawn, draw(server, other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,12 +10,11 @@ import pytest
 from PIL import Image
 
 from .server import CHECKOUT, ComfyServer
+from .test_templates import all_nodes, fetch_template
 
 FOLDER = CHECKOUT / "workflows"
 API_FOLDER = FOLDER / "api"
 ALL = sorted({file.stem for folder in (FOLDER, API_FOLDER) for file in folder.glob("*.json")})
-NAMES = [name for name in ALL if name.startswith("flux2")]
-"""The others have subgraphs, which the front end itself has to flatten: see test_qwen_templates."""
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
@@ -22,6 +22,10 @@ DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 NOTES = {"Note", "MarkdownNote"}
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 MODE_ALWAYS = 0
+TITLE = 30
+"""Height of a node's title, which is above its position."""
+OPENED = 420
+"""More than what Block Cache grows by with the preset "custom": eleven fields, of 24 pixels and some gaps."""
 
 
 def to_api(ui: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def definitions(server: ComfyServer) -> dict[str, Any]:
     return server.object_info()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_formats_agree(name, definitions):
     ui = json.loads((FOLDER / f"{name}.json").read_text())
     api = json.loads((API_FOLDER / f"{name}.json").read_text())
@@ -94,7 +98,7 @@ def test_formats_agree(name, definitions):
     assert to_api(ui, definitions) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_links_are_noted_at_both_ends(name):
     ui = json.loads((FOLDER / f"{name}.json").read_text())
     nodes = {node["id"]: node for node in ui["nodes"]}
@@ -109,11 +113,53 @@ def test_links_are_noted_at_both_ends(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_picture_beside_it(name):
-    pictures = [file for file in FOLDER.glob(f"{name}.*") if file.suffix in (".jpg", ".jpeg", ".png", ".webp")]
-    assert len(pictures) == 1
-    with Image.open(pictures[0]) as picture:
-        picture.load()
-        assert min(picture.size) >= 128
+    """As ComfyUI's template browser asks for it."""
+    picture = FOLDER / f"{name}.jpg"
+    assert picture.stat().st_size < 60_000
+    with Image.open(picture) as image:
+        image.load()
+        assert min(image.size) >= 128
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nodes_can_be_read(name):
+    """Nothing lies over a node or its title, also where Block Cache opens its fields; and it opens large enough."""
+    ui = json.loads((FOLDER / f"{name}.json").read_text())
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in ui["nodes"]}
+    for node in ui["nodes"]:
+        if node["type"] == "HybridDiT_BlockCache":
+            x, y, width, height = boxes[node["id"]]
+            boxes[node["id"]] = (x, y, width, height + OPENED)
+    for a, b in itertools.combinations(boxes, 2):
+        (ax, ay, aw, ah), (bx, by, bw, bh) = boxes[a], boxes[b]
+        apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by - TITLE or by + bh <= ay - TITLE
+        assert apart, f"nodes {a} and {b} overlap"
+    assert ui["extra"]["ds"]["scale"] >= 0.7
+
+
+MODEL_INPUTS = ("unet_name", "clip_name", "vae_name")
+TEMPLATES = ("image_flux2_fp8", "image_qwen_image", "image_qwen_Image_2512", "image_qwen_image_edit_2511")
+"""ComfyUI's own, which name the same files."""
+
+
+def test_files_can_be_downloaded(server: ComfyServer):
+    """Each loader says where its file is to be had, in the words of ComfyUI's templates."""
+    known = [model for name in TEMPLATES for model in models_of_ui(fetch_template(server, name))]
+    found = []
+    for name in ALL:
+        ui, api = (json.loads((folder / f"{name}.json").read_text()) for folder in (FOLDER, API_FOLDER))
+        named = [value for node in api.values() for key, value in node["inputs"].items() if key in MODEL_INPUTS]
+        models = models_of_ui(ui)
+        assert sorted(model["name"] for model in models) == sorted(named)
+        assert [model for model in models if model not in known] == []
+        found += models
+    assert len(found) == 15
+    kinds = [node["type"] for name in ALL for node in all_nodes(json.loads((FOLDER / f"{name}.json").read_text()))]
+    assert not any("Lora" in kind for kind in kinds)  # which the workers refuse
+
+
+def models_of_ui(workflow: dict[str, Any]) -> list[dict[str, str]]:
+    return [model for node in all_nodes(workflow) for model in node.get("properties", {}).get("models", [])]
 
 
 def one_node(widgets: list, kind: str) -> dict[str, Any]:

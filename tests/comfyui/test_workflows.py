@@ -10,13 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
+
+from training.checker import find
 
 from .graphs import run_well
 from .server import CHECKOUT, ComfyServer, RunResult
 
-# The others are ComfyUI's own templates: see test_qwen_templates.
-API_WORKFLOWS = sorted((CHECKOUT / "workflows" / "api").glob("flux2*.json"))
+# The others need big files: see test_templates and test_qwen_workflows.
+API_WORKFLOWS = sorted((CHECKOUT / "workflows" / "api").glob("*_demo_*.json"))
+SCENES = {"02_demo_edit": [("circle", "green")]}
+BOTH = [("circle", "red"), ("star", "blue")]
+"""Shapes from left to right; all but the edit's draw both. The background is grey."""
 
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 2, 0.05
 """Of 255. Both sides compute in float32 but add in another order, which can move a value over a rounding edge; measured
@@ -90,9 +96,9 @@ def sampler_progress(result: RunResult, graph: dict[str, Any]) -> list[tuple[int
 
 
 LAYOUTS = {
-    "flux2_custom_sampler": {"ulysses": 2, "ring": 2},
-    "flux2_edit": {"ulysses": 4},
-    "flux2_inpaint": {"ring": 2, "tp": 2},
+    "04_demo_custom_sampler": {"ulysses": 2, "ring": 2},
+    "02_demo_edit": {"ulysses": 4},
+    "03_demo_inpaint": {"ring": 2, "tp": 2},
 }
 """As shipped, layouts are automatic: one rank on the CPU. These have more to show; others run on 2 x 2."""
 
@@ -126,6 +132,7 @@ def test_workflow(file: Path, server: ComfyServer):
     assert difference.max() <= MAX_DIFFERENCE
     assert difference.mean() < MEAN_DIFFERENCE
     assert ours.std() > UNIFORM
+    assert scene(ours) == ("grey", SCENES.get(file.stem, BOTH))
 
     (steps,) = (node["inputs"]["steps"] for node in nodes_of(workflow, "KSampler", "Flux2Scheduler"))
     assert len(result.previews) == steps
@@ -155,6 +162,7 @@ def test_cached_workflow(file: Path, server: ComfyServer):
     assert run["cached"] >= steps // 4
     assert not np.array_equal(cached, uncached)
     assert psnr(cached, uncached) > CACHED_PSNR
+    assert scene(cached) == ("grey", BOTH)
     # Proof that the comparison can fail: the same picture, moved by two pixels.
     assert psnr(np.roll(uncached, 2, axis=1), uncached) < CACHED_PSNR - 5
 
@@ -165,6 +173,18 @@ def test_cached_workflow(file: Path, server: ComfyServer):
     for node in nodes_of(again, "KSampler"):
         node["inputs"]["denoise"] = 0.99999  # or the latent would come from ComfyUI's cache; the steps are the same
     assert np.array_equal(picture(server, run_well(server, again)), uncached)
+
+
+def scene(picture: np.ndarray) -> tuple[str, list[tuple[str | None, str]]]:
+    """The background, and the shapes from left to right, as the checker of the demo model sees them."""
+    background, found = find(picture.astype(np.uint8))
+    return background, [(thing.shape, thing.colour) for thing in sorted(found, key=lambda thing: thing.x)]
+
+
+@pytest.mark.parametrize("file", API_WORKFLOWS, ids=lambda file: file.stem)
+def test_the_picture_beside_it_is_its_result(file: Path):
+    with Image.open(CHECKOUT / "workflows" / f"{file.stem}.jpg") as shown:
+        assert scene(np.asarray(shown.convert("RGB"))) == ("grey", SCENES.get(file.stem, BOTH))
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:

@@ -186,7 +186,7 @@ def frontend(server: ComfyServer):
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("unharmed")
 def test_workflow_files(server: ComfyServer, frontend: Frontend, forbidden):
-    workflow = json.loads((CHECKOUT / "workflows" / "flux2_text_to_image_cached.json").read_text())
+    workflow = json.loads((CHECKOUT / "workflows" / "05_demo_block_cache.json").read_text())
     for node in workflow["nodes"]:
         if node["type"] == "EmptyFlux2LatentImage":
             node["widgets_values"] = [64, 64, 1]

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ from parallel_backend.demo_model import demo_folder
 from parallel_backend.families.qwen_image_pipeline import QwenImageEditPlusDrawing
 from parallel_backend.runtime.client import WorkerGroup
 from parallel_backend.runtime.groups import close_groups
+from tests.single_file import flux2_tensors, to_fp8, write
+from tests.text_encoder_file import write_text
+from tests.vae_file import write_vae
+from training.checker import find
 
 pytestmark = pytest.mark.timeout(180)
 
+ROOT = str(Path(__file__).resolve().parents[2])
 COMMAND = [sys.executable, "-m", "parallel_backend", "demo"]
 
 
@@ -62,14 +68,16 @@ def test_demo_draws_a_picture_and_writes_a_report(tmp_path):
     assert report["request"].items() >= wanted.items()
     assert report["request"]["prompt"]
 
-    # Not on a terminal: a line for each stage, and what it took.
+    # A bar for each stage, left full.
     for stage in ("starting", "loading", "sampling"):
-        assert len(re.findall(rf"^{stage} +\[#+\]", done.stdout, re.MULTILINE)) == 1, done.stdout
+        assert len(re.findall(rf"{stage}: 100%\|.*?$", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert re.search(r"sampling: 100%\|\S+\| 2/2 \[.*step", done.stderr), done.stderr
     assert re.search(r"^rank 1 on cpu: [\d.]+ MiB of weights", done.stdout, re.MULTILINE)
     assert done.stdout.rstrip().endswith(f"wrote {tmp_path / 'picture.png'} and {tmp_path / 'report.json'}")
 
 
 LAYOUT = ["--ulysses", "2", "--devices", "cpu"]
+DEMO_LAYOUT = ["--tp", "1", *LAYOUT]
 SMALL = ["--steps", "2", "--width", "64", "--height", "80"]
 
 
@@ -130,6 +138,89 @@ def test_generate_takes_any_family(
     assert len(report["seconds"]["steps"]) == (2 if asked["cfg"] is None else 4)
     size = {"prompt": "a cat", "width": 64, "height": 80, "steps": 2, "seed": 1, "images": photos[:images]}
     assert report["request"] == {**size, **asked, "out": str(tmp_path / "x.webp")}
+
+
+@pytest.fixture(scope="module")
+def flux2_files(tmp_path_factory) -> list[str]:
+    """A small random FLUX.2 as ComfyUI's files: fp8 transformer, fp8 text encoder, VAE."""
+    folder = tmp_path_factory.mktemp("files")
+    tensors, metadata = to_fp8(flux2_tensors(), "metadata")
+    files = [
+        write(folder / "transformer.safetensors", tensors, metadata=metadata),
+        write_text(folder / "text.safetensors", "metadata"),
+        write_vae(folder / "vae.safetensors"),
+    ]
+    return list(map(str, files))
+
+
+@pytest.mark.usefixtures("kept_group")
+def test_generate_takes_single_files(flux2_files, photos, tmp_path):
+    transformer, text, vae = flux2_files
+
+    def drawn(prompt: str, *more: str) -> np.ndarray:
+        out = tmp_path / "x.png"
+        parts = ["--model", transformer, "--text-encoder", text, "--vae", vae, "--prompt", prompt]
+        assert (
+            main(["generate", *parts, *LAYOUT, *SMALL, "--out", str(out), "--report", str(tmp_path / "x.json"), *more])
+            == 0
+        )
+        with Image.open(out) as picture:
+            assert picture.size == (64, 80)
+            return np.asarray(picture, int)
+
+    cat = drawn("a cat")
+    assert cat.std() > 10
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["ranks"][0]["weight_bytes"].keys() == {"transformer", "text_encoder", "vae"}
+    assert report["seconds"]["text"] > 0 < report["seconds"]["decode"]
+    assert np.array_equal(drawn("a cat"), cat)
+    # Prompt and reference images are seen; equal ones give equal pictures.
+    assert np.abs(drawn("a red circle") - cat).max() > 2
+    assert np.abs(drawn("a cat", "--image", photos[0]) - cat).max() > 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([0], "transformer.safetensors is one file; give the others, too: --text-encoder FILE and --vae FILE"),
+        ([0, 1], "transformer.safetensors is one file; give the others, too: --vae FILE"),
+        ([0, 2, 1], "vae.safetensors is not a text encoder in one file"),
+        ([1, 1, 2], "text.safetensors is not a transformer in one file"),
+    ],
+)
+def test_files_that_do_not_go_together(flux2_files, given, message, capsys):
+    options = [part for flag, index in zip(("--model", "--text-encoder", "--vae"), given, strict=False)
+               for part in (flag, flux2_files[index])]  # fmt: skip
+    assert main(["generate", "--prompt", "", "--devices", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_beside_a_folder_are_refused(pipeline, capsys):
+    assert main(["generate", "--model", str(pipeline), "--vae", "x", "--prompt", ""]) == 2
+    assert "--vae go with a transformer's file" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_a_way_out(tmp_path):
+    # A Python without any package but its own library.
+    code = "import sys; sys.argv = ['x', 'demo']; from parallel_backend.cli import main; sys.exit(main())"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env={"PYTHONPATH": ROOT})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"has no package '\w+'; .*pip install -r .*requirements.txt$", line), line
+
+
+@pytest.mark.usefixtures("kept_group")
+def test_the_demos_own_picture_is_right(tmp_path):
+    out = tmp_path / "demo.png"
+    assert main(["demo", *DEMO_LAYOUT, "--out", str(out), "--report", str(tmp_path / "demo.json")]) == 0
+    with Image.open(out) as picture:
+        background, found = find(np.asarray(picture.convert("RGB")))
+    assert background == "grey"
+    assert [(thing.shape, thing.colour) for thing in sorted(found, key=lambda thing: thing.x)] == [
+        ("circle", "red"),
+        ("star", "blue"),
+    ]
 
 
 WRONG = {
@@ -236,7 +327,7 @@ def test_the_exit_status_reaches_the_shell(pipeline, tmp_path):
 def test_auto_takes_the_cpu_where_gpus_are_too_few(pipeline, monkeypatch, capsys, gpus, expected):
     asked = []
 
-    def create(folder, layout, devices, dtype, hosts, speed):
+    def create(folder, layout, devices, *rest, **more):
         asked.append(devices)
         raise ValueError("that is enough")
 

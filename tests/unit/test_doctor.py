@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from parallel_backend import machine
 from parallel_backend.cli import doctor
 from parallel_backend.cli.doctor import GIB, check_machine
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.families import family_of_name
 from parallel_backend.machine import Gpu, Link, Machine, parse_topology
 
 GOOD = Machine(
@@ -111,7 +113,57 @@ def test_models_that_cannot_be_imported_fail_without_a_traceback(examine, monkey
 def test_families_that_there_are_not_fail(examine):
     status, out = examine(with_gpus(2), "--model", "flux9")
     assert status == 1
-    assert "FAIL there is no model family 'flux9'; there are: flux2" in out
+    assert "FAIL there is no model 'flux9'; there are: flux2 (FLUX.2-dev), qwen_image (Qwen-Image, " in out
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("flux2", "flux2"), ("FLUX.2-dev", "flux2"), ("flux", "flux2"), ("qwen", "qwen_image"), ("edit", "qwen_image"),
+     ("qwen-image", "qwen_image"), ("Qwen-Image-Edit-2511", "qwen_image"), ("2512", "qwen_image")],
+)  # fmt: skip
+def test_short_names(name, family):
+    assert family_of_name(name).name == family
+
+
+def test_a_name_that_may_be_several_is_refused():
+    with pytest.raises(ValueError, match=r"'e' may be FLUX\.2 or Qwen-Image"):
+        family_of_name("e")
+    with pytest.raises(ValueError, match="there is no model ''"):
+        family_of_name("")
+
+
+def test_a_torchvision_of_another_torch_is_named(examine, monkeypatch, tmp_path):
+    import parallel_backend.memory
+
+    def broken(*arguments):
+        raise RuntimeError("Failed to import transformers.models.mistral3")
+
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(doctor.metadata, "version", {"torchvision": "0.28.0+cu130", "torch": "2.13.0+cpu"}.get)
+    monkeypatch.setattr(parallel_backend.memory, "layout_fits", broken)
+    status, out = examine(with_gpus(2))
+    assert status == 1
+    assert "FAIL torchvision 0.28.0+cu130 does not work with torch 2.13.0+cpu: operator torchvision::nms does" in out
+    assert "pip install 'torch>=" not in out
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (
+            with_gpus(2, total=22.8),
+            ["in bf16 does not fit 2", "mistral_3_small_flux2_fp8.safetensors fits all 2 GPU(s) as TP-2 *"],
+        ),
+        (with_gpus(2, total=80), ["in bf16 fits all 2 GPU(s) as TP-2\n", "fits all 2 GPU(s) as Ulysses-2\n"]),
+        (CPU_ONLY, ["in bf16: 2 x 24 GB: no, 2 x 32 GB: no, 2 x 48 GB: TP-2 *, 2 x 80 GB: TP-2"]),
+    ],
+)
+def test_what_fits_is_said_for_each_format(examine, machine, said):
+    _, out = examine(machine)
+    for text in said:
+        assert text in out
 
 
 def test_another_family(examine):

@@ -1,9 +1,12 @@
 """The memory estimate: the weights of reference models on each layout, and how activations go with it."""
 
+from pathlib import Path
+
 import pytest
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import FAMILIES, family_of_name
+from parallel_backend.fits import best_fit, fits_table, usable
 from parallel_backend.memory import (
     GIB,
     LAYOUTS,
@@ -153,3 +156,33 @@ def test_every_family_says_what_its_reference_model_needs(family):
     assert eight.vae == one.vae > 0
     parts = (eight.transformer, eight.text_encoder, eight.vae, eight.activations, eight.runtime)
     assert sum(parts) == pytest.approx(eight.total, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "transformer", "text"),
+    [
+        # Sizes of the files: 35.5, 18.0, 20.4 GB; of the last (9.4), the vision tower and the head are left out.
+        (FLUX2, 35.5e9, 18.0e9),
+        (QWEN, 20.43e9, 7.6e9),
+    ],
+)
+def test_fp8_files_as_the_workers_hold_them(family, transformer, text):
+    whole = reference_memory(family, ParallelismConfig(), fp8=True).weights
+    assert whole.transformer == pytest.approx(transformer, rel=0.01)
+    assert whole.text_encoder == pytest.approx(text, rel=0.01)
+    half = reference_memory(family, ParallelismConfig(tp_size=2), fp8=True).weights
+    assert half.transformer == pytest.approx(whole.transformer / 2, rel=0.02)
+
+
+def test_what_fits_is_what_the_readme_says():
+    assert f"\n{fits_table()}\n" in (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def test_more_memory_never_needs_more_tp():
+    for family in FAMILIES:
+        for fp8 in (False, True):
+            fits = [best_fit(family, 2, usable(size), fp8) for size in (12, 24, 32, 48, 80, 141)]
+            order = [("", False), ("TP-2", True), ("TP-2", False), ("Ulysses-2", True), ("Ulysses-2", False)]
+            ranks = [order.index((fit.layout, fit.apart)) for fit in fits]
+            assert ranks[0] == 0
+            assert ranks[-1] == len(order) - 1

@@ -1,4 +1,4 @@
-"""What is said to be supported: read off the families, and the same in the README."""
+"""What is said to be supported: read off the families, and the same in docs/models.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parallel_backend.loading.quantized import FP8_FORMATS
 from parallel_backend.parallel.tensor import Shard
 from parallel_backend.support import copies, support
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- families: made by `python -m parallel_backend families --markdown` -->", "<!-- families end -->"
 
 
@@ -25,13 +25,13 @@ def found():
     return support()
 
 
-def test_the_readme_has_the_table(found):
-    _, begin, rest = README.read_text().partition(BEGIN)
-    assert END in rest, f"README.md lacks the line {END if begin else BEGIN}"
+def test_the_page_has_the_table(found):
+    _, begin, rest = PAGE.read_text().partition(BEGIN)
+    assert END in rest, f"docs/models.md lacks the line {END if begin else BEGIN}"
     table, _, _ = rest.partition(END)
     assert table.strip() == render_markdown(**found), (
-        "README.md is not up to date: put what `python -m parallel_backend families --markdown` prints between the "
-        f"lines {BEGIN} and {END}"
+        "docs/models.md is not up to date: put what `python -m parallel_backend families --markdown` prints between "
+        f"the lines {BEGIN} and {END}"
     )
 
 
