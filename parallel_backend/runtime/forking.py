@@ -55,9 +55,9 @@ class Order:
             head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, count)
             if len(head) < _LENGTH.size:
                 return None
-            data = bytearray()
-            while len(data) < _LENGTH.unpack(head)[0]:
-                part = connection.recv(1 << 16)
+            data, (length,) = bytearray(), _LENGTH.unpack(head)
+            while len(data) < length:
+                part = connection.recv(min(1 << 16, length - len(data)))  # what follows is the next order's
                 if not part:
                     return None
                 data += part
@@ -137,9 +137,13 @@ def set_command_line(words: Sequence[str]) -> None:
         ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
-def threads() -> int:
-    """Of this process."""
-    return len(os.listdir("/proc/self/task"))
+def threads() -> list[str]:
+    """The names of this process's threads, the first one's first."""
+    names = []
+    for thread in sorted(os.listdir("/proc/self/task"), key=int):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/comm") as file:  # it may end meanwhile
+            names.append(file.read().strip())
+    return names
 
 
 def has_begun_cuda() -> bool:

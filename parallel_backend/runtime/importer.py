@@ -70,10 +70,9 @@ class Importer:
             for descriptor in streams:
                 os.close(descriptor)
             return
-        self.safe = threads() == 1 and not has_begun_cuda()
-        if not self.safe:
-            text = f"{threads()} threads, {'a' if has_begun_cuda() else 'no'} GPU in use once everything is imported"
-            os.write(streams[1], f"{text}: the ranks import for themselves\n".encode())
+        if why_not := cannot_fork():
+            self.safe = False
+            os.write(streams[1], f"{why_not} once libraries are imported: the ranks import for themselves\n".encode())
         gc.collect()
         gc.freeze()  # what is never looked at again stays shared
         parent = os.getpid()
@@ -159,10 +158,20 @@ def gone_with(control: socket.socket) -> Iterator[None]:
 
 
 def import_all(modules: Iterable[str]) -> None:
-    """Import modules; whoever needs one that cannot be imported says so when it does."""
+    """Import modules, until one is in the way of forks. What cannot be imported, its user will say."""
     for module in modules:
+        if cannot_fork():
+            return
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+
+
+def cannot_fork() -> str:
+    """What is in the way of forking this process; empty where nothing is."""
+    if has_begun_cuda():
+        return "a GPU is in use"
+    others = threads()[1:]
+    return f"{len(others)} threads ({', '.join(others)}) are there" if others else ""
 
 
 def hide(packages: Iterable[str]) -> None:

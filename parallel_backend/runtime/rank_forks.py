@@ -28,7 +28,7 @@ class RankForks:
     """Forks of this process as it is now. Make it before this process has a second thread."""
 
     def __init__(self) -> None:
-        assert threads() == 1, "a fork may find a lock that another thread held"
+        assert len(threads()) == 1, "a fork may find a lock that another thread held"
         self._agent = os.getpid()
         self._started = 0
         adopt_orphans()

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ import pytest
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import FAMILIES
-from parallel_backend.runtime import importer, importing, launcher
+from parallel_backend.runtime import forking, importer, importing, launcher
 from parallel_backend.runtime.client import WorkersFailedError
 from parallel_backend.runtime.devices import Devices
 from parallel_backend.runtime.group_config import ModelConfig
@@ -58,6 +59,20 @@ def revealed(monkeypatch, ranks: int = 1, devices: Devices = Devices("cpu"), imp
 @pytest.fixture
 def config(pipeline) -> ModelConfig:
     return ModelConfig.create(pipeline, ParallelismConfig(), "cpu")
+
+
+def test_orders_that_arrive_together():
+    ours, theirs = socket.socketpair()
+    orders = [forking.Order("module", ["x" * 100_000], {"number": str(number)}, ["torch"]) for number in range(3)]
+    with ours, theirs, open(os.devnull) as nothing:
+        thread = threading.Thread(target=lambda: [order.send(ours, [nothing.fileno()]) for order in orders])
+        thread.start()
+        for order in orders:
+            received, descriptors = forking.Order.receive(theirs, 1)
+            assert received == order
+            assert os.readlink(f"/proc/self/fd/{descriptors[0]}") == os.devnull
+            os.close(descriptors[0])
+        thread.join()
 
 
 def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
