@@ -128,8 +128,9 @@ class ImportingProcess:
     def __init__(self, environment: Mapping[str, str], output: int) -> None:
         self.environment, self.folder = dict(environment), _folder()
         # Threads of libraries that are only imported would be in the way of forks, and so would a GPU that they look
-        # for, which diffusers does: here they see none. Ranks have neither setting.
-        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # for, which diffusers does: here they see none, and find that out without CUDA. Ranks have no such setting.
+        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        own |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._control, control = socket.socketpair()
         with control:
             self.process = subprocess.Popen(
