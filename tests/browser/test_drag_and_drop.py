@@ -161,8 +161,10 @@ def test_run_makes_a_picture(ran: Run, server: ComfyServer):
 def test_loader_shows_its_state(ran: Run):
     loader = ran.shown[LOADER]
     states = [text for node, text in ran.heard["states"] if node == loader["id"]]
-    assert states[-1].startswith("ready: ")
-    assert states[-1].endswith(" on 2 CPU processes")
+    ready, took = states[-1].split("\n")
+    assert ready.startswith("ready: ")
+    assert ready.endswith(" on 2 CPU processes")
+    assert took.startswith("started in ")
     assert states[-1] in loader["texts"]
 
 

@@ -30,12 +30,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    with ComfyServer(environment={"HYBRID_DIT_HOME": str(tmp_path_factory.mktemp("home"))}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def frontend(server: ComfyServer) -> Iterator[Frontend]:
     with Frontend(server) as frontend:
         yield frontend
