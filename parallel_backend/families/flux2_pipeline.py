@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .drawing import Drawing, TextInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MAX_TEXT_TOKENS = 512
 """Length that diffusers pads a prompt to."""
@@ -49,6 +49,11 @@ CHAT_TEMPLATE = """\
 
 def tokenizer_of_tekken(content: bytes) -> PreTrainedTokenizerFast:
     """The tokenizer of a ``tekken.json``, as the text encoder's file has it, with Mistral's chat template."""
+    # Imported where it is used: it takes a second.
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     stated = json.loads(content)
     config = stated["config"]
     specials = config["default_num_special_tokens"]  # whose ids come first

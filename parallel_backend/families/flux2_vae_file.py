@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 MARK = "bn.running_mean"
@@ -50,6 +49,8 @@ def vae_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "decoder.conv_norm_out.weight" in tensors:
         return dict(tensors)
     plain = {_RENAMED.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # which takes seconds to import
+
     blocks = {"down_block_types": (None,) * LEVELS, "up_block_types": (None,) * LEVELS}
     statistics = {name: tensor for name, tensor in plain.items() if name.startswith("bn.")}
     return {**convert_ldm_vae_checkpoint(plain, blocks), **statistics}

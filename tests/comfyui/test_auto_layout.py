@@ -19,7 +19,7 @@ def test_on_the_cpu_auto_runs_one_rank_and_says_why(server):
     result = run_well(server, graph)
     texts = dict(result.texts)  # the last of each node
     assert texts[str(layout)] == "Chosen single: on the CPU, where a step takes as long on any layout"
-    assert texts[str(loader)] == "ready: single on 1 CPU process"
+    assert texts[str(loader)].startswith("ready: single on 1 CPU process\nstarted in ")
     (text,) = result.outputs[str(report)]["text"]
     assert json.loads(text)["layout"]["name"] == "single"
 

@@ -87,7 +87,7 @@ def test_unload_and_start_again(server, group):
     loaded = [int(text.split()[1]) for text in texts if text.startswith("loading: ")]
     assert loaded == sorted(loaded)
     assert loaded[-1] == 100
-    assert texts[-1] == "ready: Ulysses-2 on 2 CPU processes"
+    assert texts[-1].startswith("ready: Ulysses-2 on 2 CPU processes\nstarted in ")
 
 
 def test_report_needs_a_group(server, group):
