@@ -101,6 +101,8 @@ class Models:
     @classmethod
     def of_files(cls, transformer: RemoteModel, text_encoder: RemoteModel, vae: RemoteModel) -> Models:
         """Models of files that `drawing_of_files` has looked at."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         assert isinstance(text_encoder.source, TextEncoderFile)
         drawing = drawing_of_files(transformer.source, text_encoder.source, vae.source)
         tokenizer = drawing.file_tokenizer(text_encoder.source.read_tokenizer())

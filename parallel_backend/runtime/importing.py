@@ -131,6 +131,7 @@ class ImportingProcess:
         # for, which diffusers does: here they see none, and find that out without CUDA. Ranks have no such setting.
         own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         own |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        own |= {name: os.environ[name] for name in ("TORCHINDUCTOR_CACHE_DIR",) if name in os.environ}
         self._control, control = socket.socketpair()
         with control:
             self.process = subprocess.Popen(

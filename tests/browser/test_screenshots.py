@@ -22,6 +22,17 @@ from .test_drag_and_drop import HAS_PICTURE, LISTEN, RUN_SECONDS, drop
 DEMO, FLUX2 = "01_demo_text_to_image", "06_flux2_text_to_image"
 NAMES = sorted(file.stem for file in (CHECKOUT / "workflows").glob("*.json"))
 
+PICTURES = """[...document.querySelectorAll('[role=dialog] img')].map(({ alt, naturalWidth }) => ({
+  name: alt, width: naturalWidth }))"""
+HELP = ".node-help-content"
+# What is wider than its place, or out of the panel.
+CUT = f"""() => {{
+  const panel = document.querySelector("{HELP}"), {{ right }} = panel.getBoundingClientRect();
+  return [panel, ...panel.querySelectorAll("*")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth || e.getBoundingClientRect().right > right + 1)
+    .map(e => e.textContent.slice(0, 80));
+}}"""
+
 pytestmark = [
     pytest.mark.skipif(find_comfyui() is None, reason=HOW_TO_GET),
     pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
@@ -52,6 +63,36 @@ def test_templates_have_pictures(server: ComfyServer):
         with Image.open(io.BytesIO(server.request(f"/api/workflow_templates/{PACK_NAME}/{name}.jpg"))) as picture:
             assert picture.format == "JPEG"
         assert server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.json")["nodes"]
+
+
+def test_templates_can_be_told_apart(frontend: Frontend):
+    """In the template browser: names that say what runs at once, and pictures that have arrived."""
+    frontend.call("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = frontend.page.get_by_role("dialog").first
+    dialog.get_by_text(PACK_NAME, exact=True).first.click()
+    for name in NAMES:
+        dialog.get_by_text(name, exact=True).wait_for()
+    frontend.page.wait_for_function(f"() => {PICTURES}.length >= 8 && {PICTURES}.every(({{ width }}) => width > 200)")
+    names = {picture["name"] for picture in frontend.call(f"() => {PICTURES}")}
+    assert names <= set(NAMES)
+    frontend.page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("workflow", ["05_demo_block_cache", FLUX2])
+def test_help_pages_are_not_cut(frontend: Frontend, workflow: str):
+    """In the narrow panel beside the canvas."""
+    drop(frontend, CHECKOUT / "workflows" / f"{workflow}.json")
+    ours = frontend.call("() => app.graph.nodes.filter(n => n.type.startsWith('HybridDiT_')).map(n => n.id)")
+    assert len(ours) >= 3
+    for node in ours:
+        frontend.call("id => app.canvas.selectNode(app.graph.getNodeById(id))", node)
+        if not frontend.page.locator(HELP).is_visible():
+            frontend.page.get_by_test_id("info-button").click()
+        title = frontend.call("id => app.graph.getNodeById(id).title", node)
+        frontend.page.locator(HELP).get_by_role("heading", name=title, exact=True).first.wait_for()
+        assert frontend.call(f"() => document.querySelector('{HELP}').clientWidth") < 400
+        assert frontend.call(CUT) == []
 
 
 def test_missing_files_are_offered(frontend: Frontend):

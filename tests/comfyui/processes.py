@@ -24,6 +24,15 @@ def worker_ranks(server: ComfyServer) -> dict[int, int]:
 
 def group_processes(server: ComfyServer) -> set[int]:
     """Process ids of all workers and of the torchrun processes above them, but not of the importing process."""
+    return _of_modules(server, {WORKER_MODULE, LAUNCHER_MODULE})
+
+
+def importing_processes(server: ComfyServer) -> set[int]:
+    """Process ids of what the groups of a server are forked from."""
+    return _of_modules(server, {IMPORTER_MODULE})
+
+
+def _of_modules(server: ComfyServer, modules: set[str]) -> set[int]:
     assert server.process is not None
     parents = {}
     for entry in Path("/proc").iterdir():
@@ -36,8 +45,7 @@ def group_processes(server: ComfyServer) -> set[int]:
     return {
         pid
         for pid in parents
-        if server.process.pid in _ancestors(pid, parents)
-        and not {WORKER_MODULE, LAUNCHER_MODULE}.isdisjoint(command_line(pid))
+        if server.process.pid in _ancestors(pid, parents) and not modules.isdisjoint(command_line(pid))
     }
 
 
