@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..loading.checkpoint import open_checkpoint
     from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
     from ..runtime.group_config import ModelConfig
-    from ..runtime.groups import acquire_model, add_user
+    from ..runtime.groups import acquire_model, add_user, remove_user
     from ..runtime.launcher import prepare
     from ..runtime.report import took
     from ..sampling import Models, check_request, draw, drawing_of_files
@@ -146,10 +147,11 @@ def run(arguments: argparse.Namespace) -> int:
     over = f" of {hosts.count} hosts" if hosts.several else ""
     print(f"{layout.name}: {layout.describe()} on {config.devices.kind}{over}, {config.dtype}, {speed.describe()}")
 
-    with ProgressBar() as bar:
+    with ProgressBar() as bar, contextlib.ExitStack() as users:
         models = []
         for one in configs:
             add_user(one)  # or a model that has to make room would be dropped for good
+            users.callback(remove_user, one)
             models.append(acquire_model(one, bar.show, port=arguments.port))
         drawing = models[0] if len(models) == 1 else Models.of_files(*models)
         picture = draw(drawing, request, lambda done, total: bar.show("sampling", done, total, ""), cache)

@@ -16,6 +16,7 @@ from PIL import Image
 from parallel_backend.cli import main
 from parallel_backend.demo_model import demo_folder
 from parallel_backend.families.qwen_image_pipeline import QwenImageEditPlusDrawing
+from parallel_backend.runtime import launcher
 from parallel_backend.runtime.client import WorkerGroup
 from parallel_backend.runtime.groups import close_groups
 from tests.single_file import flux2_tensors, to_fp8, write
@@ -262,12 +263,20 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("kind", "options", "message"), WRONG.values(), ids=WRONG.keys())
-def test_what_a_family_does_not_take(pipeline, qwen_folder, tmp_path, monkeypatch, capsys, kind, options, message):
+@pytest.fixture
+def no_process(monkeypatch) -> None:
+    """Fails a test that starts a process, but for the one in which libraries are imported meanwhile."""
+
     def refuse(*args, **kwargs):
         raise AssertionError(f"a process was started: {args}")
 
+    monkeypatch.setattr(launcher, "prepare", lambda source: None)
     monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize(("kind", "options", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_family_does_not_take(pipeline, qwen_folder, tmp_path, monkeypatch, capsys, kind, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -300,12 +309,9 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("no_process")
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD.keys())
 def test_wrong_input_is_one_line_with_the_remedy(pipeline, tmp_path, monkeypatch, capsys, options, message):
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"a process was started: {args}")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--model", str(pipeline), *options]) == 2
     lines = capsys.readouterr().err.splitlines()
