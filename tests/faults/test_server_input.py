@@ -145,8 +145,8 @@ def test_prompts(server: ComfyServer, pictures, forbidden, kind):
 
     try_out()
     print(f"prompts of {kind}: {answers}")
-    # What one value alone cannot tell is told when its node runs.
-    assert answers["refused"] + answers["failed"] > answers["ran"] > 0
+    # What one value alone cannot tell is told when its node runs, and what is left out has a default.
+    assert answers["refused"] + answers["failed"] >= answers["ran"] > 0
 
 
 @pytest.mark.usefixtures("unharmed")
