@@ -45,6 +45,13 @@ LISTEN = """() => {
 SET = """([id, values]) => {
   for (const widget of app.graph.getNodeById(id).widgets) if (widget.name in values) widget.value = values[widget.name];
 }"""
+CONNECT = "([from, to]) => app.graph.getNodeById(from).connect(0, app.graph.getNodeById(to), 'latent_image')"
+VIDEO_LATENT = """sampler => {
+  const node = LiteGraph.createNode("EmptyHunyuanLatentVideo"), values = { width: 64, height: 64, length: 5 };
+  app.graph.add(node);
+  for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+  node.connect(0, app.graph.getNodeById(sampler), "latent_image");
+}"""
 # What each node says of the workers, and whether all of it can be read.
 STATES = """() => Object.fromEntries(app.graph.nodes.flatMap(({ id, widgets = [] }) => widgets
   .filter(widget => widget.name === "hybrid_dit_state" && widget.element.textContent).map(({ element }) => {
@@ -155,6 +162,20 @@ def test_each_problem_is_told_once(page: Page, server: ComfyServer):
     page.wait_for_state(LOADER_ID, "ready: TP-2 on 2 CPU processes")
     assert set(page.states()) == {LOADER_ID}  # nothing was chosen
     page.set(LAYOUT_ID, auto=True)
+
+
+def test_a_latent_of_another_kind_is_told_at_once(page: Page, server: ComfyServer):
+    """With the node to use instead; the workers are as they were."""
+    assert page.run() == "success"
+    before, ranks = page.states(), worker_ranks(server)
+    page.frontend.page.evaluate(VIDEO_LATENT, SAMPLER_ID)
+    text = page.run()
+    assert text.startswith("ValueError: the latent has the shape [1, 128, 2, 4, 4] (a video)")
+    assert "use EmptyFlux2LatentImage" in text
+    assert page.states() == before
+    assert worker_ranks(server) == ranks
+    page.frontend.page.evaluate(CONNECT, [LATENT_ID, SAMPLER_ID])
+    assert page.run() == "success"
 
 
 def test_state_is_true_in_every_tab(page: Page, server: ComfyServer, tmp_path: Path):
