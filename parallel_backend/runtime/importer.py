@@ -94,7 +94,7 @@ class Importer:
         for other in self.agents.values():
             other.close()
         start_as(order, streams)
-        if self.safe:
+        if self.safe and not in_bad_fork():
             run(order.module)
         command = [sys.executable, "-m", order.module, *order.arguments]
         os.execve(command[0], command, dict(order.environment))
@@ -155,6 +155,14 @@ def gone_with(control: socket.socket) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def in_bad_fork() -> bool:
+    """Whether torch will refuse to use a GPU in this fork, as something has asked CUDA about devices before."""
+    found = sys.modules["torch"].cuda._is_in_bad_fork()
+    if found:
+        print("CUDA was asked about devices while libraries were imported: the ranks import for themselves", flush=True)
+    return bool(found)
 
 
 def import_all(modules: Iterable[str]) -> None:

@@ -75,6 +75,14 @@ def test_orders_that_arrive_together():
         thread.join()
 
 
+def test_a_library_that_asks_cuda_about_devices(monkeypatch):
+    close_groups()
+    monkeypatch.setenv(OF_TESTS, "asks")  # an importing process of its own
+    with revealed(monkeypatch, imports=["tests.runtime.poisoned"]) as (rank,):
+        assert not rank["forked"]
+        assert rank["imported"] == [False, False]
+
+
 def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
     with revealed(monkeypatch, ranks=2) as found:
         for number, rank in enumerate(found):
