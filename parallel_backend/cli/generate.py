@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..runtime.groups import acquire_model, add_user, remove_user
     from ..runtime.launcher import prepare
     from ..runtime.report import took
-    from ..sampling import Models, check_request, draw, drawing_of_files
+    from ..sampling import Models, check_request, draw, drawing_of_files, files_drawing
     from .progress import ProgressBar
 
     began = time.perf_counter()
@@ -122,7 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.negative_prompt,
         tuple(map(open_image, arguments.image)),
     )
-    sources = [open_pipeline_folder(paths[0])] if len(paths) == 1 else list(map(open_checkpoint, paths))
+    sources = [open_pipeline_folder(paths[0]) if len(paths) == 1 else open_checkpoint(paths[0])]
+    if len(paths) > 1:
+        files_drawing(sources[0].family, sources[0].path)  # before other files are looked at
+        sources += map(open_checkpoint, paths[1:])
     for source in sources:
         prepare(source)  # beside what is imported here
     import diffusers

@@ -180,6 +180,16 @@ def test_generate_takes_single_files(flux2_files, photos, tmp_path):
     assert np.abs(drawn("a cat", "--image", photos[0]) - cat).max() > 2
 
 
+def test_files_that_do_not_say_enough(flux2_files, qwen_folder, capsys):
+    _, text, vae = flux2_files
+    (file,) = (qwen_folder("QwenImagePipeline") / "transformer").glob("*.safetensors")
+    parts = ["--model", str(file), "--text-encoder", text, "--vae", vae, "--prompt", "a cat"]
+    assert main(["generate", *parts, "--devices", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file} is of Qwen-Image, whose files come without their tokenizer" in line
+    assert "draw with them in ComfyUI, or take the diffusers folder" in line
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
