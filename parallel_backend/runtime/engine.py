@@ -354,8 +354,7 @@ class Engine:
             return True
         needed = part.residual_bytes(tokens, order)
         beside = part.workspace(tokens) + part.cache.growth_bytes()
-        self._make_room(part, 0, needed + beside, evaluation.run, needs_step=False)
-        if self.room.has(needed + beside):
+        if not self._make_room(part, 0, needed + beside, evaluation.run, needs_step=False):
             return True
         if self._told_of != evaluation.run:
             self.room.notify(

@@ -47,7 +47,8 @@ def acquire_model(
         group = _groups.get(config.group)
         if group is None or not group.usable:
             group = _make_way(config.group, check, port)
-        group.start(on_state, check, _imports(config))  # nothing where it is up
+        # Nothing where it is up, as it is in each step but the first: then no file is looked at, either.
+        group.start(on_state, check, _imports(config) if group.state == "new" else ())
         _groups[config.group] = _groups.pop(config.group)  # the last one used stands last
         return group.load(config, on_state, check, orphans=lambda other: other != config and not _is_used(other))
 

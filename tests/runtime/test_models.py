@@ -192,6 +192,12 @@ class TestMoving:
             ModelConfig.create(pipeline, TP, "cpu", encoder_memory="gpu")
 
 
+def test_a_model_that_is_there_is_found_without_a_look_at_its_files(model, monkeypatch):
+    """It is asked for in each step."""
+    monkeypatch.setattr(groups, "open_checkpoint", lambda path: pytest.fail("a file was looked at"))
+    assert acquire_model(model.config) is model
+
+
 class TestUsers:
     """ComfyUI's objects say that they use a model; one that nobody uses goes when its memory is wanted."""
 
