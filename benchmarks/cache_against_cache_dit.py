@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import parallel_backend as ours
 from benchmarks.cache_frontier import psnr
-from parallel_backend.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder
 from training.evaluate import draw, held_out
 
 OURS, PEER = "ours", "cache-dit"

@@ -32,7 +32,7 @@ from benchmarks.cached_rows import CachedRows
 from parallel_backend.cache.block_cache import BlockCache
 from parallel_backend.cache.config import CacheSettings, DBCacheConfig
 from parallel_backend.cache.decision import Evaluation
-from parallel_backend.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder
 from parallel_backend.families import family_of_transformer
 from parallel_backend.mesh import SINGLE
 from training.checker import Verdict, _templates, judge, rates

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, family_of_name
-from parallel_backend.memory import GIB, LAYOUTS, reference_config
 from parallel_backend.mesh import build_mesh
 from parallel_backend.parallelize import parallelize_transformer, shard_text_model, text_axes
+from parallel_backend.planning.memory import GIB, LAYOUTS, reference_config
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from benchmarks.against_cache_dit import layout_of
 from benchmarks.load_speed import FAMILY, GIB, HostMemory, config_of, disk_bytes, drop, make, read_plainly
 from benchmarks.round_trip import make_pipeline
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.runtime.client import WorkerGroup
+from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.group_config import ModelConfig
 
 COMPLETE = "complete"

@@ -24,7 +24,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.demo_model import (
+from parallel_backend.drawing.demo_model import (
     DemoSize,
     assemble_pipeline,
     new_text_encoder,
@@ -33,9 +33,9 @@ from parallel_backend.demo_model import (
     new_vae,
 )
 from parallel_backend.families import Conditioning
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
+from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.group_config import DTYPES, ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.runtime.remote_model import RemoteModel
 
 SIZE = DemoSize(
     heads=8, head_dim=16, axes_dims_rope=(4, 4, 4, 4), double_blocks=1, single_blocks=1,

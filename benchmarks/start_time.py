@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder
 from parallel_backend.loading.checkpoint import imports_of, open_checkpoint
-from parallel_backend.runtime.client import WorkerGroup
+from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.group_config import GroupConfig, check_devices
-from parallel_backend.runtime.hosts import ALONE
+from parallel_backend.runtime.host_address import ALONE
 
 
 def memory(pid: int) -> dict[str, int]:

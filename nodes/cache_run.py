@@ -14,7 +14,7 @@ from server import PromptServer
 from ..parallel_backend.cache.config import CacheSettings
 from ..parallel_backend.cache.decision import Evaluation
 from ..parallel_backend.cache.run import CacheRun
-from ..parallel_backend.runtime.groups import find_model
+from ..parallel_backend.runtime.client.groups import find_model
 from .group import ModelHandle
 
 log = logging.getLogger(__name__)

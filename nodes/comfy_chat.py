@@ -10,8 +10,8 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ..parallel_backend.drawing.sampling import load_tokenizer
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
-from ..parallel_backend.sampling import load_tokenizer
 from .comfy_clip import refuse_clip_layer, refuse_generation, wrap_clip
 from .comfy_patcher import RemotePart
 from .group import ModelHandle, check_interrupted

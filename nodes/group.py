@@ -11,10 +11,10 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..parallel_backend.runtime.client.groups import acquire_model, add_user, find_model, remove_user
+from ..parallel_backend.runtime.client.remote_model import RemoteModel
 from ..parallel_backend.runtime.errors import RequestFailedError, WorkersFailedError
 from ..parallel_backend.runtime.group_config import ModelConfig
-from ..parallel_backend.runtime.groups import acquire_model, add_user, find_model, remove_user
-from ..parallel_backend.runtime.remote_model import RemoteModel
 from .states import set_progress
 
 log = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..parallel_backend.config import AS_IT_IS, ParallelismConfig, Speed
-from ..parallel_backend.runtime.devices import gpu_numbers
+from ..parallel_backend.planning.devices import gpu_numbers
+from ..parallel_backend.runtime.client.groups import find_model
 from ..parallel_backend.runtime.group_config import ModelConfig, check_devices
-from ..parallel_backend.runtime.groups import find_model
-from ..parallel_backend.runtime.hosts import ALONE, EXAMPLE, Hosts
+from ..parallel_backend.runtime.host_address import ALONE, EXAMPLE, Hosts
 from .states import HIDDEN, Place, is_running, no_text, show
 
 if TYPE_CHECKING:
-    from ..parallel_backend.auto_layout import Choice
+    from ..parallel_backend.planning.auto_layout import Choice
 
 CATEGORY = "model/loaders/parallel"
 ALIASES = ["hybrid dit", "distributed", "sequence parallel"]

@@ -11,13 +11,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
-from ..parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
+from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME, demo_folder
 from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
+from ..parallel_backend.runtime.client.launcher import prepare
 from ..parallel_backend.runtime.group_config import DTYPES, ENCODER_MEMORY, ModelConfig
-from ..parallel_backend.runtime.launcher import prepare
 from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
@@ -318,7 +318,7 @@ def load(
     degrees, speed, choice = layout.degrees, layout.speed, None
     prepare(source)  # beside what is imported and looked at here
     if layout.auto:
-        from ..parallel_backend.auto_layout import choose_for_checkpoint  # with the compiler: a second
+        from ..parallel_backend.planning.auto_layout import choose_for_checkpoint  # with the compiler: a second
 
         choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")

@@ -17,8 +17,8 @@ from typing import Any
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..parallel_backend.runtime.client.groups import find_group
 from ..parallel_backend.runtime.group_config import ModelConfig
-from ..parallel_backend.runtime.groups import find_group
 
 log = logging.getLogger(__name__)
 

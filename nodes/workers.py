@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..parallel_backend.runtime.groups import close_groups, find_model
+from ..parallel_backend.runtime.client.groups import close_groups, find_model
 from .comfy_model import RemoteDiffusionModel
 from .group import show_text
 from .layout import ALIASES, CATEGORY

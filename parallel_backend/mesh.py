@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from .config import ParallelismConfig
-from .parallel.copies import obstacle
 
 
 @dataclass(frozen=True)
@@ -167,16 +164,13 @@ def build_mesh(
     config: ParallelismConfig,
     device_type: str | None = None,
     copies: bool = False,
-    warn: Callable[[str], None] = warnings.warn,
 ) -> ParallelMesh:
     """Build the mesh of a layout over the initialised default process group. Collective: every rank calls it.
 
     Args:
         config: degrees; their product must be the world size.
         device_type: ``"cuda"`` or ``"cpu"``; by default what the default group's backend serves.
-        copies: whether blocks exchange by copy engines, where all GPUs reach each other's memory; else `warn` is
-            told what stands in the way.
-        warn: takes a text.
+        copies: whether blocks exchange by copy engines, which all ranks must be able to (`parallel.copies.usable`).
 
     Raises:
         ValueError: no process group is initialised, or the degrees do not multiply to its size.
@@ -192,12 +186,6 @@ def build_mesh(
     device_type = device_type or default_device_type()
     if config.world_size == 1:
         return single_mesh(device_type)
-    if copies:
-        assert dist.group.WORLD is not None
-        why_not = obstacle(dist.group.WORLD)
-        copies = not why_not
-        if why_not:
-            warn(f"ranks exchange without copy engines, since {why_not}")
     shape = (config.ring_size, config.ulysses_size, config.tp_size)
     mesh = ParallelMesh.create(torch.arange(config.world_size).view(shape), device_type, copies)
     assert mesh is not None

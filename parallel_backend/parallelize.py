@@ -17,6 +17,7 @@ from .cache.pipeline_cache import PipelineCache
 from .config import AS_IT_IS, ParallelismConfig, Speed
 from .families import Family, Model, ModelAdapter, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, axis_among, build_mesh
+from .parallel import copies
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
 from .parallel.sequence import Entrance, SequenceShards, shard_sequence
@@ -95,7 +96,7 @@ def enable_cache(
 
     axis = SINGLE
     if parallelism_config is not None:
-        mesh = build_mesh(parallelism_config, copies=speed.copy_engines)
+        mesh = build_mesh(parallelism_config, copies=copies.usable(speed.copy_engines))
         axis = mesh.world
         extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
         parallelize_transformer(transformer, family, parallelism_config, mesh, speed)

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import nn
 
-from parallel_backend.demo_model import (
+from parallel_backend.drawing.demo_model import (
     DemoSize,
     assemble_pipeline,
     new_text_encoder,

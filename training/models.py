@@ -14,7 +14,7 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration
 
-from parallel_backend.demo_model import (
+from parallel_backend.drawing.demo_model import (
     DEMO_SIZE,
     assemble_pipeline,
     new_text_encoder,

@@ -15,7 +15,7 @@ from comfy.text_encoders.flux import Flux2TEModel, Flux2Tokenizer
 from torch import Tensor
 
 from ...parallel_backend.families import Conditioning
-from ...parallel_backend.families.flux2_pipeline import conversation
+from ...parallel_backend.families.flux2.drawing import conversation
 from ...parallel_backend.loading.checkpoint import Checkpoint
 from ...parallel_backend.loading.pipeline_folder import PipelineFolder
 from ...parallel_backend.loading.text_encoder_file import TextEncoderFile

@@ -26,8 +26,9 @@ from ..cache.config import CacheSettings, parse_cache
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig, Speed
 from ..machine import host_memory
-from ..memory import GIB
 from ..mesh import ParallelMesh, build_mesh, single_mesh
+from ..parallel import copies
+from ..planning.memory import GIB
 from .alone import start_alone
 from .model import build_text_model, build_transformer, make_inputs, transformer_config, weight_bytes
 from .profile import profile_step, shares
@@ -79,7 +80,7 @@ def start_ranks(task: Task) -> ParallelMesh:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif world > 1:
         dist.init_process_group("gloo")
-    return build_mesh(task.layout, task.device, task.copy_engines)
+    return build_mesh(task.layout, task.device, copies.usable(task.copy_engines))
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from ..config import ParallelismConfig
 from ..machine import REQUIRED, Gpu, Link, Machine, collect
 
 if TYPE_CHECKING:
-    from ..auto_layout import Choice, Option
     from ..families import Family
-    from ..memory import LayoutFit
+    from ..planning.auto_layout import Choice, Option
+    from ..planning.memory import LayoutFit
 
 GIB = 2**30
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             gpus = choose_gpus(machine, args.devices, layout)
             from ..families import family_of_name
-            from ..memory import LAYOUTS, layout_fits
+            from ..planning.memory import LAYOUTS, layout_fits
 
             family = family_of_name(args.model)
             model = family.reference_model.name
@@ -136,7 +136,7 @@ def choose_gpus(machine: Machine, spec: str, layout: ParallelismConfig | None) -
     Raises:
         ValueError: GPUs that are not there, or not as many as the layout has ranks.
     """
-    from ..runtime.devices import gpu_numbers, resolve_devices
+    from ..planning.devices import gpu_numbers, resolve_devices
 
     named = gpu_numbers(spec)
     count = layout.world_size if layout else len(named or machine.gpus)
@@ -151,7 +151,7 @@ def check_layout(family: Family, layout: ParallelismConfig, machine: Machine, gp
     Raises:
         ValueError: the family's reference model cannot be split so.
     """
-    from ..memory import reference_config
+    from ..planning.memory import reference_config
 
     config = reference_config(family)
     family.check_layout(config, layout)
@@ -159,7 +159,7 @@ def check_layout(family: Family, layout: ParallelismConfig, machine: Machine, gp
         layout.check_world(len(gpus))
         heads = config["num_attention_heads"]
         return [Finding("ok", f"{layout.name}: {heads} heads divide over {layout.world_size} rank(s), a GPU each")]
-    from ..demo_model import DEMO_SIZE
+    from ..drawing.demo_model import DEMO_SIZE
 
     layout.check_heads(DEMO_SIZE.heads, "the demo model, which is what fits a CPU,")
     found = [Finding("ok", f"{layout.name}: {layout.world_size} rank(s) run the demo model on the CPU")]
@@ -174,7 +174,7 @@ def check_memory(
     family: Family, layout: ParallelismConfig | None, machine: Machine, gpus: list[Gpu], rows: list[LayoutFit]
 ) -> list[Finding]:
     """Whether the family's reference model fits: with the layout that was asked for, or with any."""
-    from ..memory import reference_memory, what_fits
+    from ..planning.memory import reference_memory, what_fits
 
     model = family.reference_model.name
     if not gpus:
@@ -203,7 +203,7 @@ def check_memory(
 
 def check_formats(family: Family, gpus: list[Gpu]) -> list[Finding]:
     """What these GPUs take of the family's reference model in each format; without GPUs, what some others would."""
-    from ..fits import APART, MACHINES, best_fit, usable
+    from ..planning.fits import APART, MACHINES, best_fit, usable
 
     name, files = family.reference_model.name, " and ".join(family.reference_model.fp8_files)
     found = []
@@ -222,7 +222,7 @@ def check_formats(family: Family, gpus: list[Gpu]) -> list[Finding]:
 
 def choose(family: Family, machine: Machine, gpus: list[Gpu]) -> Choice | None:
     """What **Parallel Layout** would choose for the family's reference model on these GPUs; None if nothing fits."""
-    from ..auto_layout import choose_for_reference
+    from ..planning.auto_layout import choose_for_reference
 
     try:
         return choose_for_reference(machine, [gpu.index for gpu in gpus], family)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..support import FamilySupport
+    from ..planning.support import FamilySupport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what is supported; exit status 0."""
     # torch and diffusers are imported here, so that other subcommands start without them.
-    from ..support import support
+    from ..planning.support import support
 
     if args.fits:
-        from ..fits import fits_table
+        from ..planning.fits import fits_table
 
         print(fits_table())
         return 0

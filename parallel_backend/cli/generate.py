@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
-from ..runtime.hosts import Hosts
+from ..runtime.host_address import Hosts
 from .speed import add_speed_arguments, speed_of
 
 if TYPE_CHECKING:
-    from ..runtime.remote_model import RemoteModel
+    from ..runtime.client.remote_model import RemoteModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,15 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.out} cannot be written: its ending is none of a picture; take .png")
 
     from ..cache.run import summarize
-    from ..demo_model import demo_folder
-    from ..image_request import ImageRequest, open_image
+    from ..drawing.demo_model import demo_folder
+    from ..drawing.image_request import ImageRequest, open_image
+    from ..drawing.sampling import Models, check_request, draw, drawing_of_files, files_drawing
     from ..loading.checkpoint import open_checkpoint
     from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
+    from ..runtime.client.groups import acquire_model, add_user, remove_user
+    from ..runtime.client.launcher import prepare
+    from ..runtime.client.report import took
     from ..runtime.group_config import ModelConfig
-    from ..runtime.groups import acquire_model, add_user, remove_user
-    from ..runtime.launcher import prepare
-    from ..runtime.report import took
-    from ..sampling import Models, check_request, draw, drawing_of_files, files_drawing
     from .progress import ProgressBar
 
     began = time.perf_counter()

@@ -14,9 +14,9 @@ from types import FrameType
 from typing import NoReturn
 
 from ..paths import new_private_folder
-from ..runtime.hosts import Hosts
+from ..runtime.host_address import Hosts
 
-HOST = "parallel_backend.runtime.host"
+HOST = "parallel_backend.runtime.hosts.host"
 
 BETWEEN_SECONDS = 1.0
 FAILED_SECONDS = 5.0
@@ -78,9 +78,9 @@ def _take_part(command: list[str]) -> None:
     """Wait for a group and take part in it until it ends."""
     # They import torch, which other subcommands start without.
     from ..families import FAMILIES
+    from ..runtime.client.fork_server import fork
     from ..runtime.forking import Order
-    from ..runtime.importing import fork
-    from ..runtime.launcher import client_environment
+    from ..runtime.hosts.torchrun import client_environment
 
     private = new_private_folder()
     # A group may be of any family, and there is time to import all until it comes.

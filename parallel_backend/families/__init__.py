@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection
 
 from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
-from .flux2 import Flux2
-from .qwen_image import QwenImage
+from .flux2.transformer import Flux2
+from .qwen_image.transformer import QwenImage
 
 FAMILIES: tuple[Family, ...] = (Flux2(), QwenImage())
 

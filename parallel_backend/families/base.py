@@ -13,15 +13,12 @@ from torch import Tensor
 
 from ..cache.block_cache import BlockStack
 from ..config import ParallelismConfig, Speed
-from ..parallel.tensor import Shard
+from ..parallel.tensor import Model, Shard
 
 if TYPE_CHECKING:
     from ..parallel.attention import ShardedAttention
     from ..parallel.sequence import Entrance
     from .drawing import Drawing
-
-Model = Any
-"""A module of diffusers or transformers: an `nn.Module` whose attributes type checkers cannot know."""
 
 
 @dataclass

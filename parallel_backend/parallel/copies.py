@@ -15,7 +15,8 @@ import contextlib
 import hashlib
 import math
 import socket
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -220,6 +221,24 @@ def obstacle(group: dist.ProcessGroup) -> str:
             if a != b and not torch.cuda.can_device_access_peer(a, b):
                 return f"GPU {a} does not reach the memory of GPU {b}"
     return ""
+
+
+def usable(wanted: bool, warn: Callable[[str], None] = warnings.warn) -> bool:
+    """Whether the ranks exchange by copy engines: where that is wanted, and all GPUs reach each other's memory.
+
+    Collective, over the default process group.
+
+    Args:
+        wanted: on all ranks alike.
+        warn: takes a text, if it is wanted and cannot be.
+    """
+    if not wanted or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    assert dist.group.WORLD is not None
+    why_not = obstacle(dist.group.WORLD)
+    if why_not:
+        warn(f"ranks exchange without copy engines, since {why_not}")
+    return not why_not
 
 
 def _machine() -> int:

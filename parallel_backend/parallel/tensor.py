@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,15 @@ from ..mesh import Axis, all_gather
 from .fp8 import linear
 from .sequence import split_sizes
 
-if TYPE_CHECKING:
-    from .modulation import GatheredTogether
+Model = Any
+"""A module of diffusers or transformers: an `nn.Module` whose attributes type checkers cannot know."""
+
+
+class _Together(Protocol):
+    """Linears whose outputs travel together (`modulation`)."""
+
+    def output(self, linear: ColumnParallelLinear, x: Tensor) -> Tensor:
+        """All features of one of them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.axis = axis
         self.gather_output = gather_output
-        self.together: GatheredTogether | None = None
+        self.together: _Together | None = None
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's features."""

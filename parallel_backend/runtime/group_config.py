@@ -10,8 +10,8 @@ from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..loading.checkpoint import open_checkpoint
 from ..loading.weight_loader import FP8_MODES
 from ..machine import missing_build_tools
-from .devices import Devices, TooManyRanksError, resolve_devices
-from .hosts import ALONE, Hosts
+from ..planning.devices import Devices, TooManyRanksError, resolve_devices
+from .host_address import ALONE, Hosts
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ENCODER_MEMORY = ("auto", "device", "host")

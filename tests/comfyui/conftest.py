@@ -56,7 +56,7 @@ def comfyui() -> Path:
 @pytest.fixture(scope="session")
 def home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """$HYBRID_DIT_HOME with the pipelines under ``models``: the demo, a tiny one and two spoiled ones."""
-    from parallel_backend.demo_model import DEMO_FOLDER_NAME, demo_folder
+    from parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME, demo_folder
     from tests.tiny_pipeline import make_tiny_pipeline
 
     home = tmp_path_factory.mktemp("home")

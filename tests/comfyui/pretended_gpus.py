@@ -49,7 +49,7 @@ def _run_on_cpu(group_config: ModuleType) -> None:
 
 
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    ".parallel_backend.runtime.devices": _see_gpus,
+    ".parallel_backend.planning.devices": _see_gpus,
     ".parallel_backend.machine": _collect_gpus,
     ".parallel_backend.runtime.group_config": _run_on_cpu,
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .server import ComfyServer
 
-WORKER_MODULE = "parallel_backend.runtime.worker"
-LAUNCHER_MODULE = "parallel_backend.runtime.agent"
-IMPORTER_MODULE = "parallel_backend.runtime.importer"
+WORKER_MODULE = "parallel_backend.runtime.rank.worker"
+LAUNCHER_MODULE = "parallel_backend.runtime.hosts.agent"
+IMPORTER_MODULE = "parallel_backend.runtime.hosts.fork_server"
 
 
 def worker_ranks(server: ComfyServer) -> dict[int, int]:

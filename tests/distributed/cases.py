@@ -11,8 +11,9 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
+from parallel_backend.blocks import double_stream as blocks
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import Conditioning, blocks, family_of_transformer
+from parallel_backend.families import Conditioning, family_of_transformer
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallel import long_mlp
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer

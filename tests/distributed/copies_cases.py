@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel_backend.blocks import double_stream as blocks
 from parallel_backend.config import ParallelismConfig, Speed
-from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallel import copies
 from parallel_backend.parallelize import parallelize_transformer

@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from parallel_backend.blocks import double_stream as blocks
 from parallel_backend.config import ParallelismConfig, Speed
-from parallel_backend.families import blocks
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallel import attention, exchange, long_mlp
 from parallel_backend.parallel.graphs import _alike

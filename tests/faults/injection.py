@@ -20,8 +20,8 @@ from pathlib import Path
 
 FOLDER = "HYBRID_DIT_TEST_FAULTS"
 """Environment variable: the folder of orders; without it nothing is done."""
-ENGINE, WORKER = "parallel_backend.runtime.engine", "parallel_backend.runtime.worker"
-IMPORTER = "parallel_backend.runtime.importer"
+ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runtime.rank.worker"
+IMPORTER = "parallel_backend.runtime.hosts.fork_server"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
 ALONE = {"vae_decode": ("VAEPart", "decode"), "vae_encode": ("VAEPart", "encode")}
@@ -163,7 +163,7 @@ class _Loader(importlib.abc.Loader):
         import torch.distributed as dist
 
         from parallel_backend.parallel import exchange
-        from parallel_backend.runtime.channel import Channel
+        from parallel_backend.runtime.wire.channel import Channel
 
         for name in METHODS:
             setattr(module.Engine, name, self._announced(getattr(module.Engine, name), name))

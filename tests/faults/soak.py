@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from parallel_backend.demo_model import DEMO_FOLDER_NAME
-from parallel_backend.runtime.groups import CPU_GROUPS
+from parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME
+from parallel_backend.runtime.client.groups import CPU_GROUPS
 from tests.comfyui.graphs import unload
 from tests.comfyui.processes import worker_ranks
 from tests.comfyui.qwen_models import PIPELINE as QWEN

@@ -19,12 +19,12 @@ from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.runtime import other_hosts
-from parallel_backend.runtime.client import WorkersFailedError
+from parallel_backend.runtime.client import other_hosts
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
+from parallel_backend.runtime.client.remote_model import RemoteModel
+from parallel_backend.runtime.client.worker_group import WorkersFailedError
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.runtime.hosts import Hosts
-from parallel_backend.runtime.remote_model import RemoteModel
+from parallel_backend.runtime.host_address import Hosts
 from tests.runtime.processes import Watched
 from tests.runtime.test_group import TOLERANCE, evaluate, expected_prediction, inputs, relative_error
 from tests.tiny_pipeline import make_tiny_pipeline

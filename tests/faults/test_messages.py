@@ -14,26 +14,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_backend.runtime.channel import Channel
-from parallel_backend.runtime.client import WorkerGroup
-from parallel_backend.runtime.devices import Devices
+from parallel_backend.planning.devices import Devices
+from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.errors import RequestFailedError, WorkersFailedError
 from parallel_backend.runtime.group_config import GroupConfig
-from parallel_backend.runtime.messages import BadMessageError, Message, Stats, decode, encode
-from parallel_backend.runtime.parcel import Parcel, pack
+from parallel_backend.runtime.wire.channel import Channel
+from parallel_backend.runtime.wire.messages import BadMessageError, Message, Stats, decode, encode
+from parallel_backend.runtime.wire.shared_tensors import SharedTensors, pack
 from tests.unit.test_channel import EVERY_MESSAGE
 
 from .spoiled import TRIED, changed
 
 
-def tensors_to_send() -> Parcel:
+def tensors_to_send() -> SharedTensors:
     return pack({"x": torch.ones(2, 3), "mask": torch.ones(4, dtype=torch.int64), "none": torch.ones(0, 5)})
 
 
 def _specs() -> list[dict[str, Any]]:
-    parcel = tensors_to_send()
-    parcel.close()
-    return parcel.tensors
+    shared = tensors_to_send()
+    shared.close()
+    return shared.tensors
 
 
 SPECS = _specs()
@@ -153,5 +153,5 @@ def test_a_parcel_that_is_not_sent_leaves_nothing():
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match="257 tensors"):
         pack({str(index): torch.ones(1) for index in range(257)})
-    assert Parcel(None, []).close() is None
+    assert SharedTensors(None, []).close() is None
     assert len(os.listdir("/proc/self/fd")) == before

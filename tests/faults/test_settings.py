@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import CacheSettings
-from parallel_backend.runtime.devices import resolve_devices
+from parallel_backend.planning.devices import resolve_devices
 from parallel_backend.runtime.group_config import ModelConfig
 from tests.tiny_pipeline import make_tiny_pipeline
 

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel_backend.runtime.hosts import Hosts
+from parallel_backend.runtime.host_address import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, OTHER = "10.213.7.1", "10.213.7.2"
 OTHER_NAME = "the-other-host"
 HOSTS = Hosts(2, f"{FIRST}:29517")
-RANK, KEEPER = "parallel_backend.runtime.worker", "parallel_backend.runtime.host"
+RANK, KEEPER = "parallel_backend.runtime.rank.worker", "parallel_backend.runtime.hosts.host"
 _CLONE_NEWNET = 0x40000000
 
 

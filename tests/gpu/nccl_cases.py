@@ -24,7 +24,7 @@ from parallel_backend.cache.decision import Evaluation
 from parallel_backend.config import AS_IT_IS, ParallelismConfig, Speed
 from parallel_backend.families import Conditioning, family_of_name
 from parallel_backend.mesh import SINGLE, Axis, ParallelMesh, build_mesh
-from parallel_backend.parallel import exchange
+from parallel_backend.parallel import copies, exchange
 from parallel_backend.parallelize import parallelize_text_encoder, parallelize_transformer
 from tests.distributed import qwen_cases
 from tests.errors import relative_error
@@ -119,8 +119,8 @@ def compare_exchanges(rounds: int = 60) -> dict[str, int]:
     """Exchanges of random tensors by NCCL and by copy engines: how many, and how many brought something else."""
     rank, degree = dist.get_rank(), dist.get_world_size()
 
-    def axis(copies: bool) -> Axis:
-        return Axis(dist.new_group(list(range(degree))), degree, rank, copies)
+    def axis(by_copies: bool) -> Axis:
+        return Axis(dist.new_group(list(range(degree))), degree, rank, by_copies)
 
     plain, heads, ring, sums = axis(False), axis(True), axis(True), axis(True)
     compared = different = 0
@@ -178,7 +178,7 @@ def main(path: Path) -> None:
                 mesh = build_mesh(layout, "cuda")
                 errors[label] = worst_error(predict(name, torch.bfloat16, layout, mesh), exact)
                 for described, speed in SPEEDS.items():
-                    fast = build_mesh(layout, "cuda", speed.copy_engines)
+                    fast = build_mesh(layout, "cuda", copies.usable(speed.copy_engines))
                     outputs = predict(name, torch.bfloat16, layout, fast, speed)
                     errors[f"{label}, {described}"] = worst_error(outputs, exact)
                 errors[f"{label} fp32"] = worst_error(predict(name, torch.float32, layout, mesh), exact)

@@ -9,10 +9,10 @@ import torch
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.mesh import SINGLE
-from parallel_backend.runtime.engine import Engine
-from parallel_backend.runtime.host_copy import HostCopy
-from parallel_backend.runtime.parts import Place
-from parallel_backend.runtime.room import Room
+from parallel_backend.runtime.rank.components import Place
+from parallel_backend.runtime.rank.engine import Engine
+from parallel_backend.runtime.rank.eviction import Eviction
+from parallel_backend.runtime.rank.host_copy import HostCopy
 from tests.single_file import flux2_tensors, to_fp8, write
 from tests.text_encoder_file import write_text
 
@@ -55,7 +55,7 @@ def test_a_transformer_leaves_and_comes_back(engine, notices, tmp_path, kind):
     before = torch.cuda.memory_allocated()
     path = write(tmp_path / "large.safetensors", tensors, metadata=metadata)
     load(engine, path, fp8="stored")
-    part = engine.models["large"].parts["transformer"]
+    part = engine.models["large"].components["transformer"]
     expected = predict(engine, "large")
     held = torch.cuda.memory_allocated() - before
     assert held >= part.nbytes > 2**28
@@ -77,33 +77,33 @@ def test_the_next_model_makes_room(notices, tmp_path):
     paths = [write(tmp_path / f"{name}.safetensors", flux2_tensors(heads=8, double=1, single=4)) for name in "ab"]
     base = torch.cuda.memory_allocated()
     size = 10**15
-    room = Room(CUDA, SINGLE, notices.append, lambda: size - (torch.cuda.memory_allocated() - base))
+    room = Eviction(CUDA, SINGLE, notices.append, lambda: size - (torch.cuda.memory_allocated() - base))
     engine = Engine(CUDA, notices.append, room)
     load(engine, paths[0])
     expected = predict(engine, "a")
-    size = int(1.6 * engine.models["a"].parts["transformer"].nbytes)
+    size = int(1.6 * engine.models["a"].components["transformer"].nbytes)
     load(engine, paths[1])
-    assert engine.models["a"].parts["transformer"].place is Place.HOST
+    assert engine.models["a"].components["transformer"].place is Place.HOST
     predict(engine, "b")
     assert torch.equal(predict(engine, "a"), expected)
-    assert engine.models["b"].parts["transformer"].place is Place.HOST
+    assert engine.models["b"].components["transformer"].place is Place.HOST
 
 
 @pytest.mark.parametrize("memory", ["host", "device", "auto"])
 def test_where_a_text_encoder_stays(engine, tmp_path, memory):
     load(engine, write_text(tmp_path / "text.safetensors", "bf16"), encoder_memory=memory)
     first = encode(engine, "text")
-    place = engine.models["text"].parts["text_encoder"].place
+    place = engine.models["text"].components["text_encoder"].place
     assert place is (Place.HOST if memory == "host" else Place.DEVICE)  # a GPU of the size of one has room
     assert torch.equal(encode(engine, "text"), first)
 
 
 def test_auto_lets_a_text_encoder_go_where_little_stays_free(notices, tmp_path):
-    room = Room(CUDA, SINGLE, notices.append, lambda: 2**30)
+    room = Eviction(CUDA, SINGLE, notices.append, lambda: 2**30)
     engine = Engine(CUDA, notices.append, room)
     load(engine, write_text(tmp_path / "text.safetensors", "bf16"))
     first = encode(engine, "text")
-    assert engine.models["text"].parts["text_encoder"].place is Place.HOST
+    assert engine.models["text"].components["text_encoder"].place is Place.HOST
     assert torch.equal(encode(engine, "text"), first)
 
 

@@ -10,10 +10,10 @@ from skimage.metrics import peak_signal_noise_ratio
 from parallel_backend.cache.config import PRESETS, parse_cache
 from parallel_backend.cli import main
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder
+from parallel_backend.drawing.sampling import ImageRequest, draw
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.sampling import ImageRequest, draw
 
 pytestmark = pytest.mark.timeout(180)
 

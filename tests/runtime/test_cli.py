@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from parallel_backend.cli import main
-from parallel_backend.demo_model import demo_folder
-from parallel_backend.families.qwen_image_pipeline import QwenImageEditPlusDrawing
-from parallel_backend.runtime import launcher
-from parallel_backend.runtime.client import WorkerGroup
-from parallel_backend.runtime.groups import close_groups
+from parallel_backend.drawing.demo_model import demo_folder
+from parallel_backend.families.qwen_image.drawing import QwenImageEditPlusDrawing
+from parallel_backend.runtime.client import launcher
+from parallel_backend.runtime.client.groups import close_groups
+from parallel_backend.runtime.client.worker_group import WorkerGroup
 from tests.single_file import flux2_tensors, to_fp8, write
 from tests.text_encoder_file import write_text
 from tests.vae_file import write_vae

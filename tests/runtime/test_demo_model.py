@@ -8,10 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder
+from parallel_backend.drawing.sampling import ImageRequest, draw
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.sampling import ImageRequest, draw
 from training.checker import rates
 from training.evaluate import held_out, verdicts
 from training.lora import DOUBLE, SINGLE

@@ -10,14 +10,14 @@ from transformers import AutoImageProcessor, BatchFeature
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import parse_cache
-from parallel_backend.families.flux2 import Flux2
-from parallel_backend.families.qwen_image import QwenImage
-from parallel_backend.families.qwen_image_pipeline import QwenImageEditDrawing, QwenImageEditPlusDrawing
-from parallel_backend.image_request import ImageRequest
+from parallel_backend.drawing.image_request import ImageRequest
+from parallel_backend.drawing.sampling import draw
+from parallel_backend.families.flux2.transformer import Flux2
+from parallel_backend.families.qwen_image.drawing import QwenImageEditDrawing, QwenImageEditPlusDrawing
+from parallel_backend.families.qwen_image.transformer import QwenImage
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
+from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.runtime.remote_model import RemoteModel
-from parallel_backend.sampling import draw
 
 pytestmark = pytest.mark.timeout(180)
 

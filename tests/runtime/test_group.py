@@ -22,18 +22,18 @@ from diffusers import Flux2Pipeline
 from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import PRESETS
 from parallel_backend.cache.run import CacheRun
+from parallel_backend.drawing.sampling import ImageRequest, draw
 from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
-from parallel_backend.runtime import remote_model
-from parallel_backend.runtime.channel import Channel
-from parallel_backend.runtime.client import WorkerGroup, WorkersFailedError
-from parallel_backend.runtime.devices import Devices
+from parallel_backend.planning.devices import Devices
+from parallel_backend.runtime.client import remote_model
+from parallel_backend.runtime.client.groups import acquire_model, close_groups, find_model
+from parallel_backend.runtime.client.launcher import Launcher
+from parallel_backend.runtime.client.remote_model import RemoteModel
+from parallel_backend.runtime.client.worker_group import WorkerGroup, WorkersFailedError
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups, find_model
-from parallel_backend.runtime.launcher import Launcher
-from parallel_backend.runtime.messages import EndRun, Keep, Predict
-from parallel_backend.runtime.remote_model import RemoteModel
-from parallel_backend.sampling import ImageRequest, draw
+from parallel_backend.runtime.wire.channel import Channel
+from parallel_backend.runtime.wire.messages import EndRun, Keep, Predict
 from tests.errors import relative_error
 
 from .processes import Watched
@@ -159,10 +159,10 @@ def sent(monkeypatch) -> list:
     messages: list = []
     send = Channel.send
 
-    def spy(self, message, parcel=None):
+    def spy(self, message, shared=None):
         if not any(message is seen for seen in messages):
             messages.append(message)
-        send(self, message, parcel)
+        send(self, message, shared)
 
     monkeypatch.setattr(Channel, "send", spy)
     return messages
@@ -732,8 +732,8 @@ import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model
-from parallel_backend.runtime.importing import importing_pid
+from parallel_backend.runtime.client.groups import acquire_model
+from parallel_backend.runtime.client.fork_server import importing_pid
 
 group = acquire_model(ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)

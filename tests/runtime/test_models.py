@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
-from parallel_backend.runtime import groups
+from parallel_backend.runtime.client import groups
+from parallel_backend.runtime.client.groups import acquire_model, add_user, close_groups, find_model, remove_user
+from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, add_user, close_groups, find_model, remove_user
-from parallel_backend.runtime.remote_model import RemoteModel
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 

@@ -10,9 +10,9 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import PRESETS
 from parallel_backend.cache.run import CacheRun
 from parallel_backend.families import Conditioning, VisionImage
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
+from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
-from parallel_backend.runtime.remote_model import RemoteModel
 from tests.errors import relative_error
 from tests.tiny_qwen import make_tiny_qwen, single_file_tensors
 

@@ -11,8 +11,8 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.config import Speed
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime import group_config
+from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.groups import acquire_model, close_groups
 from tests.errors import relative_error
 
 pytestmark = pytest.mark.timeout(300)

@@ -6,15 +6,20 @@ import re
 import pytest
 import torch
 
-from parallel_backend import auto_layout
-from parallel_backend.auto_layout import all_layouts, checkpoint_memory, choose_for_checkpoint, choose_for_reference
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.cost_model import Device
 from parallel_backend.families import family_of_name
-from parallel_backend.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.machine import Gpu, Link, Machine
-from parallel_backend.memory import GIB
+from parallel_backend.planning import auto_layout
+from parallel_backend.planning.auto_layout import (
+    all_layouts,
+    checkpoint_memory,
+    choose_for_checkpoint,
+    choose_for_reference,
+)
+from parallel_backend.planning.cost_model import Device
+from parallel_backend.planning.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between
+from parallel_backend.planning.memory import GIB
 from tests.tiny_pipeline import make_tiny_pipeline
 
 FLUX2 = family_of_name("flux2")

@@ -15,7 +15,7 @@ from parallel_backend.bench.shapes import SHAPES, shape_of
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.mesh import Axis, build_mesh
 from parallel_backend.parallel.tensor import apply_tensor_parallel
-from parallel_backend.workload import count_workload
+from parallel_backend.planning.workload import count_workload
 
 TINY = SHAPES["tiny"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.runtime import messages
-from parallel_backend.runtime.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, peer
-from parallel_backend.runtime.messages import Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
-from parallel_backend.runtime.parcel import Buffer, pack
+from parallel_backend.runtime.wire import messages
+from parallel_backend.runtime.wire.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, peer
+from parallel_backend.runtime.wire.messages import Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
+from parallel_backend.runtime.wire.shared_tensors import Buffer, pack
 
 EVERY_MESSAGE = [
     Hello(rank=3, pid=4711),
@@ -175,17 +175,17 @@ def test_a_dtype_that_is_not_sent_is_named(dtype):
 def test_a_receiver_has_a_tensor_of_its_own(ends):
     other = [Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
     sent = torch.randn(2000)
-    parcel = pack({"x": sent})
+    shared = pack({"x": sent})
     for channel in (ends[0], other[0]):
-        channel.send(EncodeText(1, "m1"), parcel)
+        channel.send(EncodeText(1, "m1"), shared)
     first = ends[1].receive()[1]["x"]
     first.zero_()
     second = other[1].receive()[1]["x"]  # mapped after the write
     assert torch.equal(second, sent)
     second.fill_(7)
-    ends[0].send(EncodeText(2, "m1"), parcel)
+    ends[0].send(EncodeText(2, "m1"), shared)
     third = ends[1].receive()[1]["x"]
-    parcel.close()
+    shared.close()
     assert torch.equal(third, sent)
     assert not first.any()
     for channel in other:
@@ -231,9 +231,9 @@ def test_no_descriptor_is_left_after_200_round_trips(ends):
 def test_refused_messages_leave_no_descriptor(ends):
     before = open_descriptors()
     for _ in range(20):
-        parcel = pack({"x": torch.ones(10)})
-        socket.send_fds(ends[0].socket, [b'{"type": "Reboot"}'], [parcel.descriptor])
-        parcel.close()
+        shared = pack({"x": torch.ones(10)})
+        socket.send_fds(ends[0].socket, [b'{"type": "Reboot"}'], [shared.descriptor])
+        shared.close()
         with pytest.raises(ValueError, match="not a message"):
             ends[1].receive()
         with pytest.raises(ValueError, match="not sent"):
@@ -242,10 +242,10 @@ def test_refused_messages_leave_no_descriptor(ends):
 
 
 def test_shared_memory_has_no_name():
-    """What has no name cannot be left behind: after the parcel is closed, nothing refers to the memory any more."""
-    parcel = pack({"x": torch.ones(10)})
-    target = Path(f"/proc/self/fd/{parcel.descriptor}").readlink()
-    parcel.close()
+    """What has no name cannot be left behind: after the shared is closed, nothing refers to the memory any more."""
+    shared = pack({"x": torch.ones(10)})
+    target = Path(f"/proc/self/fd/{shared.descriptor}").readlink()
+    shared.close()
     assert str(target).startswith("/memfd:")
     assert str(target).endswith("(deleted)")
 
@@ -307,19 +307,19 @@ def test_who_is_at_the_other_end(tmp_path):
 
 
 def test_memory_that_was_sent_keeps_its_size():
-    parcel = pack({"x": torch.ones(5000)})
+    shared = pack({"x": torch.ones(5000)})
     for size in (0, 4096, 1 << 20):
         with pytest.raises(PermissionError):
-            os.ftruncate(parcel.descriptor, size)
+            os.ftruncate(shared.descriptor, size)
     with pytest.raises(PermissionError):
-        fcntl.fcntl(parcel.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    parcel.close()
+        fcntl.fcntl(shared.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    shared.close()
 
 
 def test_a_received_descriptor_does_not_go_to_other_programs(ends, monkeypatch):
     inherited = []
     monkeypatch.setattr(
-        "parallel_backend.runtime.channel.unpack",
+        "parallel_backend.runtime.wire.channel.unpack",
         lambda descriptor, specs: inherited.append(os.get_inheritable(descriptor)) or os.close(descriptor) or {},
     )
     ends[0].send_tensors(EncodeText(1, "m1"), {"x": torch.ones(3)})

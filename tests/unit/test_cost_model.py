@@ -10,7 +10,9 @@ from parallel_backend.bench import alone
 from parallel_backend.bench.model import build_transformer, make_inputs, transformer_config
 from parallel_backend.bench.shapes import SHAPES
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.cost_model import (
+from parallel_backend.families import family_of_name
+from parallel_backend.mesh import build_mesh
+from parallel_backend.planning.cost_model import (
     CACHE_DIT,
     Device,
     Engine,
@@ -22,11 +24,9 @@ from parallel_backend.cost_model import (
     step_cost,
     uniform,
 )
-from parallel_backend.families import family_of_name
-from parallel_backend.gpu_speed import NVLINK, PCIE, device_of
-from parallel_backend.memory import reference_config
-from parallel_backend.mesh import build_mesh
-from parallel_backend.workload import count_workload
+from parallel_backend.planning.gpu_speed import NVLINK, PCIE, device_of
+from parallel_backend.planning.memory import reference_config
+from parallel_backend.planning.workload import count_workload
 
 FLUX2_DEV = Workload(**measured()["workload"])
 

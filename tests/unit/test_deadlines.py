@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel_backend.runtime.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, Stopped, least_seconds
+from parallel_backend.runtime.client.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, Stopped, least_seconds
 
 
 class TestStepTimes:

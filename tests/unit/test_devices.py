@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from parallel_backend.runtime.devices import Devices, resolve_devices
+from parallel_backend.planning.devices import Devices, resolve_devices
 
 
 @pytest.fixture

@@ -99,12 +99,12 @@ def test_new_enough_versions_pass(version):
 
 
 def test_models_that_cannot_be_imported_fail_without_a_traceback(examine, monkeypatch):
-    import parallel_backend.memory
+    import parallel_backend.planning.memory
 
     def broken(*arguments):
         raise RuntimeError("Failed to import diffusers.pipelines.flux2")
 
-    monkeypatch.setattr(parallel_backend.memory, "layout_fits", broken)
+    monkeypatch.setattr(parallel_backend.planning.memory, "layout_fits", broken)
     status, out = examine(with_gpus(2))
     assert status == 1
     assert "the models cannot be imported: Failed to import diffusers.pipelines.flux2" in out
@@ -133,7 +133,7 @@ def test_a_name_that_may_be_several_is_refused():
 
 
 def test_a_torchvision_of_another_torch_is_named(examine, monkeypatch, tmp_path):
-    import parallel_backend.memory
+    import parallel_backend.planning.memory
 
     def broken(*arguments):
         raise RuntimeError("Failed to import transformers.models.mistral3")
@@ -142,7 +142,7 @@ def test_a_torchvision_of_another_torch_is_named(examine, monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.setattr(doctor.metadata, "version", {"torchvision": "0.28.0+cu130", "torch": "2.13.0+cpu"}.get)
-    monkeypatch.setattr(parallel_backend.memory, "layout_fits", broken)
+    monkeypatch.setattr(parallel_backend.planning.memory, "layout_fits", broken)
     status, out = examine(with_gpus(2))
     assert status == 1
     assert "FAIL torchvision 0.28.0+cu130 does not work with torch 2.13.0+cpu: operator torchvision::nms does" in out

@@ -2,9 +2,9 @@
 
 import pytest
 
+from parallel_backend.runtime.client.failures import FRESH, failure, silence
 from parallel_backend.runtime.errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
-from parallel_backend.runtime.failures import FRESH, failure, silence
-from parallel_backend.runtime.messages import Failed
+from parallel_backend.runtime.wire.messages import Failed
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 
-from parallel_backend.families.flux2_pipeline import conversation, tokenizer_of_tekken
+from parallel_backend.families.flux2.drawing import conversation, tokenizer_of_tekken
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.vae_file import VaeFile
 from tests.text_encoder_file import SPECIAL, tekken

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from parallel_backend.runtime import groups
-from parallel_backend.runtime.groups import add_user, remove_user
+from parallel_backend.runtime.client import groups
+from parallel_backend.runtime.client.groups import add_user, remove_user
 
 
 class Config:

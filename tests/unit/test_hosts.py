@@ -12,17 +12,24 @@ from torch.distributed import TCPStore
 
 from parallel_backend.cli.worker import node_rank
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.runtime import board, other_hosts
-from parallel_backend.runtime.board import Board, connect, read_card
-from parallel_backend.runtime.devices import Devices
+from parallel_backend.planning.devices import Devices
+from parallel_backend.runtime.client import other_hosts
+from parallel_backend.runtime.client.other_hosts import OtherHosts
 from parallel_backend.runtime.group_config import GroupConfig, check_devices
-from parallel_backend.runtime.hosts import ALONE, Hosts
-from parallel_backend.runtime.joining import Offer, check
-from parallel_backend.runtime.messages import Failed, Keep, Progress
-from parallel_backend.runtime.network import interface_to, interface_variables, local_address, own_address, resolve
-from parallel_backend.runtime.notices import MAX_TEXT, Card, HostNotice, versions
-from parallel_backend.runtime.other_hosts import OtherHosts
-from parallel_backend.runtime.relay import _pack, _unpack
+from parallel_backend.runtime.host_address import ALONE, Hosts
+from parallel_backend.runtime.hosts import notice_store
+from parallel_backend.runtime.hosts.joining import Offer, check
+from parallel_backend.runtime.hosts.network import (
+    interface_to,
+    interface_variables,
+    local_address,
+    own_address,
+    resolve,
+)
+from parallel_backend.runtime.hosts.notice_store import NoticeStore, connect, read_card
+from parallel_backend.runtime.hosts.notices import MAX_TEXT, Card, HostNotice, versions
+from parallel_backend.runtime.rank.relay import _pack, _unpack
+from parallel_backend.runtime.wire.messages import Failed, Keep, Progress
 
 TWO = Hosts(2, "10.0.0.1:29500")
 CARD = Card("abc", 2, 4, "cpu", versions())
@@ -157,10 +164,10 @@ def store() -> TCPStore:
 
 class TestBoard:
     def test_notices(self, store):
-        board = Board.publish(store, CARD)
+        notices = NoticeStore.publish(store, CARD)
         other = connect("127.0.0.1", store.port)
         assert read_card(other) == CARD
-        mine = Board(other, CARD)
+        mine = NoticeStore(other, CARD)
         notice = HostNotice("joined", "me", "a", "10.0.0.2")
         assert mine.claim(1, notice) == notice
         assert mine.claim(1, HostNotice("joined", "somebody else")) == notice
@@ -168,15 +175,15 @@ class TestBoard:
         mine.beat(1, 3)
         mine.forward(failed)
         mine.forward(progress)
-        view = board.read()
+        view = notices.read()
         assert (view.hosts, view.beats, view.failed, view.progress) == ({1: notice}, {1: "3"}, [failed], [progress])
         mine.tell(1, HostNotice("died", text="x" * (MAX_TEXT + 50) + "end"))
-        assert board.read().hosts[1].text == ("x" * MAX_TEXT + "end")[-MAX_TEXT:]
+        assert notices.read().hosts[1].text == ("x" * MAX_TEXT + "end")[-MAX_TEXT:]
 
     def test_another_groups_board_is_another(self, store, monkeypatch):
-        Board.publish(store, CARD)
-        monkeypatch.setattr(board, "STORE_SECONDS", 0.2)
-        another = Board(connect("127.0.0.1", store.port), Card("another", 2, 4, "cpu", {}))
+        NoticeStore.publish(store, CARD)
+        monkeypatch.setattr(notice_store, "STORE_SECONDS", 0.2)
+        another = NoticeStore(connect("127.0.0.1", store.port), Card("another", 2, 4, "cpu", {}))
         with pytest.raises(RuntimeError, match="timeout"):
             another.read()
 
@@ -203,11 +210,11 @@ class TestOtherHosts:
     """Against a real store; beats every 0.1 s and a host that is lost after 1 s."""
 
     @pytest.fixture
-    def board(self, store) -> Board:
-        return Board.publish(store, CARD)
+    def notices(self, store) -> NoticeStore:
+        return NoticeStore.publish(store, CARD)
 
     @pytest.fixture
-    def others(self, store, board, monkeypatch):
+    def others(self, store, notices, monkeypatch):
         for name, seconds in (("POLL", 0.02), ("LOST", 1.0), ("DOUBT", 0.4), ("VERDICT", 0.6), ("JOIN", 60.0)):
             monkeypatch.setattr(other_hosts, f"{name}_SECONDS", seconds)
         others = OtherHosts(Hosts(2, f"127.0.0.1:{store.port}"), CARD)
@@ -215,8 +222,8 @@ class TestOtherHosts:
         yield others
         others.close()
 
-    def join(self, board: Board, state: str = "up", **fields) -> None:
-        board.tell(1, HostNotice(state, "me", "a", "10.0.0.2", ranks_up=2, logs="/logs", **fields))
+    def join(self, notices: NoticeStore, state: str = "up", **fields) -> None:
+        notices.tell(1, HostNotice(state, "me", "a", "10.0.0.2", ranks_up=2, logs="/logs", **fields))
 
     def until(self, condition) -> float:
         began = time.monotonic()
@@ -233,56 +240,56 @@ class TestOtherHosts:
         assert not others.wanted()
         assert not others.broken()
 
-    def test_joining(self, board, others):
+    def test_joining(self, notices, others):
         assert others.wanted().startswith("waiting for host 1: run there: python -m parallel_backend worker --nnodes 2")
-        self.join(board)
+        self.join(notices)
         self.until(others.all_up)
         assert (others.wanted(), others.ranks_up()) == ("", 2)
         assert others.log_of(3) == "/logs/rank-3.log on a"
         assert others.log_of(1) is None
 
-    def test_beats(self, board, others):
-        self.join(board)
+    def test_beats(self, notices, others):
+        self.join(notices)
         for count in range(15):
-            board.beat(1, count)
+            notices.beat(1, count)
             time.sleep(0.1)
             assert others.trouble() is None
         assert self.until(others.in_doubt) < 1.0
         assert others.verdict(lambda: None) == "host 1 (a, 10.0.0.2; ranks 2 to 3) has not been heard of for 1 s"
         assert others.broken()
 
-    def test_cancel_while_in_doubt(self, board, others):
+    def test_cancel_while_in_doubt(self, notices, others):
         def cancel() -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             others.verdict(cancel)
 
-    def test_death(self, board, others):
-        self.join(board, "died", text="rank 2 ended")
+    def test_death(self, notices, others):
+        self.join(notices, "died", text="rank 2 ended")
         self.until(others.trouble)
         assert others.trouble() == "host 1 (a, 10.0.0.2; ranks 2 to 3): rank 2 ended"
 
-    def test_host_that_left_is_not_the_cause_at_first(self, board, others):
-        self.join(board, "left", text="they have lost the others")
+    def test_host_that_left_is_not_the_cause_at_first(self, notices, others):
+        self.join(notices, "left", text="they have lost the others")
         self.until(others.broken)
         assert others.trouble() is None
         assert self.until(others.trouble) < 1.0
         assert others.trouble().endswith("they have lost the others")
 
-    def test_news_come_once(self, board, others):
+    def test_news_come_once(self, notices, others):
         messages = [Failed(7, 3, "no", False), Progress(2, 5, 9)]
         for message in messages:
-            board.forward(message)
+            notices.forward(message)
         seen: list = []
         self.until(lambda: seen.extend(others.news()) or len(seen) == 2)
         time.sleep(0.1)
         assert others.news() == []
         assert seen == messages
 
-    def test_no_doubt_without_a_board(self, store, board, others):
+    def test_no_doubt_without_a_notices(self, store, notices, others):
         """The group's own process is gone, and whatever is to be said is said by that."""
-        self.join(board)
+        self.join(notices)
         self.until(others.all_up)
         others.close()
         began = time.monotonic()

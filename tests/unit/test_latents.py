@@ -10,7 +10,7 @@ import torch
 
 from parallel_backend.families import FAMILIES, Conditioning, Family
 from parallel_backend.runtime import errors
-from parallel_backend.runtime.remote_model import RemoteModel
+from parallel_backend.runtime.client.remote_model import RemoteModel
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)

@@ -19,7 +19,7 @@ from parallel_backend.loading.safetensors_reader import index_folder, read_heade
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
-from parallel_backend.runtime.engine import Engine
+from parallel_backend.runtime.rank.engine import Engine
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -88,17 +88,19 @@ class TestWhole:
     def test_every_tensor_is_what_diffusers_loads(self, tiny_pipeline):
         engine = load(tiny_pipeline)
         transformer = Flux2Transformer2DModel.from_pretrained(tiny_pipeline / "transformer")
-        actual = dict(engine.models["model"].parts["transformer"].module.named_parameters())
+        actual = dict(engine.models["model"].components["transformer"].module.named_parameters())
         for name, parameter in transformer.named_parameters():
             assert torch.equal(actual.pop(name), parameter), name
         assert not actual
-        assert engine.models["model"].parts["transformer"].nbytes == sum(p.nbytes for p in transformer.parameters())
+        assert engine.models["model"].components["transformer"].nbytes == sum(
+            p.nbytes for p in transformer.parameters()
+        )
 
     def test_the_text_encoder_has_just_the_layers_that_are_used(self, tiny_pipeline):
         engine = load(tiny_pipeline)
         encoder = Mistral3ForConditionalGeneration.from_pretrained(tiny_pipeline / "text_encoder").model.language_model
         full = dict(encoder.named_parameters())
-        actual = dict(engine.models["model"].parts["text_encoder"].module.named_parameters())
+        actual = dict(engine.models["model"].components["text_encoder"].module.named_parameters())
         assert set(actual) == {
             name for name in full if not name.startswith("layers.4.") and name != "norm.weight"
         }  # layers 1, 2 and 4 of 5 are read: the fifth layer and the last norm are not

@@ -6,8 +6,8 @@ import pytest
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import FAMILIES, family_of_name
-from parallel_backend.fits import best_fit, fits_table, usable
-from parallel_backend.memory import (
+from parallel_backend.planning.fits import best_fit, fits_table, usable
+from parallel_backend.planning.memory import (
     GIB,
     LAYOUTS,
     RUNTIME_BYTES,

@@ -6,7 +6,7 @@ import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.out_of_memory import advice, out_of_memory
+from parallel_backend.runtime.rank.out_of_memory import advice, out_of_memory
 from tests.tiny_pipeline import make_tiny_pipeline
 
 CUDA = (

@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, family_of_transformer
-from parallel_backend.families.qwen_image_positions import RotaryPositions, placed_by_comfyui, placed_by_diffusers
+from parallel_backend.families.qwen_image.positions import RotaryPositions, placed_by_comfyui, placed_by_diffusers
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.pipeline_folder import open_pipeline_folder
 from parallel_backend.mesh import SINGLE, Axis, ParallelMesh

@@ -4,12 +4,12 @@ import stat
 import subprocess
 import sys
 
-from parallel_backend.runtime.rank_log import log_file, shorten
+from parallel_backend.runtime.rank.rank_log import log_file, shorten
 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from parallel_backend.runtime import rank_log
+from parallel_backend.runtime.rank import rank_log
 rank_log.CHECK_SECONDS, rank_log.MAX_BYTES = 0.05, 4000
 rank_log.log_to(Path(sys.argv[1]))
 print("from Python", flush=True)

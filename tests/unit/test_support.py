@@ -14,7 +14,7 @@ from parallel_backend.cli.families import render_markdown
 from parallel_backend.families import FAMILIES
 from parallel_backend.loading.quantized import FP8_FORMATS
 from parallel_backend.parallel.tensor import Shard
-from parallel_backend.support import copies, support
+from parallel_backend.planning.support import copies, support
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- families: made by `python -m parallel_backend families --markdown` -->", "<!-- families end -->"
@@ -81,7 +81,7 @@ def test_every_family_says_which_models_it_covers():
 
 
 def test_the_command_prints_json_and_text(capsys, monkeypatch, found):
-    monkeypatch.setattr("parallel_backend.support.support", lambda: dict(found))
+    monkeypatch.setattr("parallel_backend.planning.support.support", lambda: dict(found))
     assert main(["families", "--json"]) == 0
     families = json.loads(capsys.readouterr().out)["families"]
     assert families["qwen_image"]["models"] == list(found["families"]["qwen_image"].models)

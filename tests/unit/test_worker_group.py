@@ -13,9 +13,9 @@ import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
-from parallel_backend.runtime import remote_model
-from parallel_backend.runtime.channel import Channel
-from parallel_backend.runtime.client import WorkerGroup
+from parallel_backend.runtime.client import remote_model
+from parallel_backend.runtime.client.remote_model import RemoteModel
+from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.errors import (
     BatchTooLargeError,
     OutOfMemoryError,
@@ -23,8 +23,8 @@ from parallel_backend.runtime.errors import (
     WorkersFailedError,
 )
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.messages import Done, EncodeText, Failed, Keep, Notice, Predict, Stats
-from parallel_backend.runtime.remote_model import RemoteModel
+from parallel_backend.runtime.wire.channel import Channel
+from parallel_backend.runtime.wire.messages import Done, EncodeText, Failed, Keep, Notice, Predict, Stats
 
 RANKS = 2
 
@@ -140,7 +140,7 @@ class TestJudging:
             stats(group, limit=0.1)
 
     def test_a_rank_that_has_not_answered_when_another_failed(self, group, ranks, monkeypatch):
-        monkeypatch.setattr("parallel_backend.runtime.client.STRAGGLER_SECONDS", 0.1)
+        monkeypatch.setattr("parallel_backend.runtime.client.ranks.STRAGGLER_SECONDS", 0.1)
         ranks.channels[1].send(failed(1, 1))
         with pytest.raises(WorkersFailedError, match="rank 1 failed: the reason"):
             stats(group)
@@ -173,7 +173,7 @@ class TestSomeRanksFail:
         assert caught.value.with_advice("buy more").usable
 
     def test_it_is_waited_for_what_takes_longer(self, group, ranks, monkeypatch):
-        monkeypatch.setattr("parallel_backend.runtime.client.STRAGGLER_SECONDS", 0.05)
+        monkeypatch.setattr("parallel_backend.runtime.client.ranks.STRAGGLER_SECONDS", 0.05)
         ranks.channels[1].send(failed(1, 1, alone=True))
         threading.Timer(0.3, lambda: ranks.channels[0].send(done(1, 0))).start()
         with pytest.raises(RequestFailedError):

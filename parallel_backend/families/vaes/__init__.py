@@ -1,0 +1,1 @@
+"""VAEs, which several families share."""

@@ -1,0 +1,1 @@
+"""What a layout needs and takes on a machine, and which one to choose."""

@@ -1,0 +1,223 @@
+"""The choice of a layout: what each one of so many GPUs would take and need, and the fastest that fits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import ParallelismConfig
+from ..families import Family
+from ..loading.checkpoint import Checkpoint
+from ..loading.weight_loader import shard_bytes
+from ..machine import Machine, collect
+from ..mesh import Axis
+from ..parallel.tensor import apply_tensor_parallel
+from ..parallelize import shard_text_model
+from .cost_model import StepCost, Workload, step_cost
+from .devices import gpu_numbers
+from .gpu_speed import axis_links, slowest
+from .memory import (
+    GIB,
+    IMAGE_PIXELS,
+    MemoryEstimate,
+    WeightBytes,
+    reference_config,
+    reference_memory,
+    step_activation_bytes,
+    weight_bytes,
+)
+from .workload import count_workload
+
+SIDE = 1024
+"""Pixels along a side of the picture that layouts are compared for."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout that the model can be split by.
+
+    Args:
+        layout: its degrees.
+        cost: of a step.
+        need: bytes on rank 0.
+        fits: whether every GPU has as much.
+    """
+
+    layout: ParallelismConfig
+    cost: StepCost
+    need: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, among what (fastest first), and what one should know of the estimate.
+
+    ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange.
+    """
+
+    layout: ParallelismConfig
+    options: tuple[Option, ...]
+    reason: str
+    copies: bool = False
+
+    def table(self) -> str:
+        """A line for each option."""
+        lines = [f"{'layout':16}   step ms = compute + exchange (of it hidden)   GiB per GPU"]
+        for option in self.options:
+            exchange, mark = option.cost.exchange, "*" if option.layout == self.layout else " "
+            lines.append(
+                f"{option.layout.name:16}{mark}{option.cost.ms:10.0f} {option.cost.compute_ms:9.0f} "
+                f"{exchange.total_ms:10.0f} ({exchange.total_ms - exchange.exposed_ms:.0f})".ljust(64)
+                + f"{option.need / GIB:6.1f}{'' if option.fits else ' does not fit'}"
+            )
+        return "\n".join(lines)
+
+
+def all_layouts(ranks: int) -> list[ParallelismConfig]:
+    """Every layout of so many ranks."""
+    divisors = [degree for degree in range(1, ranks + 1) if ranks % degree == 0]
+    return [
+        ParallelismConfig(ulysses, ring, ranks // (ulysses * ring))
+        for ulysses in divisors
+        for ring in divisors
+        if ranks % (ulysses * ring) == 0
+    ]
+
+
+def choose_layout(
+    machine: Machine,
+    gpus: Sequence[int],
+    free: Sequence[int],
+    work: Workload,
+    need: Callable[[ParallelismConfig], MemoryEstimate],
+    model: str,
+) -> Choice:
+    """The fastest layout over all of some GPUs that fits them.
+
+    Args:
+        machine: where they are.
+        gpus: their numbers, in rank order.
+        free: bytes that the model may take of each.
+        work: of a step.
+        need: what a layout needs on rank 0; ValueError where the model cannot be split so.
+        model: what it is called.
+
+    Raises:
+        ValueError: none fits; says which is the nearest.
+    """
+    device, unknown = slowest([machine.gpus[gpu] for gpu in gpus])
+    options = []
+    for layout in all_layouts(len(gpus)):
+        try:
+            total = need(layout).total
+        except ValueError:
+            continue
+        cost = step_cost(work, layout, axis_links(machine, gpus, layout), device)
+        options.append(Option(layout, cost, total, total <= min(free)))
+    options.sort(key=lambda option: option.cost.ms)
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        least = min(options, key=lambda option: option.need)
+        raise ValueError(
+            f"no layout of {model} fits {len(gpus)} GPU(s): {least.layout.name} needs least, {least.need / GIB:.1f} "
+            f"GiB each, and {min(free) / GIB:.1f} are free; free memory, name more GPUs, or load fp8 weights"
+        )
+    best = fitting[0]
+    words = f"{best.layout.name} of {len(gpus)} GPU(s): about {_time(best.cost.ms)} a step at {SIDE} x {SIDE}"
+    if len(fitting) > 1:
+        second = fitting[1]
+        words += f", next {second.layout.name} {_time(second.cost.ms)}"
+    faster = [option.layout.name for option in options if option.cost.ms < best.cost.ms]
+    words += f"; faster, but too large: {', '.join(faster)}" if faster else ""
+    words += f"; {', '.join(unknown)} is taken as fast as an H200" if unknown else ""
+    reached = [link.peer_access for link in machine.links if {link.first, link.second} <= set(gpus)]
+    return Choice(best.layout, tuple(options), words, len(gpus) > 1 and all(reached))
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 100 else f"{ms:.1f} ms"
+
+
+def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:
+    """The choice for a family's reference model in bfloat16, with what is free now."""
+    work = count_workload(family, reference_config(family), SIDE, SIDE)
+    free = [machine.gpus[gpu].free for gpu in gpus]
+    name = family.reference_model.name
+    return choose_layout(machine, gpus, free, work, lambda layout: reference_memory(family, layout), name)
+
+
+def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str) -> Choice:
+    """The choice for a checkpoint on this machine; the same one is made again as long as this process lives.
+
+    Args:
+        source: what is to be loaded; what it does not hold (a text encoder, a transformer) is counted as that of the
+            family's reference model.
+        devices: see `resolve_devices`; ``auto`` is all GPUs.
+        dtype, fp8: of the weights, as `ModelConfig.create` has them.
+
+    Raises:
+        ValueError: none fits.
+    """
+    numbers = gpu_numbers(devices)
+    if numbers is not None and not numbers:
+        return Choice(ParallelismConfig(), (), "single: on the CPU, where a step takes as long on any layout")
+    machine = collect()
+    gpus = tuple(range(len(machine.gpus))) if numbers is None else tuple(numbers)
+    if not gpus:
+        return Choice(ParallelismConfig(), (), "single: there is no GPU here")
+    weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    key = (str(source.path), source.fingerprint(), gpus, weights, fp8)
+    with _lock:
+        for gpu in gpus:
+            _free[gpu] = max(_free.get(gpu, 0), machine.gpus[gpu].free)
+        if key not in _choices:
+            work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
+
+            def need(layout: ParallelismConfig) -> MemoryEstimate:
+                return checkpoint_memory(source, layout, weights, fp8)
+
+            _choices[key] = choose_layout(machine, gpus, [_free[gpu] for gpu in gpus], work, need, source.path.name)
+        return _choices[key]
+
+
+_lock = threading.Lock()
+_choices: dict[Any, Choice] = {}
+_free: dict[int, int] = {}
+"""The most that was ever free of each GPU: what our workers hold makes room for another model when it has to."""
+
+
+def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torch.dtype, fp8: str) -> MemoryEstimate:
+    """What a checkpoint needs on rank 0 for a 1024 x 1024 picture, beside what it does not hold itself.
+
+    Raises:
+        ValueError: the model cannot be split so.
+    """
+    family, config = source.family, _transformer_config(source)
+    text_config = getattr(source, "text_config", None) or family.reference_model.text_config
+    counted = weight_bytes(family, config, text_config, layout, dtype.itemsize)
+    sizes = {"transformer": counted.transformer, "text_encoder": counted.text_encoder}
+    if "transformer" in source.components:
+        model = family.build_transformer(config)
+        plan = family.transformer_plan(dict(model.config))
+        table = apply_tensor_parallel(model, plan, Axis(None, layout.tp_size, 0))
+        sizes["transformer"] = shard_bytes(model, source.weights("transformer"), table, dtype, fp8)
+    if "text_encoder" in source.components:
+        model = family.build_text_model(text_config)
+        degree = family.text_degree(text_config, layout.world_size)
+        table = shard_text_model(model, family, text_config, Axis(None, degree, 0))
+        sizes["text_encoder"] = shard_bytes(model, source.weights("text_encoder"), table, dtype, fp8)
+    weights = WeightBytes(sizes["transformer"], sizes["text_encoder"], counted.vae)
+    return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
+
+
+def _transformer_config(source: Checkpoint) -> Mapping[str, Any]:
+    """The transformer's configuration, with every value; that of the reference model where the source has none."""
+    config = getattr(source, "transformer_config", None)
+    if config is None:
+        return reference_config(source.family)
+    return dict(source.family.build_transformer(config).config)

@@ -1,0 +1,328 @@
+"""A model in a worker group as its client uses it: encode, predict and decode, with conditioning that is sent once."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache.decision import Decision, Evaluation
+from ...cache.run import CacheRun
+from ...families import Conditioning, VisionImage
+from ...loading.checkpoint import Checkpoint
+from ..errors import BatchTooLargeError, OutOfMemoryError
+from ..group_config import ModelConfig
+from ..rank.out_of_memory import advice
+from ..wire.messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
+from ..wire.shared_tensors import copy_into
+from .deadlines import SILENCE_SECONDS, StepTimes
+from .ranks import Check, Ranks
+from .report import make_report, took
+
+KEPT_TENSORS, KEPT_BYTES, KEPT_ANYWAY = 64, 2**29, 16
+"""Conditioning tensors (contexts, references) that stay with the workers, the least recently used goes first: so many,
+of so many bytes, or more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
+GUESSED_BYTES = 2**20
+"""Conditioning of so many bytes in host memory is compared in full only while the workers compute."""
+SAMPLED = 4099
+"""Before that, one in so many of its numbers is; a context of FLUX.2 has 15,360 a token."""
+KEPT_TIMINGS = 10_000
+"""Timings of each kind that a model remembers for its report."""
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def same_content(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit, on the same device."""
+    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
+        return False
+    if a.device.type != "cpu" or not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    # Ten times as fast as torch.equal, which compares numbers: a context of FLUX.2 has 16 MB.
+    return _LIBC.memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+
+
+def looks_the_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose content takes a while to compare are the same in a sample of it."""
+    large = all(x.device.type == "cpu" and x.nbytes >= GUESSED_BYTES and x.is_contiguous() for x in (a, b))
+    return large and a.shape == b.shape and same_content(a.view(-1)[::SAMPLED], b.view(-1)[::SAMPLED])
+
+
+class RemoteModel:
+    """A model that the ranks of a group hold. `WorkerGroup.load` makes it.
+
+    Args:
+        group: holds it.
+        config: what it was loaded as.
+        source: where from.
+        name: what the ranks call it.
+    """
+
+    def __init__(self, group: Ranks, config: ModelConfig, source: Checkpoint, name: str) -> None:
+        self.group, self.config, self.source, self.name = group, config, source, name
+        self.loaded = False
+        self.offloaded: set[str] = set()
+        """Components whose device memory was freed and that were not used since."""
+        self.seconds: dict[str, Any] = {"load": 0.0}
+        self.first_step: float | None = None
+        """Seconds of the first evaluation, which compiles where that is asked for."""
+        self.reset_timings()
+        self.last_run: CacheRun | None = None
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._stale: set[str] = set()
+        """Names that are not used any more, or never were, whose tensors some rank may still have."""
+        self._guesses = True
+        """Until one is wrong: then conditioning of this kind would be again."""
+        self._step_times = StepTimes()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be sent."""
+        return self.loaded and self.group.ready
+
+    def offload(self, component: str) -> None:
+        """Free the device memory of a component; its next use brings it back. Nothing where the group is gone."""
+        with self.group.lock:
+            if self.ready:
+                self.group.call(Offload(self.group.next_id(), self.name, component), {})
+                self.offloaded.add(component)
+
+    def encode_text(
+        self, ids: Tensor, mask: Tensor, images: Sequence[VisionImage] = (), check: Check = lambda: None
+    ) -> Tensor:
+        """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64), and the images that ids refer to.
+
+        Raises:
+            ValueError: images for a text encoder that cannot look at them, or that do not fit the ids.
+        """
+        with self._timed("text", check):
+            request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
+            tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
+            return self._use("text_encoder", request, {"ids": ids, "mask": mask, **tensors}, check)[1]["context"]
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        check: Check = lambda: None,
+        cache: tuple[CacheRun, Evaluation] | None = None,
+        divisible: bool = False,
+    ) -> Tensor:
+        """One evaluation of the transformer.
+
+        Args:
+            x: latent ``[B, C, H, W]`` (``[B, C, F, H, W]`` where latents have frames).
+            timestep: sigma in 0..1, ``[B]``.
+            conditioning: its context and references are sent when they are new, and named afterwards.
+            check: called every 50 ms; may raise to give the step up. The group stays usable.
+            cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
+                `end_run` when the run is over.
+            divisible: whether the caller would rather evaluate parts of the batch than more than there is room for.
+
+        Returns:
+            The prediction, of the latent's shape, in the model's dtype, on the CPU.
+
+        Raises:
+            ValueError: tensors or options that the family does not know, or a latent or reference that it cannot take.
+            BatchTooLargeError: there is no room for a ``divisible`` batch. Nothing was computed.
+            WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
+        """
+        family = self.source.family
+        unknown = [
+            *(name for name in conditioning.tensors if name not in family.conditioning_tensors),
+            *(f"{k}={v}" for k, v in conditioning.options.items() if v not in family.conditioning_options.get(k, ())),
+        ]
+        if unknown:
+            raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
+        family.check_latent(x.shape)
+        for reference in conditioning.references:
+            family.check_latent(reference.shape, "reference latent")
+        with self._timed("steps", check):
+            given = (conditioning.context, *conditioning.references)
+            tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
+            shape = (x.shape, *(tensor.shape for tensor in given))
+            plan = None
+            if cache is not None:
+                run, evaluation = cache
+                plan = {"settings": run.settings.to_dict(), "evaluation": asdict(evaluation)}
+
+            def request(names: Sequence[str]) -> Predict:
+                options = dict(conditioning.options)
+                return Predict(self.group.next_id(), self.name, names[0], list(names[1:]), options, plan, divisible)
+
+            names, guesses = self._names(given, check)
+            wrong: list[str] = []
+            limit = self._step_times.limit(shape)
+            began = time.perf_counter()
+            answers, results = self._use(
+                "transformer", request(names), tensors, check, limit, lambda: wrong.extend(self._wrong(guesses))
+            )
+            if wrong:  # hardly ever: the sample misses what differs
+                self._guesses = False
+                if cache is not None:
+                    self.end_run(run)
+                names, _ = self._names(given, check)
+                began = time.perf_counter()
+                answers, results = self._use("transformer", request(names), tensors, check, limit)
+            if "too_large" in answers[0].data:
+                raise BatchTooLargeError(answers[0].data["too_large"])
+            decision = None if cache is None else Decision(**answers[0].data)
+            seconds = max(answer.seconds for answer in answers)
+            self.seconds["workers"].append(seconds)
+            if decision is None or decision.computed:
+                self._step_times.add(shape, seconds)
+            if decision is not None:
+                run.note(evaluation, decision, time.perf_counter() - began)
+                self.last_run = run
+            prediction = torch.empty_like(results["prediction"])
+            copy_into(prediction, results["prediction"])  # the next one comes in the same memory
+            return prediction
+
+    def end_run(self, run: CacheRun) -> None:
+        """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.
+
+        So Cancel returns at once, whatever step the workers are in, and the error that ended a run stays the one that
+        is seen.
+        """
+        with self.group.lock:
+            self.group.post(EndRun(self.group.next_id(), self.name, run.id))
+
+    def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
+        """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`.
+
+        Raises:
+            ValueError: the latent is not of this model's kind.
+            OutOfMemoryError, RequestFailedError: the first rank failed, and is as good as before.
+            WorkersFailedError: the group is gone.
+        """
+        self.source.family.check_decodable(latent.shape)
+        with self._timed("decode", check):
+            request = DecodeLatent(self.group.next_id(), self.name)
+            return self._use("vae", request, {"latent": latent}, check)[1]["image"]
+
+    def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
+        """Latent (fp32) from an image in -1..1; shapes and errors as of `decode`."""
+        family = self.source.family
+        multiple = family.latent_downscale
+        wrong_size = not image.numel() or any(length % multiple for length in image.shape[-2:])
+        if image.ndim not in (4, 5) or image.shape[1] != 3 or wrong_size:
+            raise ValueError(
+                f"the image has shape {list(image.shape)}; the VAE of {family.title} encodes images of 3 channels, "
+                f"[B, 3, H, W], whose height and width are multiples of {multiple} pixels, {multiple} at least"
+            )
+        with self.group.held(check):
+            request = EncodeImage(self.group.next_id(), self.name)
+            return self._use("vae", request, {"image": image}, check)[1]["latent"]
+
+    def report(self) -> dict[str, Any]:
+        """The report that docs/report.md explains, field by field."""
+        with self.group.lock:
+            ranks = [done.data for done in self.group.call(Stats(self.group.next_id(), self.name), {})[0]]
+        cache = None if self.last_run is None else self.last_run.report()
+        group = self.group
+        seconds = {"start": group.start_seconds, "imports": group.import_seconds, "first_step": self.first_step}
+        seconds |= self.seconds
+        return make_report(self.config, self.source.family.name, seconds, ranks, cache)
+
+    def took(self) -> str:
+        """How long starting, loading and the first step took, which compiles where that is asked for; for people."""
+        compiled = self.first_step if self.config.speed.compile else None
+        return took(self.group.start_seconds, self.group.import_seconds, self.seconds["load"], compiled)
+
+    def reset_timings(self) -> None:
+        """Begin the report's timings of text, steps and decoding anew."""
+        self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "workers", "decode")})
+
+    @contextmanager
+    def advised(self, component: str) -> Iterator[None]:
+        """Where a component runs out of memory within, the error says what would help."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            raise error.with_advice(advice(self.config, self.source, component)) from None
+
+    def _use(
+        self,
+        component: str,
+        request: Any,
+        tensors: Mapping[str, Tensor],
+        check: Check,
+        limit: float | None = SILENCE_SECONDS,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> tuple[list[Done], dict[str, Tensor]]:
+        """A request that brings a component onto the devices."""
+        self.offloaded.discard(component)
+        with self.advised(component):
+            return self.group.call(request, tensors, check, limit=limit, meanwhile=meanwhile)
+
+    @contextmanager
+    def _timed(self, name: str, check: Check) -> Iterator[None]:
+        """Holds the group's lock and notes the seconds of what succeeded."""
+        with self.group.held(check):
+            began = time.perf_counter()
+            yield
+            self.seconds[name].append(time.perf_counter() - began)
+            if name == "steps" and self.first_step is None:
+                self.first_step = self.seconds[name][-1]
+
+    def _names(self, tensors: Sequence[Tensor], check: Check) -> tuple[list[str], dict[str, Tensor]]:
+        """The names of conditioning tensors, and of those that are guessed the content, which is still to be compared.
+
+        That takes milliseconds for a large one, in which the workers can be at work already.
+        """
+        names: list[str] = []
+        guesses: dict[str, Tensor] = {}
+        for tensor in tensors:
+            last_used_first = reversed(self._kept) if self._guesses else ()
+            likely = next((name for name in last_used_first if looks_the_same(self._kept[name], tensor)), None)
+            if likely is None or likely in guesses:
+                names.append(self._name(tensor, names, check))
+            else:
+                names.append(likely)
+                guesses[likely] = tensor
+                self._kept.move_to_end(likely)
+        return names, guesses
+
+    def _wrong(self, guesses: Mapping[str, Tensor]) -> list[str]:
+        """Names that were guessed and are those of something else."""
+        return [name for name, tensor in guesses.items() if not same_content(self._kept[name], tensor)]
+
+    def _name(self, tensor: Tensor, in_use: Sequence[str], check: Check) -> str:
+        """The name that a conditioning tensor has with the workers, who get it if they do not have it.
+
+        The least recently used makes room for it, but none that is ``in_use``.
+
+        Samplers build the tensor anew for each step, so it is known by its content.
+        """
+        for name, kept in self._kept.items():
+            if same_content(kept, tensor):
+                self._kept.move_to_end(name)
+                return name
+        number = self.group.next_id()
+        name = f"t{number}"
+        spare = [kept for kept in self._kept if kept not in in_use]
+        while spare and self._keeps_enough(tensor.nbytes):
+            old = spare.pop(0)
+            del self._kept[old]
+            self._stale.add(old)
+        forget = sorted(self._stale)
+        # Known once all ranks have said that they have it: where check() gives up the wait, one may have failed.
+        self._stale.add(name)
+        self.group.call(Keep(number, self.name, forget), {name: tensor}, check)
+        self._stale.difference_update(forget, [name])
+        self._kept[name] = tensor.clone()
+        return name
+
+    def _keeps_enough(self, new: int) -> bool:
+        """Whether something is to make room for a tensor of so many bytes."""
+        size = new + sum(kept.nbytes for kept in self._kept.values())
+        return len(self._kept) >= (KEPT_TENSORS if size <= KEPT_BYTES else min(KEPT_ANYWAY, KEPT_TENSORS))

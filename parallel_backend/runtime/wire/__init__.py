@@ -1,0 +1,1 @@
+"""What travels between client and ranks: messages, and tensors in shared memory."""

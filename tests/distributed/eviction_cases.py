@@ -1,0 +1,92 @@
+"""Making room on ranks that see different amounts of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_backend.config import AS_IT_IS, ParallelismConfig
+from parallel_backend.loading.checkpoint import open_checkpoint
+from parallel_backend.mesh import ParallelMesh, raise_together
+from parallel_backend.runtime.rank.components import COMPONENTS, ModelSettings, Place, VisionComponent
+from parallel_backend.runtime.rank.eviction import Eviction
+
+
+def make_room(mesh: ParallelMesh, layout: ParallelismConfig, size: int, fullest: int) -> tuple[list[str], str, int]:
+    """Three parts of 10 bytes on devices of 100, but for one rank's: places afterwards, the error, and its own view."""
+    rank = mesh.world.rank
+    parts = [_part(f"part {number}") for number in range(3)]
+    total = 35 if rank == fullest else 100
+    room = Eviction(
+        torch.device("cpu"),
+        mesh.world,
+        lambda _: None,
+        lambda: total - sum(part.nbytes for part in parts if part.place is Place.DEVICE),
+        lambda: 10**12,
+    )
+    error = ""
+    try:
+        room.make(size, 0, "the next part", [(part, False) for part in parts])
+    except ValueError as found:
+        error = str(found)
+    return [part.place.value for part in parts], error, room.least_available()
+
+
+def fail_alone(mesh: ParallelMesh, layout: ParallelismConfig, failing: int, error: Exception) -> tuple[str, str]:
+    """What a rank raises where one of them has an error: its class, and its text."""
+    try:
+        raise_together(error if mesh.world.rank == failing else None, mesh.world)
+    except Exception as found:
+        return type(found).__name__, str(found)
+    return "", ""
+
+
+def load_without_memory(mesh: ParallelMesh, layout: ParallelismConfig, path: str, component: str) -> tuple[str, str]:
+    """What a rank raises where the first one has no memory for a component, and where the component is then."""
+    settings = ModelSettings(
+        open_checkpoint(Path(path)), layout, mesh, torch.device("cpu"), torch.float32, "cast", AS_IT_IS
+    )
+    part = COMPONENTS[component](settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.world.rank == 0:
+
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise MemoryError("none left")
+
+            patch.setattr(type(settings.family), "load_vae", refuse)
+            patch.setattr("parallel_backend.runtime.rank.components.load_weights", refuse)
+        try:
+            part.load(lambda count: None)
+        except Exception as found:
+            return type(found).__name__, part.place.value
+    return "", part.place.value
+
+
+def see_without_memory(mesh: ParallelMesh, layout: ParallelismConfig) -> str:
+    """What a rank raises where the first one has no memory for what its vision tower is shown."""
+
+    def refuse(*args: Any) -> Any:
+        raise MemoryError("none left")
+
+    part: Any = object.__new__(VisionComponent)
+    part.settings = SimpleNamespace(mesh=mesh, device=torch.device("cpu"), family=SimpleNamespace(encode_images=refuse))
+    part.module = None
+    try:
+        part.encode([])
+    except Exception as found:
+        return type(found).__name__
+    return ""
+
+
+def _part(label: str) -> Any:
+    part = SimpleNamespace(nbytes=10, place=Place.DEVICE, label=label, host=None)
+
+    def drop() -> None:
+        part.place = Place.FILE
+
+    part.drop = drop
+    return part
