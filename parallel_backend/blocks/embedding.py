@@ -93,7 +93,7 @@ class KeptRotary:
 
 
 def rotary_of(positions: Tensor, dims: Sequence[int], theta: float) -> Rotary:
-    """Cosines and sines ``[S, D]`` in fp32 of positions ``[S, axes]``, neighbours alike; computed in fp64 as in diffusers.
+    """Cosines and sines ``[S, D]`` in fp32 of positions ``[S, axes]``, neighbours alike; made in fp64 as in diffusers.
 
     Args:
         positions: any, where models may have tables that end at some.
