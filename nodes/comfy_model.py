@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_backend.families import Conditioning
+from ..parallel_backend.loading.adapters import NO_ADAPTERS
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.runtime.errors import BatchTooLargeError
 from .cache_run import RUN_KEY
@@ -40,6 +41,8 @@ class RemoteDiffusionModel(nn.Module):
         self.block_count = self.family.block_count(source.transformer_config)
         self.patch_size = self.family.patch_size
         self.dtype = getattr(torch, handle.config.dtype)
+        self.adapters = NO_ADAPTERS
+        """Patches of the weights (LoRA) of the MODEL whose turn it is; `RemotePatcher` sets it."""
         self._shapes = shapes
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
@@ -107,7 +110,9 @@ class RemoteDiffusionModel(nn.Module):
         divisible = len(uuids) > 1 and not rest
         model = self.handle.get()
         try:
-            return model.predict(x, timestep, conditioning, check=check_interrupted, cache=cache, divisible=divisible)
+            return model.predict(
+                x, timestep, conditioning, check_interrupted, cache, divisible=divisible, adapters=self.adapters
+            )
         except BatchTooLargeError as error:
             log.info("%s; its %d conditionings are evaluated one after the other", error, len(uuids))
         parts = []

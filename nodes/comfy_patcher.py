@@ -10,6 +10,8 @@ import comfy.model_patcher
 import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
+from ..parallel_backend.loading.adapters import NO_ADAPTERS
+from .comfy_lora import adapter_set, check_patches
 from .group import ModelHandle
 
 LARGEST_TIMESTEP = 1.001
@@ -56,16 +58,37 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return super().detach(unpatch_all)
 
     def load(self, *args: Any, **kwargs: Any) -> None:
-        if self.patches:  # put there past `add_patches`
+        # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.
+        if self._takes_patches:
+            self.model.diffusion_model.adapters = adapter_set(self.patches, str(self.patches_uuid))
+        elif self.patches:  # put there past `add_patches`
             _refuse_weights(len(self.patches))
         super().load(*args, **kwargs)
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        if unpatch_weights and self._takes_patches:
+            self.model.diffusion_model.adapters = NO_ADAPTERS
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    @property
+    def _takes_patches(self) -> bool:
+        part: RemotePart | None = getattr(self.model, "remote_part", None)
+        return part is not None and part.component == "transformer"
 
     # What cannot be honoured is refused by the node that asks for it, before anything is computed.
 
     def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        if patches and (strength_patch, strength_model) != (0.0, 1.0):
-            _refuse_weights(len(patches))
-        return list(patches)
+        if not self._takes_patches:
+            if patches and (strength_patch, strength_model) != (0.0, 1.0):
+                _refuse_weights(len(patches))
+            return list(patches)
+        if not patches:
+            raise ValueError(
+                "the LoRA changes no weight that this model has; it is for another model, or in a form that ComfyUI "
+                "does not read (its log names the weights)"
+            )
+        check_patches(patches, {key: tensor.shape for key, tensor in self.model.state_dict().items()})
+        return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key: str, injections: list[Any]) -> None:
         if injections:
@@ -133,8 +156,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
 def _refuse_weights(count: int) -> NoReturn:
     raise ValueError(
-        f"a LoRA loader (or a model merge) changes {count} weights of a model that lives in the parallel workers, "
-        "which is not possible in this version; bypass the node, or load a checkpoint that the LoRA is merged into"
+        f"a LoRA loader changes {count} weights of a text encoder or VAE that lives in the parallel workers, which is "
+        "not possible in this version; use Load LoRA (Model), which changes the MODEL alone, or ComfyUI's own loader"
     )
 
 

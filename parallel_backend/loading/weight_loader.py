@@ -6,7 +6,7 @@ Ranks that hold the same slices share the reading: each reads its part of them a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ def load_weights(
     replicas: Axis = SINGLE,
     fp8: str = "cast",
     on_bytes: Callable[[int], None] = lambda count: None,
+    again: Collection[str] | None = None,
 ) -> int:
     """Fill a model on the meta device with this rank's slices. Collective over ``replicas``.
 
@@ -49,6 +50,7 @@ def load_weights(
             they are and are multiplied in the input's dtype; ``"matmul"``, they stay, and those that the file is made
             for are multiplied by the GPU's fp8 units, where it has some and shape and ``dtype`` suit them.
         replicas: ranks that hold the same slices as this one.
+        again: parameters that are in place, and of which only the values are read anew; None: all are to be made.
         on_bytes: told the bytes of each tensor after it is in place (on a GPU: after the last copy to it is queued).
 
     Returns:
@@ -61,6 +63,10 @@ def load_weights(
     """
     assert fp8 in FP8_MODES, fp8
     targets = _targets(model, weights, table, dtype, device, keep_fp8=fp8 != "cast")
+    if again is not None:
+        targets = [target for target in targets if target.name in again]
+        for target in targets:
+            target.tensor = model.get_parameter(target.name).data
     owners = _share({target.name: target.shape.numel() for target in targets}, replicas.degree)
     mine = [target for target in targets if owners[target.name] == replicas.rank]
     use_units = fp8 == "matmul" and has_fp8_units(device)
@@ -83,7 +89,8 @@ def load_weights(
                 sent = tensor.view(torch.uint8) if target.in_fp8 else tensor
                 dist.broadcast(sent, group=replicas.group, group_src=owners[target.name])
             units = use_units and target.weight.fp8_matmul and can_multiply(tensor, dtype)
-            _install(model, target, scale, (input_scale or 1.0) if units else None)
+            if again is None:
+                _install(model, target, scale, (input_scale or 1.0) if units else None)
             held += tensor.nbytes
             on_bytes(tensor.nbytes)
         # One look at all flags: only here does the host wait for a GPU.

@@ -115,11 +115,18 @@ class ParamShard:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
 
+def _beside(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A product with what a low-rank adapter ``(down [r, in], up [out, r])`` adds to it."""
+    return y if adapter is None else y + F.linear(F.linear(x, adapter[0]), adapter[1])
+
+
 class ColumnParallelLinear(nn.Module):
     """Linear whose output features are split: ``[..., in] -> [..., out_local]``, or ``[..., out]`` when gathered."""
 
     weight_scale: Tensor | None = None
     input_scale: Tensor | None = None
+    adapter: tuple[Tensor, Tensor] | None = None
+    """What stands beside a weight in 8 bits; others have it merged in."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis, gather_output: bool) -> None:
         super().__init__()
@@ -131,7 +138,8 @@ class ColumnParallelLinear(nn.Module):
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's features."""
-        return linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
+        y = linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
+        return _beside(y, x, self.adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.together is not None:
@@ -145,6 +153,7 @@ class RowParallelLinear(nn.Module):
 
     weight_scale: Tensor | None = None
     input_scale: Tensor | None = None
+    adapter: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis) -> None:
         super().__init__()
@@ -158,7 +167,8 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: Tensor) -> Tensor:
         """What this rank adds to the sum."""
-        return linear(x, self.weight, self.partial_bias(), self.weight_scale, self.input_scale)
+        y = linear(x, self.weight, self.partial_bias(), self.weight_scale, self.input_scale)
+        return _beside(y, x, self.adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.partial(x)
@@ -169,6 +179,8 @@ class RowParallelLinear(nn.Module):
 class ScaledLinear(nn.Module):
     """Linear on one rank whose weight is stored in 8 bits with a scale: ``[..., in] -> [..., out]``."""
 
+    adapter: tuple[Tensor, Tensor] | None = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, input_scale: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -177,7 +189,7 @@ class ScaledLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
+        return _beside(linear(x, self.weight, self.bias, self.weight_scale, self.input_scale), x, self.adapter)
 
 
 class ColumnParallelEmbedding(nn.Module):

@@ -137,28 +137,6 @@ def lora(server: ComfyServer) -> str:
     return "tiny-lora.safetensors"
 
 
-def test_lora_is_refused_and_can_be_bypassed(lora, server):
-    def build(graph: Graph, loader: NodeId, strength: float = 1.0) -> NodeId:
-        model = graph.add("LoraLoaderModelOnly", model=(loader, 0), lora_name=lora, strength_model=strength)
-        return add_sampler(graph, loader, model=model, seed=5)
-
-    def without(graph: Graph, loader: NodeId) -> NodeId:
-        return add_sampler(graph, loader, seed=5)
-
-    graph = Graph()
-    sampler = build(graph, add_loader(graph))
-    save_latent(graph, sampler)
-    (refused,) = (key for key, node in graph.items() if node["class_type"] == "LoraLoaderModelOnly")
-    text = failure(server, graph, NodeId(refused))
-    assert "LoRA loader" in text
-    assert "bypass" in text
-    # Without the node, and with a strength of 0 (which ComfyUI takes as no LoRA), it works again.
-    ours, reference = latents_of_both(server, without)
-    assert relative_error(ours, reference) <= TOLERANCE
-    same, _ = latents_of_both(server, lambda graph, loader: build(graph, loader, strength=0.0))
-    assert torch.equal(same, ours)
-
-
 def test_bypass_lora_is_refused(lora, server):
     graph = Graph()
     loader = add_loader(graph)

@@ -16,12 +16,14 @@ from torch import Tensor
 from ...cache.decision import Decision, Evaluation
 from ...cache.run import CacheRun
 from ...families import Conditioning, VisionImage
+from ...loading.adapters import NO_ADAPTERS, AdapterSet
 from ...loading.checkpoint import Checkpoint
 from ..errors import BatchTooLargeError, OutOfMemoryError
 from ..group_config import ModelConfig
 from ..rank.out_of_memory import advice
-from ..wire.messages import DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
+from ..wire.messages import Adapt, DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
 from ..wire.shared_tensors import copy_into
+from .adapters import SentAdapters
 from .deadlines import SILENCE_SECONDS, StepTimes
 from .ranks import Check, Ranks
 from .report import make_report, took
@@ -82,6 +84,7 @@ class RemoteModel:
         self._guesses = True
         """Until one is wrong: then conditioning of this kind would be again."""
         self._step_times = StepTimes()
+        self._sent_adapters = SentAdapters()
 
     @property
     def ready(self) -> bool:
@@ -116,6 +119,7 @@ class RemoteModel:
         check: Check = lambda: None,
         cache: tuple[CacheRun, Evaluation] | None = None,
         divisible: bool = False,
+        adapters: AdapterSet = NO_ADAPTERS,
     ) -> Tensor:
         """One evaluation of the transformer.
 
@@ -126,6 +130,7 @@ class RemoteModel:
             check: called every 50 ms; may raise to give the step up. The group stays usable.
             cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
                 `end_run` when the run is over.
+            adapters: patches of the weights (LoRA), which stay until others are asked for.
             divisible: whether the caller would rather evaluate parts of the batch than more than there is room for.
 
         Returns:
@@ -146,6 +151,7 @@ class RemoteModel:
         kind.check_latent(x.shape)
         for reference in conditioning.references:
             kind.check_latent(reference.shape, "reference latent")
+        self._adapt(adapters, check)
         with self._timed("steps", check):
             given = (conditioning.context, *conditioning.references)
             tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
@@ -186,6 +192,16 @@ class RemoteModel:
             prediction = torch.empty_like(results["prediction"])
             copy_into(prediction, results["prediction"])  # the next one comes in the same memory
             return prediction
+
+    def _adapt(self, adapters: AdapterSet, check: Check) -> None:
+        """Have the transformer's weights be changed by a set, and by nothing else."""
+        sent = self._sent_adapters
+        with self.group.held(check):
+            if adapters.name == sent.applied:
+                return
+            tensors, forget = sent.prepare(adapters)
+            self._use("transformer", Adapt(self.group.next_id(), self.name, adapters.name, forget), tensors, check)
+            sent.done(adapters)
 
     def end_run(self, run: CacheRun) -> None:
         """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.

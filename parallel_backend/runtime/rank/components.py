@@ -19,6 +19,7 @@ from torch import Tensor
 from ...cache.block_cache import BlockCache
 from ...config import ParallelismConfig, Speed
 from ...families import Family, Model, VisionImage
+from ...loading.adapters import NO_ADAPTERS, AdapterSet
 from ...loading.checkpoint import Checkpoint
 from ...loading.pipeline_folder import PipelineFolder
 from ...loading.safetensors_reader import Weight
@@ -29,6 +30,7 @@ from ...mesh import SINGLE, Axis, ParallelMesh, raise_together
 from ...parallel.tensor import ParamShard
 from ...parallelize import forget_graphs, parallelize_transformer, shard_text_model, text_axes
 from ...planning.memory import transformer_activation_bytes, vae_activation_bytes
+from .adapted_weights import AdaptedWeights
 from .host_copy import HostCopy
 
 
@@ -163,6 +165,10 @@ class TransformerComponent(Component):
     """The transformer: sharded over tp, the same on all ranks of cp."""
 
     name = "transformer"
+    adapters = NO_ADAPTERS
+    """What the weights are changed by."""
+    merged: frozenset[str] = frozenset()
+    """Parameters that are not as the file has them."""
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         settings = self.settings
@@ -171,6 +177,7 @@ class TransformerComponent(Component):
         kind = settings.family.transformer
         module = kind.build(self.config)
         table = parallelize_transformer(module, kind, settings.layout, settings.mesh, settings.speed)
+        self.table = table
         self.cache = BlockCache(module, kind.block_stacks, settings.mesh.world, kind.picture_tokens)
         return module, table
 
@@ -183,6 +190,48 @@ class TransformerComponent(Component):
     def drop(self) -> None:
         self.__dict__.pop("cache", None)  # it holds the module; the next build makes another
         super().drop()
+
+    def load(self, on_bytes: Callable[[int], None]) -> None:
+        super().load(on_bytes)
+        adapters, self.adapters, self.merged = self.adapters, NO_ADAPTERS, frozenset()
+        self.adapt(adapters)
+
+    def adapt(self, adapters: AdapterSet) -> None:
+        """Have the weights be those of the file with a set of patches, and with no others. Collective.
+
+        Plain weights are patched in place, and read again from the file before other patches; beside those that stay in
+        8 bits stands a product of two thin matrices. The weights stay where they are, so compiled code and CUDA graphs
+        stay valid.
+
+        Raises:
+            ValueError: a patch that these weights cannot have, before anything is changed; or the file cannot be read
+                again, and which weights there are is not known until a set is applied.
+        """
+        if adapters.name == self.adapters.name:
+            return
+        settings = self.settings
+        weights = AdaptedWeights(self.module, settings.family.transformer, self.table, settings.dtype)
+        error: Exception | None = None
+        try:
+            weights.check(adapters)
+        except ValueError as found:
+            error = found
+        raise_together(error, settings.mesh.world)
+        again, now = self.merged, weights.merged(adapters)
+        self.merged, self.adapters = again | now, AdapterSet("unknown")
+        self.host = None  # has other weights
+        try:
+            if again:
+                load_weights(
+                    self.module, self._weights, self.table, device=settings.device, dtype=settings.dtype,
+                    replicas=self.replicas, fp8=settings.fp8, again=again,
+                )  # fmt: skip
+            weights.apply(adapters)
+        except ValueError as found:
+            error = found
+        raise_together(error, settings.mesh.world)
+        self.merged, self.adapters = now, adapters
+        forget_graphs(self.module)  # those of linears that had nothing beside them before
 
     def workspace(self, tokens: int) -> int:
         """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""

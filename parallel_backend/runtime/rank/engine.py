@@ -19,6 +19,7 @@ from ...cache.config import CacheSettings
 from ...cache.decision import NO_ROOM, Decision, Evaluation
 from ...config import AS_IT_IS, ParallelismConfig, Speed
 from ...families import Conditioning, VisionImage
+from ...loading.adapters import from_description, unpacked
 from ...loading.checkpoint import Checkpoint
 from ...loading.content import open_same_checkpoint
 from ...mesh import SINGLE, Axis, ParallelMesh, build_mesh, groups_in_use, raise_together
@@ -54,6 +55,7 @@ class HostedModel:
     encoder_memory: str
     components: dict[str, Component] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    adapter_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -211,6 +213,18 @@ class Engine:
         self.eviction.leave(vision, "as the images are encoded")
         self.residents.make_room_anew()
         return features
+
+    @torch.no_grad()
+    def adapt(self, name: str, set_name: str, index: Tensor, data: Tensor | None, forget: Sequence[str]) -> None:
+        """Have a model's transformer be that of its file with a set of patches, and with no others; see `Adapt`."""
+        model = self._model(name)
+        part = cast(TransformerComponent, self._part(name, "transformer"))
+        tensors = model.adapter_tensors
+        description = unpacked(index, data, tensors)
+        for old in forget:
+            tensors.pop(old, None)
+        self.residents.bring(name, part, 0)
+        part.adapt(from_description(set_name, description, tensors))
 
     @torch.no_grad()
     def predict(

@@ -30,6 +30,7 @@ from ..errors import BatchTooLargeError
 from ..forking import end_with_parent
 from ..wire.channel import Channel, ChannelClosedError
 from ..wire.messages import (
+    Adapt,
     DecodeLatent,
     Done,
     EncodeImage,
@@ -187,6 +188,9 @@ def perform(
             return {}, {"context": engine.encode_text(request.model, tensors["ids"], tensors["mask"], images)}
         case Keep():
             engine.keep(request.model, tensors, request.forget)
+            return {}, {}
+        case Adapt():
+            engine.adapt(request.model, request.set, tensors["index"], tensors.get("data"), request.forget)
             return {}, {}
         case Predict():
             try:

@@ -90,6 +90,20 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """Have the transformer's weights be those of its file with a set of patches (LoRA), and with no others.
+
+    ``set`` names it. The tensor ``index`` is JSON: the patches as `adapters.described` has them, and where in the bytes
+    of ``data`` their new tensors are. All are kept for sets to come, but those named in ``forget``.
+    """
+
+    id: int
+    model: str
+    set: str
+    forget: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Predict:
     """One evaluation of the transformer on tensors ``x``, ``timestep``; rank 0 answers with ``prediction``.
 
@@ -193,6 +207,7 @@ Message = (
     | Unload
     | EncodeText
     | Keep
+    | Adapt
     | Predict
     | EndRun
     | DecodeLatent

@@ -1,0 +1,269 @@
+"""Patches of weights (LoRA and the like) as a graph gives them, and what they make of a slice of a weight.
+
+A rank never has a full weight of a sharded layer: every kind here is exact on any rows and columns of it. Formulas and
+their order are ComfyUI's (`comfy.lora.calculate_weight`).
+
+* LoRA (arXiv:2106.09685): ``up @ down``; LoCon adds a middle, which is multiplied into ``down`` before.
+* LoHa (FedPara, arXiv:2108.06098): ``(a1 @ b1) * (a2 @ b2)``.
+* LoKr (arXiv:2212.10650, LyCORIS): the Kronecker product of two matrices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 8 * 2**20
+"""Weights that are patched at a time, in fp32: 32 MiB."""
+KINDS = {"lora": 2, "loha": 4, "lokr": 2, "diff": 1, "set": 1, "scale": 0}
+"""Kinds of patches, and how many tensors each has."""
+ALIGNMENT = 64
+Ranges = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of a weight ``[rows, columns]``, or of a vector.
+
+    Args:
+        kind: one of `KINDS`; ``"scale"`` only scales.
+        tensors: ``up [rows, r], down [r, columns]``; ``a1, b1, a2, b2`` of LoHa; the two factors of LoKr; what is added
+            (``diff``) or put in its place (``set``).
+        strength: times which what is added goes in, its alpha over its rank included.
+        model_strength: what the weight is multiplied by before.
+        offset: ``(dim, start, length)`` of the part that is changed; None for all of it.
+        swap: whether the halves of the rows of what is added change places.
+    """
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+    strength: float = 1.0
+    model_strength: float = 1.0
+    offset: tuple[int, int, int] | None = None
+    swap: bool = False
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless it fits a weight of a shape, with both shapes."""
+        changed = list(shape)
+        if self.offset is not None:
+            dim, start, length = self.offset
+            if dim >= len(changed) or start + length > changed[dim]:
+                raise ValueError(f"changes {length} from {start} on of dim {dim} of a weight {list(shape)}")
+            changed[dim] = length
+        if self.kind == "scale":
+            return
+        if self.shape != tuple(changed):
+            raise ValueError(f"has the shape {list(self.shape)}, the model {changed}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it adds."""
+        first, *others = self.tensors
+        if self.kind == "lora":
+            return first.shape[0], others[0].shape[1]
+        if self.kind == "loha":
+            return first.shape[0], others[0].shape[1]
+        if self.kind == "lokr":
+            return first.shape[0] * others[0].shape[0], first.shape[1] * others[0].shape[1]
+        return tuple(first.shape)
+
+    def part(self, rows: Tensor, columns: slice, device: torch.device) -> Tensor:
+        """What it adds to rows (by number) and columns of the weight, in fp32, without its strength."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, torch.float32)
+
+        if self.swap:
+            half = self.shape[0] // 2
+            rows = torch.where(rows < half, rows + half, rows - half)
+        first, *others = self.tensors
+        if self.kind == "lora":
+            return moved(first[rows]) @ moved(others[0][:, columns])
+        if self.kind == "loha":
+            b1, a2, b2 = others
+            return (moved(first[rows]) @ moved(b1[:, columns])) * (moved(a2[rows]) @ moved(b2[:, columns]))
+        if self.kind == "lokr":
+            (second,) = others
+            height, width = second.shape
+            outer, inner = moved(first[rows // height]), moved(second[rows % height])
+            a, b = columns.start // width, -(-columns.stop // width)
+            full = (outer[:, a:b, None] * inner[:, None, :]).flatten(1)
+            return full[:, columns.start - a * width : columns.stop - a * width]
+        return moved(first[rows] if first.ndim == 1 else first[rows][:, columns])
+
+    def low_rank(self) -> bool:
+        """Whether it is a product of two thin matrices, which can stand beside a weight that is not touched."""
+        return self.kind == "lora" and self.model_strength == 1.0
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """All patches of a model at once.
+
+    Args:
+        name: tells sets apart.
+        patches: the file's names of weights -> their patches, in order.
+    """
+
+    name: str
+    patches: Mapping[str, Sequence[Patch]] = field(default_factory=dict)
+
+
+NO_ADAPTERS = AdapterSet("")
+"""The weights as their file has them."""
+
+
+def patch_rows(weight: Tensor, first: int, columns: Ranges, patches: Sequence[Patch]) -> None:
+    """Patch some rows of a weight in place: summed in fp32, rounded once.
+
+    Args:
+        weight: ``[rows, columns of all ranges]`` of it, or ``[rows]`` of a vector.
+        first: number of the first row.
+        columns: ranges of the full weight's columns, one after the other.
+        patches: in order.
+    """
+    width = weight[0].numel() if weight.ndim > 1 else 1
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    for at in range(0, weight.shape[0], step):
+        chunk = weight[at : at + step]
+        exact = chunk.float() if chunk.dtype != torch.float64 else chunk.clone()
+        for patch in patches:
+            _patch_chunk(exact, first + at, columns, patch)
+        chunk.copy_(exact)
+
+
+def _patch_chunk(chunk: Tensor, first: int, columns: Ranges, patch: Patch) -> None:
+    dim, start, length = patch.offset or (0, 0, first + chunk.shape[0])
+    a, b = first, first + chunk.shape[0]
+    if dim == 0:
+        a, b = max(a, start), min(b, start + length)
+    if a >= b:
+        return
+    rows = torch.arange(a, b) - (start if dim == 0 else 0)
+    place = 0
+    for c0, c1 in columns if chunk.ndim > 1 else ((0, 1),):
+        x0, x1 = (max(c0, start), min(c1, start + length)) if dim == 1 else (c0, c1)
+        if x0 < x1:
+            part = chunk[a - first : b - first]
+            if chunk.ndim > 1:
+                part = part[:, place + x0 - c0 : place + x1 - c0]
+            shift = start if dim == 1 else 0
+            _patch_part(part, rows, slice(x0 - shift, x1 - shift), patch)
+        place += c1 - c0
+
+
+def _patch_part(part: Tensor, rows: Tensor, columns: slice, patch: Patch) -> None:
+    if patch.model_strength != 1.0:
+        part.mul_(patch.model_strength)
+    if patch.kind == "scale":
+        return
+    added = patch.part(rows, columns, part.device).reshape(part.shape)
+    if patch.kind == "set":
+        part.copy_(added)
+    else:
+        part.add_(patch.strength * added)
+
+
+def branch_of(
+    patches: Sequence[Patch], pieces: Sequence[tuple[int, int, int]], rows: int, columns: Ranges, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Low-rank patches of a slice of a weight as one product beside it: ``x @ down.T @ up.T``.
+
+    Args:
+        patches: of which each is `Patch.low_rank`.
+        pieces: ``(row of the slice, row of the weight, count)``: where the slice's rows are in the weight.
+        rows: of the slice.
+        columns: of the slice, as ranges of the weight's.
+        dtype: of both matrices.
+
+    Returns:
+        ``down [R, columns]`` and ``up [rows, R]`` with the strengths in it, R the sum of all ranks.
+    """
+    ranks = [patch.tensors[0].shape[1] for patch in patches]
+    width = sum(b - a for a, b in columns)
+    up, down = torch.zeros(rows, sum(ranks)), torch.zeros(sum(ranks), width)
+    at = 0
+    for patch, rank in zip(patches, ranks, strict=True):
+        dim, start, length = patch.offset or (0, 0, patch.shape[0])
+        first, second = (tensor.float() for tensor in patch.tensors)
+        if patch.swap:
+            first = torch.cat(first.chunk(2)[::-1])
+        for local, row, count in pieces:
+            a, b = (max(row, start), min(row + count, start + length)) if dim == 0 else (row, row + count)
+            if a < b:
+                shift = start if dim == 0 else 0
+                up[local + a - row : local + b - row, at : at + rank] = patch.strength * first[a - shift : b - shift]
+        place = 0
+        for c0, c1 in columns:
+            x0, x1 = (max(c0, start), min(c1, start + length)) if dim == 1 else (c0, c1)
+            if x0 < x1:
+                shift = start if dim == 1 else 0
+                down[at : at + rank, place + x0 - c0 : place + x1 - c0] = second[:, x0 - shift : x1 - shift]
+            place += c1 - c0
+        at += rank
+    return down.to(dtype), up.to(dtype)
+
+
+def described(adapters: AdapterSet, name_of: Callable[[Tensor], str]) -> dict[str, Any]:
+    """A set as JSON can hold it, with names in the place of tensors."""
+    return {
+        key: [
+            [p.kind, [name_of(tensor) for tensor in p.tensors], p.strength, p.model_strength, p.offset, p.swap]
+            for p in patches
+        ]
+        for key, patches in adapters.patches.items()
+    }
+
+
+def from_description(name: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSet:
+    """The way back; ValueError for what is no such description."""
+    try:
+        patches: dict[str, list[Patch]] = {}
+        for key, stated in description.items():
+            patches[key] = []
+            for kind, names, strength, model_strength, offset, swap in stated:
+                found = tuple(tensors[one] for one in names)
+                if len(found) != KINDS[kind]:
+                    raise ValueError(f"{len(found)} tensors of a patch of kind {kind}")
+                place = None if offset is None else (int(offset[0]), int(offset[1]), int(offset[2]))
+                patches[key].append(Patch(kind, found, float(strength), float(model_strength), place, bool(swap)))
+        return AdapterSet(name, patches)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"what arrived describes no patches ({error!r})") from None
+
+
+def packed(description: Mapping[str, Any], new: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A description and new tensors as ``index`` and ``data`` of the message `Adapt`: bytes ``[N]`` each."""
+    places, parts, size = {}, [], 0
+    for name, tensor in new.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        places[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size]
+        parts += [raw, torch.zeros(-raw.numel() % ALIGNMENT, dtype=torch.uint8)]
+        size += parts[-2].numel() + parts[-1].numel()
+    text = json.dumps({"patches": description, "new": places}).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.cat(parts) if parts else torch.empty(0)
+
+
+def unpacked(index: Tensor, data: Tensor | None, known: dict[str, Tensor]) -> dict[str, Any]:
+    """The description that `packed` was given; its new tensors are added to those that are ``known``.
+
+    Raises:
+        ValueError: the bytes are none that it makes.
+    """
+    try:
+        content = json.loads(index.numpy().tobytes())
+        for name, (dtype, shape, offset) in content["new"].items():
+            kind = getattr(torch, dtype)
+            size = math.prod(shape) * kind.itemsize
+            if data is None or not 0 <= offset <= offset + size <= len(data):
+                raise ValueError(f"the tensor {name} is not in what arrived")
+            known[name] = data[offset : offset + size].view(kind).view(shape)
+        return content["patches"]
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"what arrived describes no patches ({error!r})") from None
