@@ -123,6 +123,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         pass
 
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        raise ValueError(
+            f"a node (such as one that trains a LoRA) wraps the weight {name}, which lives in the parallel workers; "
+            "bypass it"
+        )
+
     def add_object_patch(self, name: str, obj: Any) -> None:
         if name.split(".")[0] in ("diffusion_model", "first_stage_model", "cond_stage_model"):
             raise ValueError(

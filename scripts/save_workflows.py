@@ -114,7 +114,7 @@ Runs at once, also without a GPU. For the real FLUX.2 open *06_flux2_text_to_ima
 """
 FILES_NOTE_END = """
 What is missing can be downloaded from the dialog that ComfyUI shows, or from these links, into \
-*models/* and the folder in brackets. LoRAs are refused in this version.
+*models/* and the folder in brackets.
 """
 NOTES = {
     "01_demo_text_to_image": """\

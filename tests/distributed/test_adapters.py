@@ -1,0 +1,50 @@
+"""Patches of weights on every kind of shard: each rank's slice is that of a file with the patches in it."""
+
+import pytest
+
+from parallel_backend import ParallelismConfig
+from tests.distributed import adapter_cases
+from tests.single_file import flux2_tensors, to_fp8, write
+
+LAYOUTS = {
+    "single": ParallelismConfig(),
+    "TP-4": ParallelismConfig(tp_size=4),
+    "Ulysses-2": ParallelismConfig(ulysses_size=2),
+    "Ulysses-2-TP-2": ParallelismConfig(ulysses_size=2, tp_size=2),
+}
+TOLERANCE = 1e-6
+"""fp32: a product of three terms, summed in another order."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder, tensors = tmp_path_factory.mktemp("adapters"), flux2_tensors(**adapter_cases.SIZE)
+    stored, metadata = to_fp8(tensors, "metadata")
+    return {
+        "plain": str(write(folder / "plain.safetensors", tensors)),
+        "patched": str(write(folder / "patched.safetensors", adapter_cases.patched(tensors))),
+        "fp8": str(write(folder / "fp8.safetensors", stored, metadata=metadata)),
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_merged(world, files, name):
+    for found in world.run(adapter_cases.merged, LAYOUTS[name], files["plain"], files["patched"]):
+        assert found.pop("undone")
+        assert max(found.values()) <= TOLERANCE
+        assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["single", "Ulysses-2-TP-2"])
+def test_beside_8_bits(world, files, name):
+    for found in world.run(adapter_cases.beside, LAYOUTS[name], files["fp8"]):
+        assert found["error"] <= TOLERANCE
+        # Six in each stream of the double-stream block, of which three are one weight of the file, and two.
+        assert found["count"] == 14
+        assert not found["left"]
+
+
+def test_what_no_weight_takes_changes_nothing(world, files):
+    for text, same in world.run(adapter_cases.refused, LAYOUTS["TP-4"], files["plain"]):
+        assert "1 of 2 weights that the LoRA changes are not in the model, the first is not_there.weight" in text
+        assert same
