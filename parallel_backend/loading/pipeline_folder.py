@@ -15,6 +15,7 @@ from ..config import ParallelismConfig
 from ..families import Family, Model, family_of_pipeline
 from ..families.drawing import Drawing
 from .config_files import blamed, read_config, read_object
+from .model_folders import INDEX, check_name, file_state, files_below
 from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
 
 
@@ -97,18 +98,17 @@ class PipelineFolder:
         return self.path / component / "config.json"
 
     def fingerprint(self) -> str:
-        """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
+        """Changes when a configuration or weight file of the folder, or what a link leads to, changes."""
         digest = hashlib.sha256()
         for file in files_of_folder(self.path):
-            status = file.stat()
-            digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(self.path)}|{file_state(file)}\n"))
         return digest.hexdigest()[:16]
 
 
 def files_of_folder(path: Path) -> list[Path]:
-    """The files of a pipeline folder that say what it computes, sorted."""
-    suffixes = (".json", ".safetensors", ".jinja")
-    return [file for file in sorted(path.glob("**/*")) if file.suffix in suffixes and file.is_file()]
+    """The files of a pipeline folder that say what it computes, sorted; components may be links."""
+    suffixes, names = (".json", ".safetensors", ".jinja", ".model"), ("merges.txt", "vocab.txt")
+    return [file for file in files_below(path) if file.suffix in suffixes or file.name in names]
 
 
 def open_pipeline_folder(path: Path) -> PipelineFolder:
@@ -119,8 +119,9 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
     """
     path = Path(path)
     if not os.path.isdir(path):  # False also for what can be no path
-        raise ValueError(f"{path} is not a folder; name a diffusers pipeline folder (one with a model_index.json)")
-    index_file = path / "model_index.json"
+        raise ValueError(f"{path} is not a folder; name a diffusers pipeline folder (one with a {INDEX})")
+    check_name(path)
+    index_file = path / INDEX
     index = read_object(index_file, "it is not a diffusers pipeline folder")
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):

@@ -111,7 +111,8 @@ def _entry(file: Path, key: str, entry: Mapping[str, Any], data: int) -> StoredT
 def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
     """The file's length and the header's, in bytes, and the header."""
     if not os.path.isfile(file):
-        raise ValueError(f"{file} is missing; download the model again or restore this file")
+        link = f": it is a link to {os.readlink(file)}, which is not there" if os.path.islink(file) else ""
+        raise ValueError(f"{file} is missing{link}; download the model again or restore this file")
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -145,7 +146,8 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: there are no safetensors files, one that the index names is missing or damaged or not in the folder.
     """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    # Not what is hidden: some systems put a file of their own beside each.
+    indexes = sorted(folder.glob("[!.]*.safetensors.index.json"))
     if indexes:
         stated = read_object(indexes[0], "the model is incomplete").get("weight_map")
         names: list[Any] = list(stated.values()) if isinstance(stated, dict) else [None]
@@ -153,7 +155,7 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{indexes[0]} is not an index of weight files beside it; download it again")
         files = [folder / name for name in sorted(set(names))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors file; other formats are not read")
     tensors: dict[str, StoredTensor] = {}
