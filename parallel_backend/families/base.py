@@ -319,7 +319,7 @@ class Family(ABC):
 
         kind = getattr(diffusers, self.vae_class)
         return kind.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, disable_mmap=True
         ).eval()
 
     def is_vae_file(self, keys: Collection[str]) -> bool:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, Model, family_of_text_file
 from ..families.others import looks_like_part, looks_like_text_encoder
 from .config_files import blamed
+from .file_reader import FileReader
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint, transformer_in
@@ -57,10 +56,10 @@ class TextEncoderFile:
         return file_fingerprint(self.path)
 
     def read_tokenizer(self) -> bytes:
-        """The tokenizer, as the family's tokenizer class takes it."""
+        """The tokenizer, as the family's tokenizer class takes it; ValueError where it cannot be read."""
         assert self.tokenizer is not None
-        with safe_open(str(self.path), framework="pt") as file:
-            return file.get_tensor(self.tokenizer.key).numpy().tobytes()
+        with FileReader() as reader:
+            return reader.whole(self.tokenizer).numpy().tobytes()
 
 
 def open_text_encoder_file(path: Path) -> TextEncoderFile:

@@ -1,6 +1,7 @@
 """Model folders as people have them: what is found in them, what is noticed, and what they cannot break."""
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.loading import model_folders
@@ -17,8 +20,13 @@ from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.content import content_digest
 from parallel_backend.loading.model_folders import files_below, model_name, pipelines_in
 from parallel_backend.loading.pipeline_folder import open_pipeline_folder
+from parallel_backend.loading.weight_loader import load_weights
+from parallel_backend.mesh import Axis
+from parallel_backend.parallel.tensor import apply_tensor_parallel
 from tests.single_file import flux2_tensors, write
+from tests.text_encoder_file import tekken, write_text
 from tests.tiny_pipeline import make_tiny_pipeline
+from tests.vae_file import write_vae
 
 NOT_TEXT = b"caf\xe9"
 """A name in Latin-1."""
@@ -278,3 +286,47 @@ class TestNamesThatAreNoText:
         source.check_weights()
         assert source.fingerprint()
         assert content_digest(folder)
+
+
+class TestDisksThatMapNothing:
+    """Network disks on which mmap fails: safetensors' own functions map files, and so did columns of weights."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_mapped(self, monkeypatch):
+        def refuse(*arguments, **named):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+        monkeypatch.setattr(mmap, "mmap", refuse)
+        # They map by themselves; diffusers and this library have to do without.
+        monkeypatch.setattr(safetensors.torch, "load_file", refuse)
+        monkeypatch.setattr(safetensors, "safe_open", refuse)
+        for module in list(sys.modules.values()):
+            if getattr(module, "safe_open", None) is safe_open and module.__name__.startswith("parallel_backend"):
+                monkeypatch.setattr(module, "safe_open", refuse)
+
+    def test_a_pipelines_vae(self, tiny):
+        vae = open_pipeline_folder(tiny).family.load_vae(tiny / "vae")
+        (file,) = (tiny / "vae").glob("*.safetensors")
+        stored = load_file(file)
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in vae.state_dict().items())
+
+    def test_a_vae_file(self, tmp_path):
+        file = write_vae(tmp_path / "vae.safetensors")
+        vae, stored = open_checkpoint(file).load(), load_file(file)
+        assert all(torch.equal(tensor, stored[name].float()) for name, tensor in vae.state_dict().items())
+
+    def test_a_tokenizer_in_a_file(self, tmp_path):
+        source = open_checkpoint(write_text(tmp_path / "mistral.safetensors"))
+        assert source.read_tokenizer() == tekken()
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_ranks_columns(self, tmp_path, rank):
+        tensors = flux2_tensors()
+        source = open_checkpoint(write(tmp_path / "model.safetensors", tensors))
+        model = source.family.build_transformer(source.transformer_config)
+        table = apply_tensor_parallel(model, source.family.transformer_plan(dict(model.config)), Axis(None, 2, rank))
+        load_weights(model, source.weights("transformer"), table, device=torch.device("cpu"), dtype=torch.float32)
+        name = "transformer_blocks.0.ff.linear_out.weight"
+        assert table[name].dim == 1
+        full = tensors["double_blocks.0.img_mlp.2.weight"]
+        assert torch.equal(model.get_parameter(name), table[name].take(full))
