@@ -47,7 +47,7 @@ class RemoteAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``."""
-        self.family.check_decodable(latent.shape)  # before any worker is started
+        self.family.needs_vae().check_latent(latent.shape)  # before any worker is started
         model = self.handle.get()
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
@@ -71,7 +71,7 @@ class RemoteVAE(comfy.sd.VAE):
         self.first_stage_model = RemoteAutoencoder(handle, source)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
         self.downscale_ratio, self.upscale_ratio = look.downscale_ratio, look.upscale_ratio
-        self.latent_channels = source.family.latent_channels
+        self.latent_channels = source.family.needs_vae().latent_channels
         self.latent_dim = look.latent_dim
         self.output_channels = 3
         self.pad_channel_value = look.pad_channel_value

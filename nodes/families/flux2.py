@@ -54,7 +54,7 @@ class Flux2(ComfyFamily):
         # q, k and v are fused in ComfyUI's names.
         table = comfy.utils.flux_to_diffusers(unet_config)
         shapes: Shapes = {}
-        for name, parameter in source.family.build_transformer(source.transformer_config).named_parameters():
+        for name, parameter in source.family.transformer.build(source.transformer_config).named_parameters():
             target = table.get(name)
             if target is None:
                 # The few that ComfyUI's table lacks differ by these parts of their names.
@@ -100,7 +100,7 @@ class Flux2(ComfyFamily):
             handle,
             count=source.text_config["text_config"]["num_hidden_layers"],
             shapes=weight_shapes(source),
-            layer=list(source.family.text_layers(source.text_config)),
+            layer=list(source.family.needs_text_encoder().layers(source.text_config)),
             special_tokens={"start": 1, "pad": 0},
         )
         return wrap_clip(_TextEncoder(spec, "mistral3_24b"), tokenizer)

@@ -39,11 +39,12 @@ class VaeFile:
 
     def load(self) -> Model:
         """The VAE, whole, on the CPU, in fp32; ValueError for tensors that are missing, or too many."""
-        vae = self.family.build_vae(self.vae_config).to_empty(device="cpu").float()
+        kind = self.family.needs_vae()
+        vae = kind.build(self.vae_config).to_empty(device="cpu").float()
         with FileReader() as reader:
             tensors = {key: reader.whole(stored) for key, stored in read_header(self.path).items()}
         try:
-            vae.load_state_dict(self.family.vae_tensors(tensors))
+            vae.load_state_dict(kind.tensors(tensors))
         except RuntimeError as error:  # of torch, with all names
             raise ValueError(" ".join(str(error).split())[:300]) from None
         return vae.eval()
@@ -58,4 +59,5 @@ def open_vae_file(path: Path) -> VaeFile | None:
     if family is None:
         return None
     with blamed(path):
-        return VaeFile(path, family, family.vae_file_config({key: tensor.shape for key, tensor in keys.items()}))
+        config = family.needs_vae().file_config({key: tensor.shape for key, tensor in keys.items()})
+        return VaeFile(path, family, config)
