@@ -166,11 +166,12 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class Weight:
-    """What a full parameter is made of: rows of stored tensors, one after the other, times a scale.
+    """What a full parameter is made of: rows of stored tensors, one after the other, times a scale or one for each row.
 
     Args:
         pieces: stored tensors with half-open ranges of their rows (the first dim).
-        scale: a stored scalar that all pieces are multiplied by; None for 1.
+        scale: what all pieces are multiplied by: a stored scalar, or a number for each row of the tensor that they are
+            all of; None for 1.
         fp8_matmul: whether the file is made for multiplying this in 8 bits, inputs included.
         input_scale: a stored scalar that inputs are divided by before they are made 8 bits; None for 1.
     """

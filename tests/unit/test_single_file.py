@@ -13,7 +13,7 @@ from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
-from tests.single_file import flux2_tensors, to_fp8, write
+from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
 CPU = torch.device("cpu")
 QWEN = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
@@ -135,6 +135,59 @@ def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
     assert module.weight.dtype == torch.float8_e4m3fn
     assert torch.equal(module.weight.float(), expected)
     assert torch.equal(module.weight_scale, stored[f"{key}.weight_scale"])
+
+
+class TestScalesOfRows:
+    """fp8 with a scale for each row, as LightX2V writes it: rows follow the weight's, however it is cut."""
+
+    @staticmethod
+    def held(model, name):
+        """A weight as it counts."""
+        parameter = model.get_parameter(name).data
+        scale = getattr(model.get_submodule(name.rpartition(".")[0]), "weight_scale", None)
+        return parameter if scale is None else parameter.float() * scale
+
+    @pytest.mark.parametrize("fp8", ["cast", "stored", "matmul"])
+    @pytest.mark.parametrize("degree", [1, 2, 4])
+    def test_each_rank_has_its_rows_and_their_scales(self, tmp_path, degree, fp8):
+        """All linears are in 8 bits, also those whose halves change places on the way."""
+        stored, meant = to_fp8_rows(flux2_tensors(heads=4), keep_dims=degree != 2)
+        path = write(tmp_path / "model.safetensors", stored, "model.diffusion_model." if degree == 4 else "")
+        whole = converted(meant)
+        for rank in range(degree):
+            model, table = load(path, Axis(None, degree, rank) if degree > 1 else None, fp8=fp8)
+            cut = {shard.dim for shard in table.values()}
+            assert cut == ({0, 1} if degree > 1 else set())
+            for name, parameter in list(model.named_parameters()):
+                assert (parameter.dtype == torch.float8_e4m3fn) == (fp8 != "cast" and parameter.ndim == 2), name
+                expected = table[name].take(whole[name]) if name in table else whole[name]
+                assert torch.equal(self.held(model, name), expected), name
+
+    def test_no_units_multiply_them(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("parallel_backend.loading.weight_loader.has_fp8_units", lambda device: True)
+        stored, _ = to_fp8_rows(flux2_tensors())
+        layers = {name[: -len(".weight_scale")]: {"format": "float8_e4m3fn"} for name in stored if "_scale" in name}
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        model, _ = load(path, dtype=torch.bfloat16, fp8="matmul")
+        linears = [module for module in model.modules() if getattr(module, "weight_scale", None) is not None]
+        assert linears
+        assert all(linear.input_scale is None for linear in linears)
+
+    @pytest.mark.parametrize("fp8", ["cast", "stored"])
+    def test_a_scale_that_is_no_number(self, tmp_path, fp8):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight_scale"][7] = float("nan")
+        with pytest.raises(ValueError, match=r"single_blocks\.0\.linear2\.weight_scale in .* not finite"):
+            load(write(tmp_path / "model.safetensors", stored), fp8=fp8)
+
+    @pytest.mark.parametrize("shape", [(255, 1), (1, 256), (256, 2), (257,)])
+    def test_other_numbers_of_scales(self, tmp_path, shape):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight_scale"] = torch.ones(shape)
+        words = rf"linear2\.weight_scale holds \d+ scales of the shape {re.escape(str(list(shape)))} for 256 rows"
+        with pytest.raises(ValueError, match=rf"{words}.*with a scale a tensor or a row"):
+            open_single_file(write(tmp_path / "model.safetensors", stored))
 
 
 class TestBadFiles:
