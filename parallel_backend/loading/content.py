@@ -37,16 +37,17 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_same_checkpoint(path: Path, content: str) -> Checkpoint:
-    """A checkpoint, with the content that it has on the first host, if there are others.
+def open_same_checkpoint(path: Path, content: str, part: str = "") -> Checkpoint:
+    """A checkpoint, with the content that it has on the first host, if there are others; ``part`` as of
+    `open_checkpoint`.
 
     Raises:
         ValueError: it is not there, not whole, or another one; the text names the host.
     """
     if not content:
-        return open_checkpoint(path)
+        return open_checkpoint(path, part)
     try:
-        source = open_checkpoint(path)
+        source = open_checkpoint(path, part)
     except ValueError as error:
         raise ValueError(
             f"on the host {socket.gethostname()}: {error}; checkpoints must be at the same path on all hosts"

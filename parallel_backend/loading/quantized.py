@@ -22,6 +22,8 @@ TABLE, TENSOR, MARKER = FP8_LAYOUTS = ("_quantization_metadata", "comfy_quant", 
 BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", TENSOR, MARKER)
 """Last parts of keys that stand beside weights and say how they are quantized."""
 REMEDY = "take a file in bf16, or in fp8 with a scale a tensor or a row"
+PARTS = ("model.diffusion_model.", "text_encoders.", "vae.")
+"""What layers of a file with several models begin with; one that begins otherwise is of the model that is looked at."""
 _LAYER_BYTES = 2**16
 """More than any layer's JSON has."""
 
@@ -98,7 +100,11 @@ def _layers(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> dict[s
     if table is not None:
         try:
             stated = parse_object(table)["layers"]
-            layers |= {layer.removeprefix(prefix): dict(says) for layer, says in stated.items()}
+            layers |= {
+                layer.removeprefix(prefix): dict(says)
+                for layer, says in stated.items()
+                if layer.startswith(prefix) or not layer.startswith(PARTS)
+            }
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path} has unreadable {TABLE} ({error!r}); download it again") from None
     elif MARKER in keys:
