@@ -141,10 +141,23 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         found = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
         if found != expected:
             raise ValueError(f"{path} has {found or 'no class'} as its {component}; {family.title} needs a {expected}")
-        configs[component] = read_config(path / component / "config.json", f"the pipeline's {component} is incomplete")
+        file = path / component / "config.json"
+        configs[component] = read_config(file, f"the pipeline's {component} is incomplete")
+        _check_quantization(file, configs[component])
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
     components = ("transformer", "text_encoder", *(["vision_tower"] if encoder.has_vision_tower else []), "vae")
     return PipelineFolder(
         path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"], components
     )
+
+
+def _check_quantization(file: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError where a configuration says that its weights are quantized, by the name of who did that."""
+    stated = config.get("quantization_config")
+    if stated is not None:
+        method = stated.get("quant_method") if isinstance(stated, dict) else None
+        raise ValueError(
+            f"{file} says that its weights are quantized ({str(method or 'by an unknown method')[:50]}), which is not "
+            f"read in pipeline folders; take the folder in bf16, or files of their own in fp8"
+        )

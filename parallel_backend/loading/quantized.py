@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..families.others import INSTEAD
 from .config_files import parse_object
 from .safetensors_reader import WEIGHT_DTYPES, StoredTensor, read_metadata
 
@@ -21,7 +22,8 @@ TABLE, TENSOR, MARKER = FP8_LAYOUTS = ("_quantization_metadata", "comfy_quant", 
 """In the header, beside each layer's weight, and one for all layers."""
 BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", TENSOR, MARKER)
 """Last parts of keys that stand beside weights and say how they are quantized."""
-REMEDY = "take a file in bf16, or in fp8 with a scale a tensor or a row"
+_NUMBERS = {"I8": "8-bit integers", "U8": "bytes, such as packed numbers of 4 bits"}
+"""What weights in formats that are not read are stored as -> what those are."""
 PARTS = ("model.diffusion_model.", "text_encoders.", "vae.")
 """What layers of a file with several models begin with; one that begins otherwise is of the model that is looked at."""
 _LAYER_BYTES = 2**16
@@ -61,7 +63,7 @@ class Quantization:
                 if math.prod(scale.shape) != 1 and (not rows or scale.shape not in (rows, (*rows, 1))):
                     of = f" of the shape {list(scale.shape)} for {rows[0]} rows" if rows else ""
                     raise ValueError(
-                        f"{scale.key} holds {math.prod(scale.shape)} scales{of}, which is not read; {REMEDY}"
+                        f"{scale.key} holds {math.prod(scale.shape)} scales{of}, which is not read; {INSTEAD}"
                     )
                 return scale
         return None
@@ -81,10 +83,11 @@ def read_quantization(path: Path, keys: Mapping[str, StoredTensor], prefix: str)
     layers = _layers(path, keys, prefix)
     for layer, says in layers.items():
         if says.get("format") not in FP8_FORMATS:
-            raise ValueError(f"{path} stores {layer} in the format {says.get('format')}, which is not read; {REMEDY}")
+            raise ValueError(f"{path} stores {layer} in the format {says.get('format')}, which is not read; {INSTEAD}")
     for key, tensor in keys.items():
         if tensor.dtype not in WEIGHT_DTYPES and key.endswith(".weight"):
-            raise ValueError(f"{key} in {path} is stored as {tensor.dtype}, which is not read; {REMEDY}")
+            what = f" ({_NUMBERS[tensor.dtype]})" if tensor.dtype in _NUMBERS else ""
+            raise ValueError(f"{key} in {path} is stored as {tensor.dtype}{what}, which is not read; {INSTEAD}")
     made_for = [layer for layer, says in layers.items() if not says.get("full_precision_matrix_mult")]
     return Quantization(keys, frozenset(layer.removeprefix(prefix) for layer in made_for))
 

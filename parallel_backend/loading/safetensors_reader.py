@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..families.others import CONTENTS, INSTEAD, SUFFIXES
 from .config_files import MAX_BYTES, parse_object, read_object
 
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -119,6 +120,10 @@ def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
             start = stream.read(9)
             length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
             if not 2 <= length <= min(size - 8, MAX_BYTES) or start[8:] != b"{":
+                for begin, look in CONTENTS.items():
+                    if start.startswith(begin):
+                        what = f"is not a safetensors file but {look.name}; {look.remedy}"
+                        raise ValueError(f"{file} ({size} bytes) {what}")
                 raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
             text = start[8:] + stream.read(length - 1)
     except OSError as error:
@@ -157,7 +162,9 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     else:
         files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no .safetensors file; other formats are not read")
+        others = sorted({SUFFIXES[file.suffix] for file in folder.glob("*.*") if file.suffix in SUFFIXES})
+        found = f" but {' and '.join(others)}" if others else ""
+        raise ValueError(f"{folder} holds no .safetensors file{found}; other formats are not read: {INSTEAD}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors.update(read_header(file))

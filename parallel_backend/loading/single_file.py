@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, Transformer, family_of_single_file, family_of_text_file, supported_models
-from ..families.others import SUFFIXES, looks_like_part, looks_like_transformer
+from ..families.others import INSTEAD, SUFFIXES, looks_like_part, looks_like_transformer
 from .config_files import blamed
 from .model_folders import check_name, file_state
 from .quantized import BESIDE, Quantization, read_quantization
@@ -66,7 +66,7 @@ def check_suffix(path: Path) -> None:
         what = f" but {SUFFIXES[suffix]}" if suffix in SUFFIXES else ""
         raise ValueError(
             f"{path.name} is not a .safetensors file{what}; other formats (such as pickled .ckpt and .pt, or .gguf) "
-            "are not read: convert it, or download the .safetensors file"
+            f"are not read: {INSTEAD}, in a .safetensors file"
         )
 
 

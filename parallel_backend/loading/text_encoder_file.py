@@ -85,7 +85,7 @@ def open_text_encoder_file(path: Path, in_checkpoint: bool = False) -> TextEncod
             raise ValueError(_refusal(path, keys, f"{prefix}* in "))
     else:
         family = family_of_text_file(keys)
-    if family is None:
+    if family is None or looks_like_part(keys) is not None:
         raise ValueError(_refusal(path, keys))
     quantization = read_quantization(path, keys, prefix)
     vision = {}

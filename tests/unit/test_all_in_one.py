@@ -15,6 +15,7 @@ from parallel_backend.runtime.group_config import ModelConfig
 from tests.all_in_one import KINDS, MODEL, TEXT, VAE, write_flux2
 from tests.single_file import flux2_tensors, to_fp8, write
 from tests.text_encoder_file import tekken, text_tensors, text_to_fp8
+from tests.tiny_qwen import single_file_tensors, tiny_text_encoder, tiny_transformer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,21 @@ def test_what_is_in_it(file):
     assert vae.keys() == {key for key in stored if key.startswith(VAE)}
     assert all(torch.equal(tensor, stored[key]) for key, tensor in vae.items())
     assert open_checkpoint(file, "text_encoder").read_tokenizer() == tekken()
+
+
+def test_qwen_image(tmp_path):
+    """Its text encoder has a vision tower, and ComfyUI has its tokenizer."""
+    transformer = {MODEL + key: tensor for key, tensor in single_file_tensors(tiny_transformer()).items()}
+    made = tiny_text_encoder(50, lambda token: len(token))
+    prefix = "text_encoders.qwen25_7b.transformer."
+    text = {
+        prefix + name.replace("language_model.", "").replace("model.visual", "visual"): tensor
+        for name, tensor in made.state_dict().items()
+    }
+    path = write(tmp_path / "qwen.safetensors", {**transformer, **text, "vae.conv1.weight": torch.ones(2)})
+    found = open_all_in_one(path)
+    assert (found.transformer.family.name, found.text_prefix, found.text_is_known) == ("qwen_image", prefix, True)
+    assert found.keys(VAE) == ["vae.conv1.weight"]
 
 
 def test_parts_are_models_of_their_own(file):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
+from parallel_backend.loading.all_in_one import open_all_in_one
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
@@ -200,9 +201,9 @@ class TestBadFiles:
 
     def test_a_pickle(self, tmp_path):
         torch.save(flux2_tensors(), tmp_path / "model.ckpt")
-        self.refused(tmp_path / "model.ckpt", r"is not a \.safetensors file.*pickled.*convert it")
+        self.refused(tmp_path / "model.ckpt", r"is not a \.safetensors file.*pickled.*take the model in bf16")
         (tmp_path / "model.ckpt").rename(tmp_path / "model.safetensors")
-        self.refused(tmp_path / "model.safetensors", "is not a safetensors file, or was cut off")
+        self.refused(tmp_path / "model.safetensors", "is not a safetensors file but a pickle.*take the model in bf16")
 
     def test_cut_off(self, tmp_path):
         path = write(tmp_path / "model.safetensors", flux2_tensors())
@@ -250,6 +251,53 @@ class TestBadFiles:
             path, f"looks like {re.escape(name)}, which is not supported here.*; supported are: FLUX.2 .*Qwen-"
         )
 
+    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+    @pytest.mark.parametrize(
+        ("ends", "name"),
+        [
+            (["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"],
+             "a bitsandbytes file (nf4)"),
+            (["weight", "weight.absmax", "weight.quant_state.bitsandbytes__fp4"], "a bitsandbytes file (fp4)"),
+            (["weight", "SCB", "weight_format"], "a bitsandbytes file (int8)"),
+            (["qweight", "wscales", "lora_down", "smooth"], "an SVDQuant file (nunchaku)"),
+            (["qweight", "qzeros", "scales"], "a GPTQ or AWQ file"),
+            (["weight._data", "weight._scale", "input_scale"], "a quanto file"),
+            (["weight:_weight_qdata", "weight:_weight_scale"], "a torchao file"),
+            (["W_q", "meta"], "an HQQ file"),
+            (["weight", "scales", "biases"], "an MLX file"),
+            (["encoded_exponent", "luts", "sign_mantissa"], "a DFloat11 file"),
+        ],
+    )  # fmt: skip
+    def test_who_quantized_a_supported_model_is_named(self, tmp_path, ends, name, prefix):
+        tensors = {f"{prefix}transformer_blocks.0.img_mod.1.{end}": torch.ones(4, dtype=torch.uint8) for end in ends}
+        tensors |= {prefix + key: torch.ones(4) for key in QWEN if prefix + key not in tensors}
+        path = write(tmp_path / "model.safetensors", tensors)
+        for opener in (open_single_file, open_all_in_one):
+            with pytest.raises(ValueError, match=f"looks like {re.escape(name)}, which is not supported here: take the "
+                               "model in bf16, or in fp8 with a scale a tensor or a row"):  # fmt: skip
+                opener(path)
+
+    @pytest.mark.parametrize(("dtype", "what"), [("int8", "8-bit integers"), ("uint8", "packed numbers of 4 bits")])
+    def test_numbers_that_nobody_names(self, tmp_path, dtype, what):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight"] = torch.ones(256, 1024).to(getattr(torch, dtype))
+        self.refused(
+            write(tmp_path / "model.safetensors", stored), rf"linear2\.weight in .*{what}.* take the model in"
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "name"),
+        [
+            (b"GGUF\3\0\0\0" + bytes(100), "a GGUF file"),
+            (b"PK\3\4" + bytes(100), "a pickle of PyTorch"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+            (b"<!DOCTYPE html><html>", "a web page"),
+        ],
+    )
+    def test_what_is_only_called_so(self, tmp_path, content, name):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        self.refused(tmp_path / "model.safetensors", rf"\({len(content)} bytes\) is not a safetensors file but {name}")
+
     @pytest.mark.parametrize(
         ("key", "remedy"),
         [
@@ -270,7 +318,10 @@ class TestBadFiles:
             open_single_file(path)
 
     def test_gguf(self, tmp_path):
-        self.refused(tmp_path / "qwen-image-Q4_K_M.gguf", "is not a .safetensors file but a GGUF file")
+        self.refused(
+            tmp_path / "qwen-image-Q4_K_M.gguf",
+            "is not a .safetensors file but a GGUF file.* take the model in bf16, or",
+        )
 
     @pytest.mark.parametrize(
         "key",
@@ -297,7 +348,8 @@ class TestBadFiles:
     def test_a_wrong_dtype(self, tmp_path):
         tensors = flux2_tensors() | {"single_blocks.0.linear2.weight": torch.ones(256, 1024, dtype=torch.int8)}
         self.refused(
-            write(tmp_path / "model.safetensors", tensors), r"single_blocks\.0\.linear2\.weight.* I8, which is not"
+            write(tmp_path / "model.safetensors", tensors),
+            r"single_blocks\.0\.linear2\.weight.* I8 \(8-bit integers\), which is not",
         )
 
     def test_another_quantization(self, tmp_path):
@@ -313,7 +365,7 @@ class TestBadFiles:
         says = json.dumps({"format": name} if name else {}).encode()
         stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)
         path = write(tmp_path / "model.safetensors", stored, prefix)
-        self.refused(path, rf"stores single_blocks\.0\.linear1 in the format {name}, which is not read; take a file")
+        self.refused(path, rf"stores single_blocks\.0\.linear1 in the format {name}, which is not read; take the model")
 
     @pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"{"])
     def test_a_tensor_that_should_be_json(self, tmp_path, text):
