@@ -120,7 +120,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=file_names(MODEL_FILES),
-                    tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
+                    tooltip="A .safetensors (or .sft) file under models/diffusion_models (or models/unet), such as "
                     "flux2_dev_fp8mixed.safetensors or qwen_image_bf16.safetensors.",
                 ),
                 layout_input(),
@@ -178,7 +178,7 @@ class LoadCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name",
                     options=file_names(ENCODER_FILES),
-                    tooltip="A .safetensors file under models/text_encoders (or models/clip), such as "
+                    tooltip="A .safetensors (or .sft) file under models/text_encoders (or models/clip), such as "
                     "mistral_3_small_flux2_bf16.safetensors or qwen_2.5_vl_7b.safetensors.",
                 ),
                 io.Combo.Input(

@@ -281,9 +281,7 @@ class TestBadFiles:
     def test_numbers_that_nobody_names(self, tmp_path, dtype, what):
         stored, _ = to_fp8_rows(flux2_tensors())
         stored["single_blocks.0.linear2.weight"] = torch.ones(256, 1024).to(getattr(torch, dtype))
-        self.refused(
-            write(tmp_path / "model.safetensors", stored), rf"linear2\.weight in .*{what}.* take the model in"
-        )
+        self.refused(write(tmp_path / "model.safetensors", stored), rf"linear2\.weight in .*{what}.* take the model in")
 
     @pytest.mark.parametrize(
         ("content", "name"),
