@@ -27,7 +27,7 @@ class ReferenceModel:
 
     name: str
     transformer_config: Mapping[str, Any]
-    text_config: Mapping[str, Any]
+    text_config: Mapping[str, Any] = field(default_factory=dict)
     text_tokens: int = 512
     fp8_files: tuple[str, ...] = ()
     fp8_bytes: int = 0

@@ -28,7 +28,8 @@ class Transformer(ABC):
     class_name: str
     """diffusers' class."""
     sequence_inputs: tuple[tuple[str, ...], ...]
-    """For each token stream the arguments of the model's forward that are cut along their second to last dim."""
+    """For each token stream the arguments of the model's forward that are cut along their second to last dim; none
+    where its `Entrance` cuts and gathers by itself."""
     output_stream: int
     """Index of the stream that the model's output belongs to."""
     block_stacks: tuple[BlockStack, ...]
@@ -113,6 +114,10 @@ class Transformer(ABC):
     @abstractmethod
     def prediction(self, output: Tensor, x: Tensor) -> Tensor:
         """The diffusers transformer's output as the prediction that ComfyUI expects for latent ``x``."""
+
+    def tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Tokens of all streams and samples of a forward with these `inputs`."""
+        return sum(inputs[stream[0]].shape[:2].numel() for stream in self.sequence_inputs)
 
     def evaluate(self, transformer: Model, inputs: Mapping[str, Any], x: Tensor) -> Tensor:
         """The `prediction` of a transformer for its `inputs`.

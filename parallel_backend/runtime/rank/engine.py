@@ -253,7 +253,7 @@ class Engine:
                 options,
             ),
         )
-        tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in kind.sequence_inputs)
+        tokens = kind.tokens(inputs)
         evaluation = None if cache is None else Evaluation(**cache["evaluation"])
         lacking = self.residents.bring(name, part, tokens, "" if evaluation is None else evaluation.run, divisible)
         if lacking and divisible:
