@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
-from ..parallel_backend.loading.all_in_one import VAE, AllInOne, open_all_in_one
+from ..parallel_backend.loading.all_in_one import TEXT_ENCODERS, VAE, AllInOne, open_all_in_one, text_encoder_names
 from ..parallel_backend.loading.checkpoint import open_checkpoint
 from ..parallel_backend.loading.safetensors_reader import read_metadata
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint
@@ -98,7 +98,7 @@ class LoadCheckpoint(io.ComfyNode):
         handle, source = load(place, lambda: found.path, layout, dtype, fp8)
         assert isinstance(source, SingleFile)
         model, clip = make_model(handle, source), None
-        if found.text_is_known:
+        if found.text_prefix:
             chosen = handle.config  # a layout that is automatic is chosen once
             same = Layout(
                 chosen.layout, (layout or Layout(chosen.layout, "auto")).devices, chosen.hosts, speed=chosen.speed
@@ -108,7 +108,7 @@ class LoadCheckpoint(io.ComfyNode):
             assert isinstance(text, TextEncoderFile)
             clip = family_of(text).clip_of_file(text_handle, text)
             show(place, lambda: f"{state_of(handle.config)}\ntext encoder {state_of(text_handle.config)}")
-        elif found.text_prefix:
+        elif found.keys(TEXT_ENCODERS):
             clip = own_clip(found)
         return io.NodeOutput(model, clip, own_vae(found))
 
@@ -116,7 +116,7 @@ class LoadCheckpoint(io.ComfyNode):
 def _check(found: AllInOne) -> None:
     """Raise ValueError for a checkpoint of which a part cannot be loaded."""
     found.transformer.check(ParallelismConfig())
-    if found.text_is_known:
+    if found.text_prefix:
         open_checkpoint(found.path, TEXT_ENCODER)
 
 
@@ -131,12 +131,13 @@ def own_vae(found: AllInOne) -> comfy.sd.VAE:
 
 
 def own_clip(found: AllInOne) -> comfy.sd.CLIP:
-    """ComfyUI's own CLIP of a text encoder that the workers do not know, as its own loader makes it.
+    """ComfyUI's own CLIP of text encoders that the workers do not know, as its own loader makes it.
 
     Raises:
         ValueError: ComfyUI does not know it either.
     """
-    log.info("%s* in %s is no text encoder of the workers: ComfyUI runs it", found.text_prefix, found.path.name)
+    names = " and ".join(text_encoder_names(found.stored))
+    log.info("the workers do not know the text encoder %s of %s: ComfyUI runs it", names, found.path.name)
     large = [key for key in found.keys(found.prefix) if found.stored[key].nbytes > SMALL]
     # Only the shapes of the diffusion model, from which ComfyUI sees what it is.
     tensors = {key: torch.empty(found.stored[key].shape, device="meta") for key in large}
@@ -146,5 +147,5 @@ def own_clip(found: AllInOne) -> comfy.sd.CLIP:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
     )  # fmt: skip
     if clip is None:
-        raise ValueError(f"{found.text_prefix}* in {found.path} is no text encoder that ComfyUI knows for this model")
+        raise ValueError(f"{TEXT_ENCODERS}* in {found.path} is no text encoder that ComfyUI knows for this model")
     return clip

@@ -30,7 +30,7 @@ class AllInOne:
         path: of the file.
         transformer: checked.
         prefix: before the transformer's keys.
-        text_prefix: before the keys of the text encoder; empty where there is none.
+        text_prefix: before the keys of the text encoder, if it is the one that the workers hold for this family.
         stored: all tensors.
     """
 
@@ -39,12 +39,6 @@ class AllInOne:
     prefix: str
     text_prefix: str
     stored: Mapping[str, StoredTensor]
-
-    @property
-    def text_is_known(self) -> bool:
-        """Whether the text encoder is one that the workers hold for the transformer's family."""
-        kind = self.transformer.family.text_encoder
-        return bool(self.text_prefix) and kind is not None and kind.is_file(text_encoder_keys(self.stored)[0])
 
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with a prefix."""
@@ -67,10 +61,11 @@ def open_all_in_one(path: Path) -> AllInOne:
     stored = read_header(path)
     _, prefix = transformer_in(stored)
     left = [key for key in stored if not key.startswith((prefix, TEXT_ENCODERS, VAE))]
-    text_prefix = ""
-    if any(key.startswith(TEXT_ENCODERS) for key in stored):
+    kind, text_prefix = transformer.family.text_encoder, ""
+    names = text_encoder_names(stored)
+    if kind is not None and any(kind.is_file(text_encoder_keys(stored, name)[0]) for name in names):
         with blamed(path):
-            text_prefix = text_encoder_prefix(stored)
+            text_prefix = text_encoder_keys(stored)[1]
         beside = [key for key in stored if key.startswith(TEXT_ENCODERS) and not key.startswith(text_prefix)]
         of_class = [text_prefix.removesuffix("transformer.") + name for name in _NOT_USED]
         left += [key for key in beside if "." in key.removeprefix(TEXT_ENCODERS) and key not in of_class]
@@ -83,27 +78,29 @@ def open_all_in_one(path: Path) -> AllInOne:
     return AllInOne(path, transformer, prefix, text_prefix, stored)
 
 
-def text_encoder_prefix(stored: Mapping[str, StoredTensor]) -> str:
-    """What stands before the keys of the one text encoder in a checkpoint.
+def text_encoder_names(stored: Iterable[str]) -> list[str]:
+    """What ComfyUI calls the text encoders in a checkpoint with these keys."""
+    inside = (key.removeprefix(TEXT_ENCODERS).split(".", 2) for key in stored if key.startswith(TEXT_ENCODERS))
+    return sorted({parts[0] for parts in inside if len(parts) == 3 and parts[1] == "transformer"})
+
+
+def text_encoder_keys(stored: Mapping[str, StoredTensor], name: str = "") -> tuple[dict[str, StoredTensor], str]:
+    """The tensors of a checkpoint's text encoder by the keys that they have in a file of its own, and their prefix.
+
+    Args:
+        stored: all of the checkpoint's.
+        name: which text encoder; without it, the only one.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    inside = (key.removeprefix(TEXT_ENCODERS).split(".", 2) for key in stored if key.startswith(TEXT_ENCODERS))
-    names = sorted({parts[0] for parts in inside if len(parts) == 3 and parts[1] == "transformer"})
-    if len(names) != 1:
-        found = f"{len(names)} text encoders ({', '.join(names)})" if names else "no text encoder"
-        raise ValueError(f"the checkpoint has {found} under {TEXT_ENCODERS}*, where one is expected")
-    return f"{TEXT_ENCODERS}{names[0]}.transformer."
-
-
-def text_encoder_keys(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], str]:
-    """The tensors of a checkpoint's text encoder by the keys that they have in a file of its own, and their prefix.
-
-    Raises:
-        ValueError: as `text_encoder_prefix`.
-    """
-    prefix = text_encoder_prefix(stored)
+    if not name:
+        names = text_encoder_names(stored)
+        if len(names) != 1:
+            found = f"{len(names)} text encoders ({', '.join(names)})" if names else "no text encoder"
+            raise ValueError(f"the checkpoint has {found} under {TEXT_ENCODERS}*, where one is expected")
+        (name,) = names
+    prefix = f"{TEXT_ENCODERS}{name}.transformer."
     keys = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
     beside = {
         key.removeprefix(TEXT_ENCODERS): tensor for key, tensor in stored.items() if key.startswith(TEXT_ENCODERS)

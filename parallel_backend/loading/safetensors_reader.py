@@ -163,7 +163,7 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
         files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         others = sorted({SUFFIXES[file.suffix] for file in folder.glob("*.*") if file.suffix in SUFFIXES})
-        found = f" but {' and '.join(others)}" if others else ""
+        found = f" (but {' and '.join(others)})" if others else ""
         raise ValueError(f"{folder} holds no .safetensors file{found}; other formats are not read: {INSTEAD}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:

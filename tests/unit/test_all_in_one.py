@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel_backend import ParallelismConfig
-from parallel_backend.loading.all_in_one import open_all_in_one
+from parallel_backend.loading.all_in_one import open_all_in_one, text_encoder_names
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.text_encoder_file import open_text_encoder_file
 from parallel_backend.loading.weight_loader import load_weights
@@ -67,7 +67,7 @@ def test_parts_are_those_of_files_of_their_own(tmp_path, kind, fp8):
 
 def test_what_is_in_it(file):
     found = open_all_in_one(file)
-    assert (found.prefix, found.text_prefix, found.text_is_known) == (MODEL, TEXT, True)
+    assert (found.prefix, found.text_prefix) == (MODEL, TEXT)
     stored = load_file(file)
     vae = found.read(found.keys(VAE))
     assert vae.keys() == {key for key in stored if key.startswith(VAE)}
@@ -86,7 +86,7 @@ def test_qwen_image(tmp_path):
     }
     path = write(tmp_path / "qwen.safetensors", {**transformer, **text, "vae.conv1.weight": torch.ones(2)})
     found = open_all_in_one(path)
-    assert (found.transformer.family.name, found.text_prefix, found.text_is_known) == ("qwen_image", prefix, True)
+    assert (found.transformer.family.name, found.text_prefix) == ("qwen_image", prefix)
     assert found.keys(VAE) == ["vae.conv1.weight"]
 
 
@@ -106,7 +106,7 @@ class TestParts:
 
     def test_a_transformer_alone(self, tmp_path):
         found = open_all_in_one(write(tmp_path / "model.safetensors", flux2_tensors()))
-        assert (found.prefix, found.text_prefix, found.text_is_known, found.keys(VAE)) == ("", "", False, [])
+        assert (found.prefix, found.text_prefix, found.keys(VAE)) == ("", "", [])
 
     @pytest.mark.parametrize(
         "key",
@@ -133,17 +133,19 @@ class TestParts:
         with pytest.raises(ValueError, match=r"2 text encoders \(clip_l, mistral3_24b\)"):
             open_all_in_one(path)
 
-    def test_no_model_in_the_text_encoders(self, file, tmp_path):
-        path = spoil(file, tmp_path, ["text_encoders."], **{"text_encoders.a": torch.ones(2)})
-        with pytest.raises(ValueError, match=r"no text encoder under text_encoders\.\*"):
-            open_all_in_one(path)
-
-    def test_another_text_encoder(self, file, tmp_path):
-        """It is none of the family's, whatever other families have."""
-        t5 = {"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}
-        path = spoil(file, tmp_path, ["text_encoders."], **t5)
-        assert not open_all_in_one(path).text_is_known
-        with pytest.raises(ValueError, match=r"text_encoders\.t5xxl\.transformer\.\* in \S* looks like T5"):
+    @pytest.mark.parametrize(
+        "keys",
+        [["t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"],
+         ["clip_l.transformer.text_model.a", "t5xxl.transformer.shared.weight"]],
+    )  # fmt: skip
+    def test_text_encoders_that_the_family_does_not_have(self, file, tmp_path, keys):
+        """They are ComfyUI's own, however many; the workers have none of them."""
+        path = spoil(file, tmp_path, ["text_encoders."], **{f"text_encoders.{key}": torch.ones(2, 2) for key in keys})
+        found = open_all_in_one(path)
+        assert found.text_prefix == ""
+        assert text_encoder_names(found.stored) == [key.partition(".")[0] for key in keys]
+        words = "looks like T5" if len(keys) == 1 else "has 2 text encoders"
+        with pytest.raises(ValueError, match=words):
             open_checkpoint(path, "text_encoder")
 
     @pytest.mark.parametrize("removed", [f"{MODEL}single_blocks.1.linear2", f"{TEXT}model.layers.4.mlp.up_proj"])

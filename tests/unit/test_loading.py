@@ -388,7 +388,7 @@ class TestQuantizedFolders:
         (weights,) = (folder / "transformer").glob("*.safetensors")
         weights.rename(weights.with_suffix(".gguf"))
         with pytest.raises(
-            ValueError, match=r"transformer holds no \.safetensors file but a GGUF file.*take the model in"
+            ValueError, match=r"transformer holds no \.safetensors file \(but a GGUF file.*take the model in"
         ):
             open_pipeline_folder(folder).check_weights()
 
