@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -122,7 +123,8 @@ class FileReader:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # Reads are large and say all that they want: what lies behind a slice is another rank's.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            with contextlib.suppress(OSError):  # not every file system takes advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             return descriptor, read_header(file)
         except BaseException:
             os.close(descriptor)
