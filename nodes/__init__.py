@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .block_cache import BlockCache
 from .layout import ParallelLayout
+from .load_checkpoint import LoadCheckpoint
 from .loaders import LoadCLIP, LoadDiffusionModel, LoadPipeline
 from .workers import UnloadWorkers, WorkersReport
 
@@ -14,4 +15,7 @@ class HybridDiTExtension(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ParallelLayout, LoadPipeline, LoadDiffusionModel, LoadCLIP, BlockCache, WorkersReport, UnloadWorkers]
+        return [
+            ParallelLayout, LoadPipeline, LoadDiffusionModel, LoadCLIP, LoadCheckpoint, BlockCache, WorkersReport,
+            UnloadWorkers,
+        ]  # fmt: skip

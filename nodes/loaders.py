@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
-from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME, demo_folder
+from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME
 from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
@@ -23,6 +22,7 @@ from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle
 from .layout import ALIASES, CATEGORY, ChoiceText, Layout, LayoutSocket
+from .model_paths import ENCODER_FILES, MODEL_FILES, file_names, find_file, find_pipeline, list_pipelines
 from .states import HIDDEN, Place, no_text, show, state_of
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ WEIGHT_DTYPES = {
     **{dtype: (dtype, "cast") for dtype in DTYPES[1:]},
 }
 """Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
-MODEL_FILES, ENCODER_FILES = "diffusion_models", "text_encoders"
-"""ComfyUI's names of folders with files; models/unet is among the first, models/clip among the second."""
 
 
 class LoadPipeline(io.ComfyNode):
@@ -58,8 +56,9 @@ class LoadPipeline(io.ComfyNode):
                     "pipeline",
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
-                    tooltip="A folder with a model_index.json under models/diffusers: FLUX.2, Qwen-Image or "
-                    f"Qwen-Image-Edit. '{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws shapes.",
+                    tooltip="A folder with a model_index.json under models/diffusers, such as NAME or ORG/NAME, or a "
+                    "model in the Hub's cache there: FLUX.2, Qwen-Image or Qwen-Image-Edit. "
+                    f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws shapes.",
                 ),
                 layout_input(),
                 io.Combo.Input(
@@ -120,8 +119,8 @@ class LoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list(MODEL_FILES),
-                    tooltip="A .safetensors file under models/diffusion_models (or models/unet), such as "
+                    options=file_names(MODEL_FILES),
+                    tooltip="A .safetensors (or .sft) file under models/diffusion_models (or models/unet), such as "
                     "flux2_dev_fp8mixed.safetensors or qwen_image_bf16.safetensors.",
                 ),
                 layout_input(),
@@ -178,8 +177,8 @@ class LoadCLIP(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=folder_paths.get_filename_list(ENCODER_FILES),
-                    tooltip="A .safetensors file under models/text_encoders (or models/clip), such as "
+                    options=file_names(ENCODER_FILES),
+                    tooltip="A .safetensors (or .sft) file under models/text_encoders (or models/clip), such as "
                     "mistral_3_small_flux2_bf16.safetensors or qwen_2.5_vl_7b.safetensors.",
                 ),
                 io.Combo.Input(
@@ -300,6 +299,7 @@ def load(
     fp8: str = "cast",
     encoder_memory: str = "auto",
     check: Callable[[Checkpoint], None] = lambda _: None,
+    part: str = "",
 ) -> tuple[ModelHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint, and show on the loader how that model is from then on.
 
@@ -309,11 +309,12 @@ def load(
         layout: None: one process.
         dtype, fp8, encoder_memory: see `ModelConfig.create`.
         check: raises ValueError for a checkpoint that the loader does not take, before workers start.
+        part: see `open_checkpoint`.
     """
     layout = layout or Layout(ParallelismConfig(), "auto")
     show(place, no_text)  # of an earlier run, until this one knows its model
     path = find()
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, part)
     check(source)
     degrees, speed, choice = layout.degrees, layout.speed, None
     prepare(source)  # beside what is imported and looked at here
@@ -323,51 +324,9 @@ def load(
         choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
-    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed)
+    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed, part)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
         show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
     show(place, lambda: state_of(config))
     handle = ModelHandle(config)
     return handle, handle.get().source
-
-
-def find_file(kind: str, name: str) -> Path:
-    """The file of a listed name, of one of ComfyUI's kinds of folders.
-
-    Raises:
-        ValueError: there is no such file in them.
-    """
-    if name not in folder_paths.get_filename_list(kind):
-        roots = ", ".join(map(str, folder_paths.get_folder_paths(kind)))
-        raise ValueError(f"there is no file {name!r} under {roots}")
-    return Path(folder_paths.get_full_path_or_raise(kind, name))
-
-
-def list_pipelines() -> list[str]:
-    """Names of the pipeline folders that ComfyUI's model paths hold, and of the demo."""
-    names = {
-        entry.name
-        for root in folder_paths.get_folder_paths("diffusers")
-        if Path(root).is_dir()
-        for entry in Path(root).iterdir()
-        if (entry / "model_index.json").is_file()
-    }
-    return sorted(names | {DEMO_FOLDER_NAME})
-
-
-def find_pipeline(name: str) -> Path:
-    """The folder of a listed name.
-
-    Raises:
-        ValueError: there is no such folder under models/diffusers.
-    """
-    roots = folder_paths.get_folder_paths("diffusers")
-    # A name, not a path: nothing outside of the model folders can be reached.
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"{name!r} is not the name of a pipeline folder")
-    for root in roots:
-        if (Path(root) / name).is_dir():
-            return Path(root) / name
-    if name == DEMO_FOLDER_NAME:
-        return demo_folder()
-    raise ValueError(f"there is no pipeline folder {name!r} under {', '.join(map(str, roots))}")

@@ -108,6 +108,29 @@ def to_fp8(
     return out, metadata if layout == "metadata" else {}
 
 
+def to_fp8_rows(
+    tensors: Mapping[str, Tensor], part: str = "", keep_dims: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Linears in 8 bits with a scale for each row, as LightX2V writes them, and what each tensor then stands for.
+
+    Args:
+        tensors: without a prefix.
+        part: of the names of what is stored in 8 bits.
+        keep_dims: whether scales are ``[rows, 1]``, not ``[rows]``.
+    """
+    out: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or part not in name or not name.endswith(".weight"):
+            out[name] = meant[name] = tensor
+            continue
+        scale = tensor.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+        out[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        out[f"{name}_scale"] = scale if keep_dims else scale[:, 0].contiguous()
+        meant[name] = out[name].float() * scale
+    return out, meant
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Path:
     save_file({prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     return path

@@ -22,7 +22,24 @@ _PATCHES = {
     "lokr_w1_a": "a LoRA (LoKr)",
 }
 """Ends of keys -> what the file is."""
-_SVDQUANT = (".qweight", ".wscales")
+_QUANTIZED = {
+    ".bitsandbytes__nf4": "a bitsandbytes file (nf4)",
+    ".bitsandbytes__fp4": "a bitsandbytes file (fp4)",
+    ".SCB": "a bitsandbytes file (int8)",
+    ".wscales": "an SVDQuant file (nunchaku)",
+    ".smooth_factor_orig": "an SVDQuant file (nunchaku)",
+    ".qzeros": "a GPTQ or AWQ file",
+    ".g_idx": "a GPTQ file",
+    ".qweight": "an SVDQuant file (nunchaku)",
+    "._data": "a quanto file",
+    "qdata": "a torchao file",
+    ".W_q": "an HQQ file",
+    ".biases": "an MLX file",
+    ".encoded_exponent": "a DFloat11 file",
+}
+"""Ends of keys beside weights, or in their place -> who wrote the file. The first that is found counts."""
+INSTEAD = "take the model in bf16, or in fp8 with a scale a tensor or a row"
+"""The remedy for numbers in a format that is not read."""
 _NOT_QUITE = {
     "controlnet_blocks.0.weight": "a ControlNet",
     "controlnet_blocks.0.linear.weight": "a ControlNet",
@@ -93,6 +110,9 @@ _TEXT_ENCODERS = {
 
 SUFFIXES = {
     ".gguf": "a GGUF file, whose number formats are not read",
+    ".onnx": "an ONNX graph",
+    ".engine": "a TensorRT engine",
+    ".plan": "a TensorRT engine",
     ".ckpt": "a pickle",
     ".pt": "a pickle",
     ".pth": "a pickle",
@@ -113,14 +133,25 @@ class Look(NamedTuple):
         return f"{where} looks like {self.name}, which is not supported here{remedy}; {supported}"
 
 
+CONTENTS = {
+    b"GGUF": Look("a GGUF file", INSTEAD),
+    b"PK\x03\x04": Look("a pickle of PyTorch", INSTEAD),
+    b"\x80\x02": Look("a pickle", INSTEAD),
+    b"version ": Look("a pointer of Git LFS", "download it again, or run git lfs pull"),
+    b"<": Look("a web page, as a server sends it in the place of the file", "log in there and download it again"),
+}
+"""First bytes of what is called a safetensors file and is none -> what it is."""
+
+
 def looks_like_part(keys: Collection[str]) -> Look | None:
     """What a file is that has a supported model's keys, or some of them, and is not that model; None if it is not.
 
     Args:
         keys: of all tensors in the file.
     """
-    if any(key.endswith(_SVDQUANT) for key in keys):
-        return Look("an SVDQuant file (nunchaku)", "take the model in bf16, or in fp8 with a scale a tensor")
+    for end, name in _QUANTIZED.items():
+        if any(key.endswith(end) for key in keys):
+            return Look(name, INSTEAD)
     for end, name in _PATCHES.items():
         if any(key.endswith(end) for key in keys):
             return Look(name, "bypass the LoRA loader")

@@ -42,7 +42,7 @@ class VAE(ABC):
 
         kind = getattr(diffusers, self.class_name)
         return kind.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, disable_mmap=True
         ).eval()
 
     def check_latent(self, shape: Sequence[int]) -> None:

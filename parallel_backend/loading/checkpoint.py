@@ -12,6 +12,8 @@ from .single_file import SingleFile, check_suffix, open_single_file
 from .text_encoder_file import TextEncoderFile, open_text_encoder_file
 from .vae_file import VaeFile, open_vae_file
 
+PARTS = ("", "text_encoder")
+"""Of a file that holds several models."""
 Checkpoint = PipelineFolder | SingleFile | TextEncoderFile | VaeFile
 
 
@@ -20,13 +22,21 @@ def imports_of(source: Checkpoint) -> list[str]:
     return [module for component in source.components for module in source.family.imports(component)]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, part: str = "") -> Checkpoint:
     """Look at a checkpoint; a few kilobytes of it are read.
+
+    Args:
+        path: of a pipeline folder or a file.
+        part: ``text_encoder`` for that of a file which holds a transformer, too; without it such a file is opened as
+            its transformer.
 
     Raises:
         ValueError: it is not there, not whole, or not supported; says what and where.
     """
     path = Path(path)
+    assert part in PARTS, part
+    if part:
+        return open_text_encoder_file(path, in_checkpoint=True)
     if not os.path.isfile(path):
         return open_pipeline_folder(path)
     check_suffix(path)

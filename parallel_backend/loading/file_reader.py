@@ -1,7 +1,8 @@
-"""Reads slices of stored tensors: a run of rows straight from the file, columns of rows by way of a mapping."""
+"""Reads slices of stored tensors: a run of rows straight from the file, columns of rows through a mapping of it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -19,6 +20,8 @@ from .safetensors_reader import DTYPES, StoredTensor, read_header
 Buffer = npt.NDArray[np.uint8]
 POPULATE_READ = 22
 """MADV_POPULATE_READ: bring pages in, with an error where that fails, not a SIGBUS. Linux 5.14 and newer know it."""
+UNMAPPED_BYTES = 4 * 2**20
+"""Of whole rows at a time, where they are read rather than mapped."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -83,8 +86,8 @@ class FileReader:
         except (OSError, ValueError) as error:
             raise ValueError(f"{tensor.key} in {tensor.file} cannot be read: {_reason(error)}") from error
 
-    def scalar(self, tensor: StoredTensor) -> float:
-        """The value of a tensor of one element.
+    def whole(self, tensor: StoredTensor) -> torch.Tensor:
+        """All of a tensor, in its shape.
 
         Raises:
             ValueError: as `read`, or it has a dtype that is not read.
@@ -93,7 +96,11 @@ class FileReader:
             raise ValueError(f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read")
         buffer = np.empty(tensor.nbytes, np.uint8)
         self.read(Slice(tensor, 0, tensor.nbytes), buffer)
-        return float(torch.from_numpy(buffer).view(DTYPES[tensor.dtype]).item())
+        return torch.from_numpy(buffer).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def scalar(self, tensor: StoredTensor) -> float:
+        """The value of a tensor of one element; ValueError as `whole`."""
+        return float(self.whole(tensor).item())
 
     def _open(self, tensor: StoredTensor) -> int:
         """A descriptor of the tensor's file, which is still the one that the tensor was found in."""
@@ -116,7 +123,8 @@ class FileReader:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # Reads are large and say all that they want: what lies behind a slice is another rank's.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            with contextlib.suppress(OSError):  # not every file system takes advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             return descriptor, read_header(file)
         except BaseException:
             os.close(descriptor)
@@ -136,19 +144,33 @@ class FileReader:
         A disk gives whole rows (small reads of the columns alone take longer), which neighbouring ranks want anyway.
         """
         first = part.tensor.offset + part.start
+        count = (part.stop - part.start) // part.row_bytes
+        out = into.reshape(count, -1)
         base = first - first % mmap.ALLOCATIONGRANULARITY
         length = first + part.stop - part.start - base
-        # Beyond the file's end this is a ValueError. It is unmapped when its last view goes, which is here.
-        mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=base)
-        mapping.madvise(mmap.MADV_SEQUENTIAL)
-        pages = np.frombuffer(mapping, np.uint8)
-        _populate(pages)
-        rows = pages[first - base :].reshape(-1, part.row_bytes)
-        out = into.reshape(len(rows), -1)
-        place = 0
-        for start, stop in part.columns:
-            out[:, place : place + stop - start] = rows[:, start:stop]  # numpy lets other threads go on
-            place += stop - start
+        try:
+            # Beyond the file's end this is a ValueError. It is unmapped when its last view goes, which is here.
+            mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=base)
+            mapping.madvise(mmap.MADV_SEQUENTIAL)
+            pages = np.frombuffer(mapping, np.uint8)
+            _populate(pages)
+        except OSError:
+            # Some network disks map nothing. Where the disk fails, or the file was cut off, reading says so.
+            step = max(1, UNMAPPED_BYTES // part.row_bytes)
+            for row in range(0, count, step):
+                rows = np.empty((min(step, count - row), part.row_bytes), np.uint8)
+                self._read_run(descriptor, first + row * part.row_bytes, rows.reshape(-1))
+                _take_columns(rows, part.columns, out[row : row + step])
+            return
+        _take_columns(pages[first - base :].reshape(count, -1), part.columns, out)
+
+
+def _take_columns(rows: Buffer, columns: tuple[tuple[int, int], ...], out: Buffer) -> None:
+    """Put ranges of columns of rows side by side."""
+    place = 0
+    for start, stop in columns:
+        out[:, place : place + stop - start] = rows[:, start:stop]  # numpy lets other threads go on
+        place += stop - start
 
 
 def _populate(pages: Buffer) -> None:

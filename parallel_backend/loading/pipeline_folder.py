@@ -15,6 +15,7 @@ from ..config import ParallelismConfig
 from ..families import Family, Model, family_of_pipeline
 from ..families.drawing import Drawing
 from .config_files import blamed, read_config, read_object
+from .model_folders import INDEX, check_name, file_state, files_below
 from .safetensors_reader import Weight, check_unused, find_weight, index_folder, whole
 
 
@@ -100,18 +101,17 @@ class PipelineFolder:
         return self.path / component / "config.json"
 
     def fingerprint(self) -> str:
-        """Changes when a configuration or weight file of the folder changes (by name, size and time)."""
+        """Changes when a configuration or weight file of the folder, or what a link leads to, changes."""
         digest = hashlib.sha256()
         for file in files_of_folder(self.path):
-            status = file.stat()
-            digest.update(f"{file.relative_to(self.path)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(self.path)}|{file_state(file)}\n"))
         return digest.hexdigest()[:16]
 
 
 def files_of_folder(path: Path) -> list[Path]:
-    """The files of a pipeline folder that say what it computes, sorted."""
-    suffixes = (".json", ".safetensors", ".jinja")
-    return [file for file in sorted(path.glob("**/*")) if file.suffix in suffixes and file.is_file()]
+    """The files of a pipeline folder that say what it computes, sorted; components may be links."""
+    suffixes, names = (".json", ".safetensors", ".jinja", ".model"), ("merges.txt", "vocab.txt")
+    return [file for file in files_below(path) if file.suffix in suffixes or file.name in names]
 
 
 def open_pipeline_folder(path: Path) -> PipelineFolder:
@@ -122,8 +122,9 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
     """
     path = Path(path)
     if not os.path.isdir(path):  # False also for what can be no path
-        raise ValueError(f"{path} is not a folder; name a diffusers pipeline folder (one with a model_index.json)")
-    index_file = path / "model_index.json"
+        raise ValueError(f"{path} is not a folder; name a diffusers pipeline folder (one with a {INDEX})")
+    check_name(path)
+    index_file = path / INDEX
     index = read_object(index_file, "it is not a diffusers pipeline folder")
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
@@ -140,10 +141,23 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         found = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
         if found != expected:
             raise ValueError(f"{path} has {found or 'no class'} as its {component}; {family.title} needs a {expected}")
-        configs[component] = read_config(path / component / "config.json", f"the pipeline's {component} is incomplete")
+        file = path / component / "config.json"
+        configs[component] = read_config(file, f"the pipeline's {component} is incomplete")
+        _check_quantization(file, configs[component])
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
     components = ("transformer", "text_encoder", *(["vision_tower"] if encoder.has_vision_tower else []), "vae")
     return PipelineFolder(
         path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"], components
     )
+
+
+def _check_quantization(file: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError where a configuration says that its weights are quantized, by the name of who did that."""
+    stated = config.get("quantization_config")
+    if stated is not None:
+        method = stated.get("quant_method") if isinstance(stated, dict) else None
+        raise ValueError(
+            f"{file} says that its weights are quantized ({str(method or 'by an unknown method')[:50]}), which is not "
+            f"read in pipeline folders; take the folder in bf16, or files of their own in fp8"
+        )

@@ -1,7 +1,8 @@
 """How ComfyUI's single files say that layers are quantized: which formats are read, their scales, and what for.
 
 There are three ways: a table in the file's header, a tensor of JSON beside each layer's weight (``comfy_quant``), and
-in older files one marker for all of them (``scaled_fp8``). Read is fp8 with one scale a tensor.
+in older files one marker for all of them (``scaled_fp8``). Read is fp8 with one scale a tensor, or one for each of its
+rows, as LightX2V writes it, which says so by the scale's shape alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..families.others import INSTEAD
 from .config_files import parse_object
 from .safetensors_reader import WEIGHT_DTYPES, StoredTensor, read_metadata
 
@@ -20,7 +22,10 @@ TABLE, TENSOR, MARKER = FP8_LAYOUTS = ("_quantization_metadata", "comfy_quant", 
 """In the header, beside each layer's weight, and one for all layers."""
 BESIDE = ("weight_scale", "scale_weight", "input_scale", "scale_input", TENSOR, MARKER)
 """Last parts of keys that stand beside weights and say how they are quantized."""
-_REMEDY = "take a file in bf16, or in fp8 with a scale a tensor"
+_NUMBERS = {"I8": "8-bit integers", "U8": "bytes, such as packed numbers of 4 bits"}
+"""What weights in formats that are not read are stored as -> what those are."""
+PARTS = ("model.diffusion_model.", "text_encoders.", "vae.")
+"""What layers of a file with several models begin with; one that begins otherwise is of the model that is looked at."""
 _LAYER_BYTES = 2**16
 """More than any layer's JSON has."""
 
@@ -42,19 +47,24 @@ class Quantization:
         return layer in self.fp8_layers
 
     def scale(self, layer: str) -> StoredTensor | None:
-        """What a layer's weight is multiplied by; ValueError where that is not one number."""
-        return self._one(layer, "weight_scale", "scale_weight")
+        """What a layer's weight, or each of its rows, is multiplied by; ValueError where it is something else."""
+        weight = self.keys.get(f"{layer}.weight")
+        rows = weight.shape[:1] if weight is not None else ()
+        return self._find(layer, rows, "weight_scale", "scale_weight")
 
     def input_scale(self, layer: str) -> StoredTensor | None:
         """What a layer's inputs are divided by before they are made 8 bits; ValueError where that is not one number."""
-        return self._one(layer, "input_scale", "scale_input") if self.made_for_fp8(layer) else None
+        return self._find(layer, (), "input_scale", "scale_input") if self.made_for_fp8(layer) else None
 
-    def _one(self, layer: str, *names: str) -> StoredTensor | None:
+    def _find(self, layer: str, rows: tuple[int, ...], *names: str) -> StoredTensor | None:
         for name in names:
             scale = self.keys.get(f"{layer}.{name}")
             if scale is not None:
-                if math.prod(scale.shape) != 1:
-                    raise ValueError(f"{scale.key} holds {math.prod(scale.shape)} scales, which is not read; {_REMEDY}")
+                if math.prod(scale.shape) != 1 and (not rows or scale.shape not in (rows, (*rows, 1))):
+                    of = f" of the shape {list(scale.shape)} for {rows[0]} rows" if rows else ""
+                    raise ValueError(
+                        f"{scale.key} holds {math.prod(scale.shape)} scales{of}, which is not read; {INSTEAD}"
+                    )
                 return scale
         return None
 
@@ -73,10 +83,11 @@ def read_quantization(path: Path, keys: Mapping[str, StoredTensor], prefix: str)
     layers = _layers(path, keys, prefix)
     for layer, says in layers.items():
         if says.get("format") not in FP8_FORMATS:
-            raise ValueError(f"{path} stores {layer} in the format {says.get('format')}, which is not read; {_REMEDY}")
+            raise ValueError(f"{path} stores {layer} in the format {says.get('format')}, which is not read; {INSTEAD}")
     for key, tensor in keys.items():
         if tensor.dtype not in WEIGHT_DTYPES and key.endswith(".weight"):
-            raise ValueError(f"{key} in {path} is stored as {tensor.dtype}, which is not read; {_REMEDY}")
+            what = f" ({_NUMBERS[tensor.dtype]})" if tensor.dtype in _NUMBERS else ""
+            raise ValueError(f"{key} in {path} is stored as {tensor.dtype}{what}, which is not read; {INSTEAD}")
     made_for = [layer for layer, says in layers.items() if not says.get("full_precision_matrix_mult")]
     return Quantization(keys, frozenset(layer.removeprefix(prefix) for layer in made_for))
 
@@ -92,7 +103,11 @@ def _layers(path: Path, keys: Mapping[str, StoredTensor], prefix: str) -> dict[s
     if table is not None:
         try:
             stated = parse_object(table)["layers"]
-            layers |= {layer.removeprefix(prefix): dict(says) for layer, says in stated.items()}
+            layers |= {
+                layer.removeprefix(prefix): dict(says)
+                for layer, says in stated.items()
+                if layer.startswith(prefix) or not layer.startswith(PARTS)
+            }
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path} has unreadable {TABLE} ({error!r}); download it again") from None
     elif MARKER in keys:

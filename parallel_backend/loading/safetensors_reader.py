@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..families.others import CONTENTS, INSTEAD, SUFFIXES
 from .config_files import MAX_BYTES, parse_object, read_object
 
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -111,13 +112,18 @@ def _entry(file: Path, key: str, entry: Mapping[str, Any], data: int) -> StoredT
 def _read_json_header(file: Path) -> tuple[int, int, dict[str, Any]]:
     """The file's length and the header's, in bytes, and the header."""
     if not os.path.isfile(file):
-        raise ValueError(f"{file} is missing; download the model again or restore this file")
+        link = f": it is a link to {os.readlink(file)}, which is not there" if os.path.islink(file) else ""
+        raise ValueError(f"{file} is missing{link}; download the model again or restore this file")
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(9)
             length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
             if not 2 <= length <= min(size - 8, MAX_BYTES) or start[8:] != b"{":
+                for begin, look in CONTENTS.items():
+                    if start.startswith(begin):
+                        what = f"is not a safetensors file but {look.name}; {look.remedy}"
+                        raise ValueError(f"{file} ({size} bytes) {what}")
                 raise ValueError(f"{file} ({size} bytes) is not a safetensors file, or was cut off; download it again")
             text = start[8:] + stream.read(length - 1)
     except OSError as error:
@@ -145,7 +151,8 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: there are no safetensors files, one that the index names is missing or damaged or not in the folder.
     """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    # Not what is hidden: some systems put a file of their own beside each.
+    indexes = sorted(folder.glob("[!.]*.safetensors.index.json"))
     if indexes:
         stated = read_object(indexes[0], "the model is incomplete").get("weight_map")
         names: list[Any] = list(stated.values()) if isinstance(stated, dict) else [None]
@@ -153,9 +160,11 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{indexes[0]} is not an index of weight files beside it; download it again")
         files = [folder / name for name in sorted(set(names))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no .safetensors file; other formats are not read")
+        others = sorted({SUFFIXES[file.suffix] for file in folder.glob("*.*") if file.suffix in SUFFIXES})
+        found = f" (but {' and '.join(others)})" if others else ""
+        raise ValueError(f"{folder} holds no .safetensors file{found}; other formats are not read: {INSTEAD}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors.update(read_header(file))
@@ -164,11 +173,12 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class Weight:
-    """What a full parameter is made of: rows of stored tensors, one after the other, times a scale.
+    """What a full parameter is made of: rows of stored tensors, one after the other, times a scale or one for each row.
 
     Args:
         pieces: stored tensors with half-open ranges of their rows (the first dim).
-        scale: a stored scalar that all pieces are multiplied by; None for 1.
+        scale: what all pieces are multiplied by: a stored scalar, or a number for each row of the tensor that they are
+            all of; None for 1.
         fp8_matmul: whether the file is made for multiplying this in 8 bits, inputs included.
         input_scale: a stored scalar that inputs are divided by before they are made 8 bits; None for 1.
     """

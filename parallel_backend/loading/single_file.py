@@ -9,8 +9,9 @@ from typing import Any
 
 from ..config import ParallelismConfig
 from ..families import Family, Transformer, family_of_single_file, family_of_text_file, supported_models
-from ..families.others import SUFFIXES, looks_like_part, looks_like_transformer
+from ..families.others import INSTEAD, SUFFIXES, looks_like_part, looks_like_transformer
 from .config_files import blamed
+from .model_folders import check_name, file_state
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
 
@@ -53,21 +54,19 @@ class SingleFile:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Changes when the file changes (by size and time); ValueError where it is gone."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    """Changes when the file, or what a link leads to, changes; ValueError where it is gone."""
+    return file_state(path)
 
 
 def check_suffix(path: Path) -> None:
-    """Raise ValueError for files that are not called ``.safetensors``."""
-    if path.suffix != ".safetensors":
-        what = f" but {SUFFIXES[path.suffix]}" if path.suffix in SUFFIXES else ""
+    """Raise ValueError for files that are not called ``.safetensors`` (or ``.sft``), or by what is no text."""
+    check_name(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", ".sft"):
+        what = f" but {SUFFIXES[suffix]}" if suffix in SUFFIXES else ""
         raise ValueError(
             f"{path.name} is not a .safetensors file{what}; other formats (such as pickled .ckpt and .pt, or .gguf) "
-            "are not read: convert it, or download the .safetensors file"
+            f"are not read: {INSTEAD}, in a .safetensors file"
         )
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..config import ParallelismConfig
 from ..families import FAMILIES, Family, Model, family_of_text_file
 from ..families.others import looks_like_part, looks_like_text_encoder
+from .all_in_one import text_encoder_keys
 from .config_files import blamed
+from .file_reader import FileReader
 from .quantized import BESIDE, Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint, transformer_in
@@ -57,14 +57,18 @@ class TextEncoderFile:
         return file_fingerprint(self.path)
 
     def read_tokenizer(self) -> bytes:
-        """The tokenizer, as the family's tokenizer class takes it."""
+        """The tokenizer, as the family's tokenizer class takes it; ValueError where it cannot be read."""
         assert self.tokenizer is not None
-        with safe_open(str(self.path), framework="pt") as file:
-            return file.get_tensor(self.tokenizer.key).numpy().tobytes()
+        with FileReader() as reader:
+            return reader.whole(self.tokenizer).numpy().tobytes()
 
 
-def open_text_encoder_file(path: Path) -> TextEncoderFile:
+def open_text_encoder_file(path: Path, in_checkpoint: bool = False) -> TextEncoderFile:
     """Look at a text encoder's file; its header is read, and a few bytes that say how layers are quantized.
+
+    Args:
+        path: of the file.
+        in_checkpoint: it is one with a transformer, too, whose family the text encoder is of (`all_in_one`).
 
     Raises:
         ValueError: it is no safetensors file, is cut off, holds no text encoder that is known, lacks its tokenizer or a
@@ -72,11 +76,18 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
     """
     path = Path(path)
     check_suffix(path)
-    keys = read_header(path)
-    family = family_of_text_file(keys)
-    if family is None:
+    keys, prefix = read_header(path), ""
+    if in_checkpoint:
+        family, _ = transformer_in(keys)
+        with blamed(path):
+            keys, prefix = text_encoder_keys(keys)
+        if family is None or family.text_encoder is None or not family.text_encoder.is_file(keys):
+            raise ValueError(_refusal(path, keys, f"{prefix}* in "))
+    else:
+        family = family_of_text_file(keys)
+    if family is None or looks_like_part(keys) is not None:
         raise ValueError(_refusal(path, keys))
-    quantization = read_quantization(path, keys, "")
+    quantization = read_quantization(path, keys, prefix)
     vision = {}
     kind = family.needs_text_encoder()
     with blamed(path):
@@ -97,8 +108,8 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
     return TextEncoderFile(path, family, config, text, vision, tokenizer)
 
 
-def _refusal(path: Path, keys: Collection[str]) -> str:
-    """Why a file that holds no supported text encoder is not loaded."""
+def _refusal(path: Path, keys: Collection[str], part: str = "") -> str:
+    """Why a file (or a part of one) that holds no supported text encoder is not loaded."""
     family, _ = transformer_in(keys)
     if family is not None:
         return f"{path} looks like the transformer of {family.title}, which Load Diffusion Model (Parallel) loads"
@@ -106,8 +117,10 @@ def _refusal(path: Path, keys: Collection[str]) -> str:
     supported = "; ".join(f"{title}: {kind.file_title}" for title, kind in encoders.items() if kind is not None)
     look = looks_like_part(keys) or looks_like_text_encoder(keys)
     if look is not None:
-        return look.refusal(path, f"supported are: {supported}")
-    return f"{path} has {len(keys)} tensors, which is no text encoder that is known here; supported are: {supported}"
+        return look.refusal(f"{part}{path}", f"supported are: {supported}")
+    return (
+        f"{part}{path} has {len(keys)} tensors, which is no text encoder that is known here; supported are: {supported}"
+    )
 
 
 def _weights(

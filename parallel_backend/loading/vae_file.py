@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from ..config import ParallelismConfig
 from ..families import Family, Model, family_of_vae_file
 from .config_files import blamed
+from .file_reader import FileReader
 from .safetensors_reader import Weight, read_header
 from .single_file import check_suffix, file_fingerprint
 
@@ -40,9 +39,12 @@ class VaeFile:
 
     def load(self) -> Model:
         """The VAE, whole, on the CPU, in fp32; ValueError for tensors that are missing, or too many."""
-        vae = self.family.needs_vae().build(self.vae_config).to_empty(device="cpu").float()
+        kind = self.family.needs_vae()
+        vae = kind.build(self.vae_config).to_empty(device="cpu").float()
+        with FileReader() as reader:
+            tensors = {key: reader.whole(stored) for key, stored in read_header(self.path).items()}
         try:
-            vae.load_state_dict(self.family.needs_vae().tensors(load_file(self.path)))
+            vae.load_state_dict(kind.tensors(tensors))
         except RuntimeError as error:  # of torch, with all names
             raise ValueError(" ".join(str(error).split())[:300]) from None
         return vae.eval()

@@ -76,9 +76,10 @@ def load_weights(
     with FileReader() as reader, Ring((job for target in mine for job in target.jobs()), reader.read, device) as ring:
         for target in targets:
             tensor = target.allocate()
-            scale = input_scale = None
+            scale: float | Tensor | None = None
+            input_scale: float | None = None
             try:
-                scale, input_scale = (_scalar(reader, of) for of in (target.weight.scale, target.weight.input_scale))
+                scale, input_scale = _scale(reader, target), _scalar(reader, target.weight.input_scale)
                 if owners[target.name] == replicas.rank and not errors:
                     target.fill(ring, scale)
                     finite.append((target, _is_finite(tensor)))
@@ -89,6 +90,7 @@ def load_weights(
                 sent = tensor.view(torch.uint8) if target.in_fp8 else tensor
                 dist.broadcast(sent, group=replicas.group, group_src=owners[target.name])
             units = use_units and target.weight.fp8_matmul and can_multiply(tensor, dtype)
+            units = units and not isinstance(scale, Tensor)  # ComfyUI, too, has no product for scales of rows
             if again is None:
                 _install(model, target, scale, (input_scale or 1.0) if units else None)
             held += tensor.nbytes
@@ -97,9 +99,7 @@ def load_weights(
         verdicts = torch.stack([flag for _, flag in finite]).tolist() if finite else []
     for (target, _), is_finite in zip(finite, verdicts, strict=True):
         if not is_finite:
-            first, _, _ = target.weight.pieces[0]
-            problem = f"{first.key} in {first.file} holds values that are not finite numbers; download it again"
-            errors.append(ValueError(problem))
+            errors.append(_not_finite(target.weight.pieces[0][0]))
     if errors:
         raise errors[0]
     return held
@@ -162,11 +162,11 @@ class _Target:
             yield Job(self.name, part, first, into)
             first += count
 
-    def fill(self, ring: Ring, scale: float | None) -> None:
+    def fill(self, ring: Ring, scale: float | Tensor | None) -> None:
         """Take what the ring has read for it. Bytes travel as they are stored, and are cast and scaled there."""
         flat = self.allocate().view(-1)
         factor = None
-        if scale is not None and not self.in_fp8:
+        if isinstance(scale, float) and not self.in_fp8:
             factor = torch.tensor(scale, dtype=torch.float64).to(self.dtype).item()  # rounded first, as ComfyUI does
         for job, data in ring.of(self.name):
             if job.into is None:
@@ -178,6 +178,8 @@ class _Target:
                     place.copy_(stored.to(self.device, non_blocking=True))
                 if factor is not None:
                     place.mul_(factor)
+        if isinstance(scale, Tensor) and not self.in_fp8:
+            self.allocate().mul_(scale.to(self.device, self.dtype))
 
 
 def _targets(
@@ -248,14 +250,30 @@ def _slices(weight: Weight, shard: ParamShard | None) -> Iterator[Slice]:
             offset += stop - start
 
 
+def _scale(reader: FileReader, target: _Target) -> float | Tensor | None:
+    """What this rank's slice is multiplied by: a number, or one for each of its rows, fp32 ``[rows, 1]`` on the CPU."""
+    stored, shard = target.weight.scale, target.shard
+    if stored is None or math.prod(stored.shape) == 1:
+        return _scalar(reader, stored)
+    rows = reader.whole(stored).float().reshape(-1, 1)
+    if not rows.isfinite().all():
+        raise _not_finite(stored)
+    full = torch.cat([rows[start:stop] for _, start, stop in target.weight.pieces])
+    return shard.take(full) if shard is not None and shard.dim == 0 else full
+
+
 def _scalar(reader: FileReader, stored: StoredTensor | None) -> float | None:
     """The value of a scale; ValueError where it is no finite number."""
     if stored is None:
         return None
     value = reader.scalar(stored)
     if not math.isfinite(value):
-        raise ValueError(f"{stored.key} in {stored.file} holds values that are not finite numbers; download it again")
+        raise _not_finite(stored)
     return value
+
+
+def _not_finite(stored: StoredTensor) -> ValueError:
+    return ValueError(f"{stored.key} in {stored.file} holds values that are not finite numbers; download it again")
 
 
 def _is_finite(tensor: Tensor) -> Tensor:
@@ -270,7 +288,7 @@ def _is_finite(tensor: Tensor) -> Tensor:
     return (bits.view(torch.int8).amax() < limit) & (bits.amax() < limit + 0x80)
 
 
-def _install(model: nn.Module, target: _Target, scale: float | None, input_scale: float | None) -> None:
+def _install(model: nn.Module, target: _Target, scale: float | Tensor | None, input_scale: float | None) -> None:
     """Put a parameter in its place; with it, on a linear that stays in 8 bits, its scales (1 for None)."""
     owner, _, leaf = target.name.rpartition(".")
     module, tensor = model.get_submodule(owner), target.allocate()
@@ -281,7 +299,7 @@ def _install(model: nn.Module, target: _Target, scale: float | None, input_scale
     def on_device(value: float) -> Tensor:
         return torch.full((), value, dtype=torch.float32, device=target.device)  # without waiting for a copy
 
-    weight_scale = on_device(1.0 if scale is None else scale)
+    weight_scale = scale.to(target.device) if isinstance(scale, Tensor) else on_device(1.0 if scale is None else scale)
     inputs = None if input_scale is None else on_device(input_scale)
     if isinstance(module, nn.Linear):
         parent, _, name = owner.rpartition(".")

@@ -35,9 +35,10 @@ def linear(
 
     Args:
         x, weight, bias: as of `torch.nn.functional.linear`.
-        weight_scale: scalar that an 8-bit weight is multiplied by; None for a weight that is not in 8 bits.
-        input_scale: scalar that inputs are divided by to be multiplied in 8 bits (both scales are fp32 then); None to
-            multiply in their dtype.
+        weight_scale: what an 8-bit weight is multiplied by, a scalar or ``[out, 1]``; None for a weight that is not in
+            8 bits.
+        input_scale: scalar that inputs are divided by to be multiplied in 8 bits (both scales are fp32 scalars then);
+            None to multiply in their dtype.
     """
     if weight_scale is None:
         return F.linear(x, weight, bias)

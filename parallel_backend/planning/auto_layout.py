@@ -12,6 +12,7 @@ import torch
 from ..config import ParallelismConfig
 from ..families import Family
 from ..loading.checkpoint import Checkpoint
+from ..loading.model_folders import model_name
 from ..loading.weight_loader import shard_bytes
 from ..machine import Machine, collect
 from ..mesh import Axis
@@ -181,7 +182,9 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
             def need(layout: ParallelismConfig) -> MemoryEstimate:
                 return checkpoint_memory(source, layout, weights, fp8)
 
-            _choices[key] = choose_layout(machine, gpus, [_free[gpu] for gpu in gpus], work, need, source.path.name)
+            _choices[key] = choose_layout(
+                machine, gpus, [_free[gpu] for gpu in gpus], work, need, model_name(source.path)
+            )
         return _choices[key]
 
 

@@ -37,7 +37,7 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model in a group is keyed by: equal configurations share one.
+    """What a model in a group is keyed by: equal configurations share one. ``part`` is that of `open_checkpoint`.
 
     ``encoder_memory`` says where its text encoder stays between prompts: on its ``device``, in ``host`` memory, or
     (``auto``) on the device as long as a few GiB stay free there.
@@ -52,6 +52,7 @@ class ModelConfig:
     encoder_memory: str = "auto"
     hosts: Hosts = ALONE
     speed: Speed = AS_IT_IS
+    part: str = ""
 
     @property
     def group(self) -> GroupConfig:
@@ -69,6 +70,7 @@ class ModelConfig:
         encoder_memory: str = "auto",
         hosts: Hosts = ALONE,
         speed: Speed = AS_IT_IS,
+        part: str = "",
     ) -> ModelConfig:
         """Check everything that can be checked without starting a process.
 
@@ -81,6 +83,7 @@ class ModelConfig:
             encoder_memory: one of `ENCODER_MEMORY`.
             hosts: that the ranks are shared out among.
             speed: how the transformer's blocks run.
+            part: which model of a file that holds several, see `open_checkpoint`.
 
         Raises:
             ValueError: a checkpoint, layout, device, dtype or speed that cannot work, with the remedy.
@@ -96,12 +99,13 @@ class ModelConfig:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         if speed.compile and (missing := missing_build_tools()):
             raise ValueError(f"compile needs {missing}, which this machine lacks; install it, or set compile to false")
-        source = open_checkpoint(Path(path))
+        source = open_checkpoint(Path(path), part)
         source.check(layout)
         resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts, speed)
+        fingerprint = source.fingerprint()
+        return cls(str(source.path), layout, resolved, dtype, fingerprint, fp8, encoder_memory, hosts, speed, part)
 
 
 def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devices:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.errors import relative_error
-from tests.single_file import flux2_tensors, to_fp8, write
+from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
 from .graphs import Graph, add_layout, add_loader, add_sampler, run_well, save_latent, saved_latent
 from .test_errors import rejection
@@ -63,6 +63,21 @@ def test_the_same_latents_as_with_comfyuis_own_loader(server, folder, graph, kin
     elements = sum(tensor.numel() for tensor in tensors.values())
     # Four bytes each in fp32, hardly more than one where the blocks' linears stay in fp8.
     assert max(held) <= elements / 2 * (1.9 if kind.startswith("fp8") else 4.2)
+
+
+def test_scales_of_rows(server, folder, graph):
+    """ComfyUI's own loader does not read them: it gets what they stand for."""
+    stored, meant = to_fp8_rows(flux2_tensors(heads=4), part="blocks")
+    names = [write(folder / f"rows-{name}.safetensors", t).name for name, t in (("fp8", stored), ("fp32", meant))]
+    loader = add_loader(graph)
+    models = (
+        add_file_loader(graph, names[0], **LAYOUTS["Ulysses-2-TP-2"]),
+        graph.add("UNETLoader", unet_name=names[1], weight_dtype="default"),
+    )
+    latents = [save_latent(graph, add_sampler(graph, loader, model=model, steps=3)) for model in models]
+    result = run_well(server, graph)
+    ours, theirs = (saved_latent(server, result, latent) for latent in latents)
+    assert relative_error(ours, theirs) <= PARITY
 
 
 def test_a_damaged_file_is_refused_before_anything_runs(server, folder, graph):

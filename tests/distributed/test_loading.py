@@ -6,7 +6,7 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 
 from parallel_backend import ParallelismConfig
 from tests.distributed import loading_cases
-from tests.single_file import flux2_tensors, to_fp8, write
+from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
 LAYOUTS = {
     "Ulysses-2-TP-2": ParallelismConfig(ulysses_size=2, tp_size=2),
@@ -63,3 +63,14 @@ def test_fp8_is_shared_as_it_is(world, tmp_path):
         found = parameters["single_transformer_blocks.1.attn.to_out.weight"]
         assert found.dtype == torch.float8_e4m3fn
         assert torch.equal(found.float(), stored[key].float())
+
+
+def test_scales_of_rows_where_replicas_share_the_reading(world, tmp_path):
+    """A rank that does not read a weight has its scales all the same, and each rank those of its rows."""
+    stored, meant = to_fp8_rows(flux2_tensors(heads=4, double=1, single=2))
+    expected = convert_flux2_transformer_checkpoint_to_diffusers(dict(meant))
+    path = str(write(tmp_path / "model.safetensors", stored))
+    for parameters, table, _, raised in world.run(loading_cases.load, LAYOUTS["Ulysses-2-TP-2"], path):
+        assert raised == ""
+        for key, parameter in parameters.items():
+            assert torch.equal(parameter, table[key].take(expected[key]) if key in table else expected[key]), key

@@ -17,7 +17,7 @@ from tests.comfyui.cache_graphs import add_cache
 from tests.comfyui.graphs import Graph, add_layout, add_loader, add_sampler, save_latent, unload
 from tests.comfyui.server import CHECKOUT, ComfyServer, PromptRejected
 from tests.single_file import flux2_tensors, write
-from tests.text_encoder_file import write_text
+from tests.text_encoder_file import text_tensors, write_text
 
 from .drawings import LAYOUT, Drawing
 from .file_audit import uses_outside
@@ -74,10 +74,27 @@ def pictures(server: ComfyServer) -> dict[str, Graph]:
     positive = of_files.add("CLIPTextEncode", text="x", clip=clip)
     save_latent(of_files, add_sampler(of_files, model, positive=positive, seed=78, steps=1))
 
+    parts = {f"model.diffusion_model.{key}": tensor for key, tensor in flux2_tensors(heads=4).items()}
+    text = text_tensors()
+    parts["text_encoders.tekken_model"] = text.pop("tekken_model")
+    parts |= {f"text_encoders.mistral3_24b.transformer.{key}": tensor for key, tensor in text.items()}
+    (server.models / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write(server.models / "checkpoints" / "input.safetensors", parts)
+    of_checkpoint = Graph()
+    checkpoint = of_checkpoint.add(
+        "HybridDiT_LoadCheckpoint",
+        ckpt_name="input.safetensors",
+        layout=add_layout(of_checkpoint, **LAYOUT),
+        weight_dtype="default",
+        encoder_memory="auto",
+    )
+    positive = of_checkpoint.add("CLIPTextEncode", text="x", clip=(checkpoint, 1))
+    save_latent(of_checkpoint, add_sampler(of_checkpoint, checkpoint, positive=positive, seed=79, steps=1))
+
     nothing = Graph()
     report = nothing.add("HybridDiT_WorkersReport", model=nothing.add("UNETLoader", unet_name="input.safetensors"))
     nothing.add("HybridDiT_UnloadWorkers", after=report)
-    return {"a folder": of_folder, "files": of_files, "no workers": nothing}
+    return {"a folder": of_folder, "files": of_files, "a checkpoint": of_checkpoint, "no workers": nothing}
 
 
 def names_of_inputs(graph: Graph) -> dict[str, list[str]]:
@@ -153,7 +170,7 @@ def test_prompts(server: ComfyServer, pictures, forbidden, kind):
 @pytest.mark.parametrize(
     ("kind", "class_type", "name"),
     [("a folder", "HybridDiT_LoadPipeline", "pipeline"), ("files", "HybridDiT_LoadDiffusionModel", "unet_name"),
-     ("files", "HybridDiT_LoadCLIP", "clip_name")],
+     ("files", "HybridDiT_LoadCLIP", "clip_name"), ("a checkpoint", "HybridDiT_LoadCheckpoint", "ckpt_name")],
 )  # fmt: skip
 def test_names_that_are_paths(server: ComfyServer, pictures, forbidden, kind, class_type, name):
     for path in (*forbidden, *ELSEWHERE):

@@ -113,3 +113,16 @@ def test_a_model_made_for_it(tmp_path, monkeypatch):
         exact = load("stored")(**inputs).sample
     # e4m3 keeps 4 bits: inputs are off by up to 2^-4, some 2 % in the mean, in each of 5 blocks.
     assert 1e-4 < relative(ours, exact.double()) < 0.15
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_scales_of_rows(compiled, monkeypatch):
+    """They stay in 8 bits and are multiplied in the inputs' dtype; no fp8 product takes them."""
+    calls = products(monkeypatch)
+    x, weight, bias, _, _ = on_gpu(*draw(768, 1024))
+    scale = torch.rand(len(weight), 1, device="cuda") / 100 + 0.001
+    run = torch.compile(linear, fullgraph=True) if compiled else linear
+    with torch.no_grad():
+        y = run(x, weight, bias, scale, None)
+    assert calls == []
+    assert relative(y, F.linear(x.double(), weight.double() * scale.double(), bias.double())) <= 1e-2  # of bf16

@@ -309,7 +309,7 @@ def pickled(folder: Path) -> str:
     tensors = load_file(weights)
     weights.unlink()
     torch.save(tensors, weights.with_suffix(".bin"))
-    return r"transformer holds no \.safetensors file; other formats are not read"
+    return r"transformer holds no \.safetensors file \(but a pickle.*\); other formats are not read"
 
 
 def pickled_under_another_name(folder: Path) -> str:

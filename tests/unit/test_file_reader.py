@@ -106,6 +106,37 @@ def test_reads_that_return_less_are_gone_on_with(file, monkeypatch):
         assert torch.equal(read(reader, Slice(stored, 0, stored.nbytes)).view(torch.float32), TENSORS["odd"].view(-1))
 
 
+def maps_nothing(*arguments, **named):
+    """What mmap is on some network disks."""
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+class TestDisksThatMapNothing:
+    @pytest.mark.parametrize("rows", [1, 5, 1000])
+    @pytest.mark.parametrize("key", ["odd", "half", "wide", "e4m3", "conv"])
+    def test_columns_are_read_all_the_same(self, file, monkeypatch, key, rows):
+        stored = read_header(file)[key]
+        count, columns = stored.shape[:2]
+        monkeypatch.setattr(mmap, "mmap", maps_nothing)
+        monkeypatch.setattr(file_reader, "UNMAPPED_BYTES", rows * stored.nbytes // count)
+        ranges = ((0, 1), (columns // 2, columns))
+        for start, stop in ((0, count), (1, count - 1)):
+            with FileReader() as reader:
+                found = read(reader, columns_of(stored, start, stop, ranges))
+            expected = bits(torch.cat([TENSORS[key][start:stop, a:b] for a, b in ranges], 1))
+            assert torch.equal(found, expected)
+
+    def test_pages_that_cannot_be_brought_in(self, file, monkeypatch):
+        def fail(pages):
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+        monkeypatch.setattr(file_reader, "_populate", fail)
+        stored = read_header(file)["half"]
+        with FileReader() as reader:
+            found = read(reader, columns_of(stored, 0, 64, ((3, 9),))).view(torch.bfloat16).view(64, 6)
+        assert torch.equal(found, TENSORS["half"][:, 3:9])
+
+
 @pytest.mark.parametrize("key", ["scalar", "e4m3", "none"])
 def test_a_scalar_is_one_number(file, key):
     stored = read_header(file)[key]
@@ -169,6 +200,15 @@ class TestFilesThatChange:
         monkeypatch.setattr(file_reader, "_populate", fail)
         with FileReader() as reader:
             self.refused(reader, part, "Input/output error")
+
+    def test_a_disk_that_maps_nothing_and_fails(self, file, monkeypatch):
+        part = columns_of(read_header(file)["odd"], 0, 37, ((0, 20),))
+        monkeypatch.setattr(mmap, "mmap", maps_nothing)
+        os_preadv = os.preadv
+        with FileReader() as reader:
+            read(reader, part)
+            monkeypatch.setattr(os, "preadv", lambda *arguments: os_preadv(*arguments) and 0)
+            self.refused(reader, part, "cut off while the model was loaded")
 
     def test_pages_that_are_no_more_are_an_error_before_they_are_touched(self, part):
         with part.tensor.file.open("rb") as stream:

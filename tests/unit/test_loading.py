@@ -373,6 +373,26 @@ class TestTensors:
             load(folder)
 
 
+class TestQuantizedFolders:
+    @pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+    @pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "torchao", "quanto", "svdquant", None])
+    def test_who_quantized_one_is_named(self, folder, component, method):
+        file = folder / component / "config.json"
+        config = {**json.loads(file.read_text()), "quantization_config": {"quant_method": method, "bits": 4}}
+        file.write_text(json.dumps(config))
+        named = re.escape(str(file)) + rf" says that its weights are quantized \({method or 'by an unknown method'}\)"
+        with pytest.raises(ValueError, match=f"{named}.*take the folder in bf16, or files of their own in fp8"):
+            open_pipeline_folder(folder)
+
+    def test_weights_in_another_format(self, folder):
+        (weights,) = (folder / "transformer").glob("*.safetensors")
+        weights.rename(weights.with_suffix(".gguf"))
+        with pytest.raises(
+            ValueError, match=r"transformer holds no \.safetensors file \(but a GGUF file.*take the model in"
+        ):
+            open_pipeline_folder(folder).check_weights()
+
+
 class TestFingerprint:
     """Groups are keyed by it: a changed checkpoint must not meet the workers that hold the old one."""
 

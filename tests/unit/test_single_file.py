@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
+from parallel_backend.loading.all_in_one import open_all_in_one
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.tensor import apply_tensor_parallel
-from tests.single_file import flux2_tensors, to_fp8, write
+from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
 CPU = torch.device("cpu")
 QWEN = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
@@ -137,6 +138,59 @@ def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
     assert torch.equal(module.weight_scale, stored[f"{key}.weight_scale"])
 
 
+class TestScalesOfRows:
+    """fp8 with a scale for each row, as LightX2V writes it: rows follow the weight's, however it is cut."""
+
+    @staticmethod
+    def held(model, name):
+        """A weight as it counts."""
+        parameter = model.get_parameter(name).data
+        scale = getattr(model.get_submodule(name.rpartition(".")[0]), "weight_scale", None)
+        return parameter if scale is None else parameter.float() * scale
+
+    @pytest.mark.parametrize("fp8", ["cast", "stored", "matmul"])
+    @pytest.mark.parametrize("degree", [1, 2, 4])
+    def test_each_rank_has_its_rows_and_their_scales(self, tmp_path, degree, fp8):
+        """All linears are in 8 bits, also those whose halves change places on the way."""
+        stored, meant = to_fp8_rows(flux2_tensors(heads=4), keep_dims=degree != 2)
+        path = write(tmp_path / "model.safetensors", stored, "model.diffusion_model." if degree == 4 else "")
+        whole = converted(meant)
+        for rank in range(degree):
+            model, table = load(path, Axis(None, degree, rank) if degree > 1 else None, fp8=fp8)
+            cut = {shard.dim for shard in table.values()}
+            assert cut == ({0, 1} if degree > 1 else set())
+            for name, parameter in list(model.named_parameters()):
+                assert (parameter.dtype == torch.float8_e4m3fn) == (fp8 != "cast" and parameter.ndim == 2), name
+                expected = table[name].take(whole[name]) if name in table else whole[name]
+                assert torch.equal(self.held(model, name), expected), name
+
+    def test_no_units_multiply_them(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("parallel_backend.loading.weight_loader.has_fp8_units", lambda device: True)
+        stored, _ = to_fp8_rows(flux2_tensors())
+        layers = {name[: -len(".weight_scale")]: {"format": "float8_e4m3fn"} for name in stored if "_scale" in name}
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+        path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
+        model, _ = load(path, dtype=torch.bfloat16, fp8="matmul")
+        linears = [module for module in model.modules() if getattr(module, "weight_scale", None) is not None]
+        assert linears
+        assert all(linear.input_scale is None for linear in linears)
+
+    @pytest.mark.parametrize("fp8", ["cast", "stored"])
+    def test_a_scale_that_is_no_number(self, tmp_path, fp8):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight_scale"][7] = float("nan")
+        with pytest.raises(ValueError, match=r"single_blocks\.0\.linear2\.weight_scale in .* not finite"):
+            load(write(tmp_path / "model.safetensors", stored), fp8=fp8)
+
+    @pytest.mark.parametrize("shape", [(255, 1), (1, 256), (256, 2), (257,)])
+    def test_other_numbers_of_scales(self, tmp_path, shape):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight_scale"] = torch.ones(shape)
+        words = rf"linear2\.weight_scale holds \d+ scales of the shape {re.escape(str(list(shape)))} for 256 rows"
+        with pytest.raises(ValueError, match=rf"{words}.*with a scale a tensor or a row"):
+            open_single_file(write(tmp_path / "model.safetensors", stored))
+
+
 class TestBadFiles:
     """An error that names file and key."""
 
@@ -147,9 +201,9 @@ class TestBadFiles:
 
     def test_a_pickle(self, tmp_path):
         torch.save(flux2_tensors(), tmp_path / "model.ckpt")
-        self.refused(tmp_path / "model.ckpt", r"is not a \.safetensors file.*pickled.*convert it")
+        self.refused(tmp_path / "model.ckpt", r"is not a \.safetensors file.*pickled.*take the model in bf16")
         (tmp_path / "model.ckpt").rename(tmp_path / "model.safetensors")
-        self.refused(tmp_path / "model.safetensors", "is not a safetensors file, or was cut off")
+        self.refused(tmp_path / "model.safetensors", "is not a safetensors file but a pickle.*take the model in bf16")
 
     def test_cut_off(self, tmp_path):
         path = write(tmp_path / "model.safetensors", flux2_tensors())
@@ -197,6 +251,51 @@ class TestBadFiles:
             path, f"looks like {re.escape(name)}, which is not supported here.*; supported are: FLUX.2 .*Qwen-"
         )
 
+    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+    @pytest.mark.parametrize(
+        ("ends", "name"),
+        [
+            (["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"],
+             "a bitsandbytes file (nf4)"),
+            (["weight", "weight.absmax", "weight.quant_state.bitsandbytes__fp4"], "a bitsandbytes file (fp4)"),
+            (["weight", "SCB", "weight_format"], "a bitsandbytes file (int8)"),
+            (["qweight", "wscales", "lora_down", "smooth"], "an SVDQuant file (nunchaku)"),
+            (["qweight", "qzeros", "scales"], "a GPTQ or AWQ file"),
+            (["weight._data", "weight._scale", "input_scale"], "a quanto file"),
+            (["weight:_weight_qdata", "weight:_weight_scale"], "a torchao file"),
+            (["W_q", "meta"], "an HQQ file"),
+            (["weight", "scales", "biases"], "an MLX file"),
+            (["encoded_exponent", "luts", "sign_mantissa"], "a DFloat11 file"),
+        ],
+    )  # fmt: skip
+    def test_who_quantized_a_supported_model_is_named(self, tmp_path, ends, name, prefix):
+        tensors = {f"{prefix}transformer_blocks.0.img_mod.1.{end}": torch.ones(4, dtype=torch.uint8) for end in ends}
+        tensors |= {prefix + key: torch.ones(4) for key in QWEN if prefix + key not in tensors}
+        path = write(tmp_path / "model.safetensors", tensors)
+        for opener in (open_single_file, open_all_in_one):
+            with pytest.raises(ValueError, match=f"looks like {re.escape(name)}, which is not supported here: take the "
+                               "model in bf16, or in fp8 with a scale a tensor or a row"):  # fmt: skip
+                opener(path)
+
+    @pytest.mark.parametrize(("dtype", "what"), [("int8", "8-bit integers"), ("uint8", "packed numbers of 4 bits")])
+    def test_numbers_that_nobody_names(self, tmp_path, dtype, what):
+        stored, _ = to_fp8_rows(flux2_tensors())
+        stored["single_blocks.0.linear2.weight"] = torch.ones(256, 1024).to(getattr(torch, dtype))
+        self.refused(write(tmp_path / "model.safetensors", stored), rf"linear2\.weight in .*{what}.* take the model in")
+
+    @pytest.mark.parametrize(
+        ("content", "name"),
+        [
+            (b"GGUF\3\0\0\0" + bytes(100), "a GGUF file"),
+            (b"PK\3\4" + bytes(100), "a pickle of PyTorch"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+            (b"<!DOCTYPE html><html>", "a web page"),
+        ],
+    )
+    def test_what_is_only_called_so(self, tmp_path, content, name):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        self.refused(tmp_path / "model.safetensors", rf"\({len(content)} bytes\) is not a safetensors file but {name}")
+
     @pytest.mark.parametrize(
         ("key", "remedy"),
         [
@@ -217,7 +316,10 @@ class TestBadFiles:
             open_single_file(path)
 
     def test_gguf(self, tmp_path):
-        self.refused(tmp_path / "qwen-image-Q4_K_M.gguf", "is not a .safetensors file but a GGUF file")
+        self.refused(
+            tmp_path / "qwen-image-Q4_K_M.gguf",
+            "is not a .safetensors file but a GGUF file.* take the model in bf16, or",
+        )
 
     @pytest.mark.parametrize(
         "key",
@@ -244,7 +346,8 @@ class TestBadFiles:
     def test_a_wrong_dtype(self, tmp_path):
         tensors = flux2_tensors() | {"single_blocks.0.linear2.weight": torch.ones(256, 1024, dtype=torch.int8)}
         self.refused(
-            write(tmp_path / "model.safetensors", tensors), r"single_blocks\.0\.linear2\.weight.* I8, which is not"
+            write(tmp_path / "model.safetensors", tensors),
+            r"single_blocks\.0\.linear2\.weight.* I8 \(8-bit integers\), which is not",
         )
 
     def test_another_quantization(self, tmp_path):
@@ -260,7 +363,7 @@ class TestBadFiles:
         says = json.dumps({"format": name} if name else {}).encode()
         stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)
         path = write(tmp_path / "model.safetensors", stored, prefix)
-        self.refused(path, rf"stores single_blocks\.0\.linear1 in the format {name}, which is not read; take a file")
+        self.refused(path, rf"stores single_blocks\.0\.linear1 in the format {name}, which is not read; take the model")
 
     @pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"{"])
     def test_a_tensor_that_should_be_json(self, tmp_path, text):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from parallel_backend import ParallelismConfig
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.text_encoder_file import TextEncoderFile, open_text_encoder_file
+from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.runtime.group_config import ModelConfig
-from tests.single_file import flux2_tensors, write
+from tests.single_file import flux2_tensors, to_fp8_rows, write
 from tests.text_encoder_file import HIDDEN, KINDS, VOCAB, tekken, text_tensors, write_text
 
 
@@ -48,6 +49,20 @@ def test_a_path_is_opened_as_what_it_holds(tmp_path, kind):
     assert source.components == ("text_encoder",)
     scales = [weight.scale for name, weight in source.text_weights.items() if name.endswith("up_proj.weight")]
     assert all((scale is None) == (kind in ("fp32", "bf16")) for scale in scales)
+
+
+@pytest.mark.parametrize("fp8", ["cast", "stored"])
+def test_scales_of_rows(tmp_path, fp8):
+    stored, meant = to_fp8_rows(text_tensors(), part="proj")
+    source = open_checkpoint(write(tmp_path / "mistral.safetensors", stored))
+    model = source.family.needs_text_encoder().build(source.text_config)
+    weights = source.weights("text_encoder")
+    load_weights(model, weights, {}, device=torch.device("cpu"), dtype=torch.float32, fp8=fp8)
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        scaled = parameter.float() * getattr(module, "weight_scale", torch.ones(()))
+        assert (parameter.dtype == torch.float8_e4m3fn) == (fp8 == "stored" and "proj" in name), name
+        assert torch.equal(scaled, meant[f"model.{name}"]), name
 
 
 def test_any_layout_will_do(file):
@@ -87,6 +102,15 @@ class TestRefused:
             write(tmp_path / "other.safetensors", tensors),
             f"looks like {name}, which is not supported here.*supported are: FLUX.2: Mistral 3 small.*Qwen-Image: Qwen",
         )
+
+    @pytest.mark.parametrize(
+        ("end", "name"),
+        [("weight.quant_state.bitsandbytes__nf4", "a bitsandbytes file"), ("qzeros", "a GPTQ or AWQ file")],
+    )
+    def test_who_quantized_a_supported_one_is_named(self, tmp_path, end, name):
+        tensors = {**text_tensors(), f"model.layers.0.self_attn.q_proj.{end}": torch.ones(4, dtype=torch.uint8)}
+        path = write(tmp_path / "other.safetensors", tensors)
+        self.refused(path, f"looks like {name}.* take the model in bf16, or in fp8 with a scale a tensor or a row")
 
     @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
     @pytest.mark.parametrize(

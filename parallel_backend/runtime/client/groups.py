@@ -56,7 +56,7 @@ def acquire_model(
 
 def _imports(config: ModelConfig) -> list[str]:
     try:
-        return imports_of(open_checkpoint(Path(config.path)))
+        return imports_of(open_checkpoint(Path(config.path), config.part))
     except ValueError:  # loading it says what is wrong with it
         return []
 

@@ -116,7 +116,7 @@ class WorkerGroup(Ranks):
                 return model
             try:
                 if model is None:
-                    source = open_checkpoint(Path(config.path))
+                    source = open_checkpoint(Path(config.path), config.part)
                     source.check_weights()
                     # Known from when it is asked for: where check() gives up, the ranks load it all the same.
                     model = self.models[config] = RemoteModel(self, config, source, f"m{self.next_id()}")
@@ -151,6 +151,7 @@ class WorkerGroup(Ranks):
             config.encoder_memory,
             orphans,
             content_digest(model.source.path) if config.hosts.several else "",
+            part=config.part,
             **asdict(config.speed),
         )
         began = time.perf_counter()

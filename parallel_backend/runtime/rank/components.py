@@ -21,6 +21,7 @@ from ...config import ParallelismConfig, Speed
 from ...families import Family, Model, VisionImage
 from ...loading.adapters import NO_ADAPTERS, AdapterSet
 from ...loading.checkpoint import Checkpoint
+from ...loading.model_folders import model_name
 from ...loading.pipeline_folder import PipelineFolder
 from ...loading.safetensors_reader import Weight
 from ...loading.text_encoder_file import TextEncoderFile
@@ -97,7 +98,7 @@ class Component(ABC):
     @property
     def label(self) -> str:
         """For messages."""
-        return f"{self.name.replace('_', ' ')} of {self.settings.source.path.name}"
+        return f"{self.name.replace('_', ' ')} of {model_name(self.settings.source.path)}"
 
     @abstractmethod
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:

@@ -101,6 +101,7 @@ class Engine:
         orphans: Sequence[str] = (),
         content: str = "",
         speed: Speed = AS_IT_IS,
+        file_part: str = "",
     ) -> None:
         """Read this rank's shards of a checkpoint; nothing where the model is there already.
 
@@ -114,6 +115,7 @@ class Engine:
             orphans: models that nobody refers to any more.
             content: the `content_digest` that the checkpoint must have, where there are several hosts.
             speed: how the transformer's blocks run.
+            file_part: the part of `open_checkpoint`.
 
         Raises:
             ValueError: the checkpoint is damaged or does not fit. Nothing of it stays, the other models do.
@@ -125,7 +127,7 @@ class Engine:
                     part.drop()  # on a device it may wait until that room is needed, but host memory is scarce
         if name in self.models:
             return
-        model = self._build(path, layout, dtype, fp8, encoder_memory, content, speed)
+        model = self._build(path, layout, dtype, fp8, encoder_memory, content, speed, file_part)
         count = ByteCounter(sum(p.nbytes for p in model.components.values() if not p.on_demand), on_progress)
         self.models[name] = model
         try:
@@ -149,6 +151,7 @@ class Engine:
         encoder_memory: str,
         content: str = "",
         speed: Speed = AS_IT_IS,
+        file_part: str = "",
     ) -> HostedModel:
         key = layout, speed.copy_engines
         if key not in self._meshes:
@@ -158,7 +161,7 @@ class Engine:
         mesh = self._meshes[key]
         source: Checkpoint | ValueError
         try:
-            source = open_same_checkpoint(Path(path), content)
+            source = open_same_checkpoint(Path(path), content, file_part)
         except ValueError as error:
             source = error
         raise_together(source if isinstance(source, ValueError) else None, self.eviction.axis)

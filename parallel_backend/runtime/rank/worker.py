@@ -172,6 +172,7 @@ def perform(
                 request.orphans,
                 request.content,
                 Speed(request.compile, request.cuda_graphs, request.copy_engines),
+                request.part,
             )
             return {}, {}
         case Offload():

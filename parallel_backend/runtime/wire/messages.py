@@ -31,8 +31,8 @@ class Load:
 
     Degrees are those of the layout, dtype is a torch dtype's name. ``fp8`` and ``encoder_memory`` are
     those of `ModelConfig`. ``orphans`` are models that nobody refers to any more: they go first where room is needed.
-    ``content`` is the `content_digest` that the checkpoint must have on all hosts; empty where there is one host. The
-    last three are those of `Speed`.
+    ``content`` is the `content_digest` that the checkpoint must have on all hosts; empty where there is one host.
+    ``part`` is that of `open_checkpoint`. The last three are those of `Speed`.
     """
 
     id: int
@@ -46,6 +46,7 @@ class Load:
     encoder_memory: str = "auto"
     orphans: list[str] = field(default_factory=list)
     content: str = ""
+    part: str = ""
     compile: bool = False
     cuda_graphs: bool = False
     copy_engines: bool = False
