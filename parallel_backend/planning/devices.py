@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..limits import cores
+
 MOST_CPU_RANKS = 16
 """Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
 
@@ -95,7 +97,7 @@ def gpu_numbers(spec: str) -> list[int] | None:
 
 
 def _on_cpu(ranks: int) -> Devices:
-    most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
+    most = max(MOST_CPU_RANKS, cores())
     if ranks > most:
         raise TooManyRanksError(
             f"the layout has {ranks} ranks, as many processes on this CPU; choose degrees with a product of at most "

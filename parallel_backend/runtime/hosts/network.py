@@ -20,6 +20,22 @@ _IFREQ = 40
 """Bytes of the kernel's struct ifreq on 64-bit Linux: a name of 16, then a socket address."""
 
 
+def loopback() -> str:
+    """The address at which processes of this machine reach each other: IPv4's, or IPv6's where there is no other.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    for number in ("127.0.0.1", "::1"):
+        with contextlib.suppress(OSError), socket.socket(_family(number)) as probe:
+            probe.bind((number, 0))
+            return number
+    raise ValueError(
+        "this machine has no loopback interface that is up, through which the ranks find each other; bring it up (ip "
+        "link set lo up), or give the container or sandbox a network of its own"
+    )
+
+
 def resolve(address: str) -> str:
     """The number of an address, IPv4 where there is one.
 

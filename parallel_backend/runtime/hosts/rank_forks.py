@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from .. import boot
 from ..forking import Order, adopt_orphans, end_with_parent, run, start_as, threads
 
 POLL_SECONDS = 0.02
@@ -45,10 +46,8 @@ class RankForks:
             api.get_subprocess_handler = functools.partial(_Handler, self)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> ForkedRank:
-        """Fork a rank for a command ``python ... -m module arguments``."""
-        at = list(command).index("-m") + 1
-        title = f"rank {environment['RANK']}"
-        order = Order(command[at], list(command[at + 1 :]), dict(environment), title=title)
+        """Fork a rank for a command of `boot.command`."""
+        order = Order(*boot.split(command), dict(environment), title=f"rank {environment['RANK']}")
         order.send(self._orders, [1, 2])
         pid = int(self._orders.recv(32) or b"0")
         if not pid:

@@ -1,0 +1,44 @@
+"""Starts a group of ranks on the CPU as a client does, says what it found as JSON, and ends: ``start_ranks.py RANKS``.
+
+With ``wait`` it does not end: its ranks are there until it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from parallel_backend.planning.devices import Devices
+from parallel_backend.runtime.client.fork_server import importing_pid
+from parallel_backend.runtime.client.worker_group import WorkerGroup
+from parallel_backend.runtime.errors import WorkersFailedError
+from parallel_backend.runtime.group_config import GroupConfig
+
+
+def main(ranks: int = 1, wait: bool = False) -> None:
+    group = WorkerGroup(GroupConfig(Devices("cpu"), ranks))
+    began = time.monotonic()
+    try:
+        group.start()
+    except (ValueError, WorkersFailedError) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        return
+    launcher = group._launcher
+    assert launcher.process is not None
+    found = {
+        "seconds": time.monotonic() - began,
+        "private": str(launcher.private),
+        "logs": str(launcher.logs),
+        "importing": importing_pid(),
+        "agent": launcher.process.pid,
+        "ranks": list(group._pids.values()),
+    }
+    print(json.dumps(found), flush=True)
+    while wait:
+        time.sleep(3600)
+    group.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "wait" in sys.argv)
