@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 100
+KNOWN = f"import sys; sys.path.insert(1, {str(ROOT)!r})"
 ANOTHER_USER = 54321
 """No user of any machine; not root, and without a name or a home."""
 
@@ -27,7 +28,8 @@ def start_ranks(
     python: Sequence[str] = (sys.executable,),
     folder: Path = ROOT,
     umask: int = -1,
-    code: str = f"import sys; sys.path.insert(1, {str(ROOT)!r})",
+    code: str = KNOWN,
+    call: str = "",
 ) -> dict[str, Any]:
     """What `tests.runtime.start_ranks` says of a group that it has started and ended.
 
@@ -39,9 +41,10 @@ def start_ranks(
         folder: where it is started.
         umask: see `subprocess.Popen`.
         code: that makes the package and these tests known, and whatever else comes first.
+        call: another function of that module than ``main``, with its arguments.
     """
     variables = os.environ | (environment or {})
-    code += f"\nfrom tests.runtime.start_ranks import main; main({ranks})"
+    code += f"\nfrom tests.runtime.start_ranks import *; {call or f'main({ranks})'}"
     done = subprocess.run(
         [*prefix, *python, "-c", code],
         env={name: value for name, value in variables.items() if value is not None},

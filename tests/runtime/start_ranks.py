@@ -8,12 +8,30 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 from parallel_backend.planning.devices import Devices
 from parallel_backend.runtime.client.fork_server import importing_pid
+from parallel_backend.runtime.client.launcher import Launcher
 from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.errors import WorkersFailedError
 from parallel_backend.runtime.group_config import GroupConfig
+from parallel_backend.runtime.hosts import torchrun
+
+
+def reveal(imports: Sequence[str] = ()) -> None:
+    """Say what a rank finds when it begins, and what this process has of it."""
+    torchrun.WORKER = "tests.runtime.reveal"
+    launcher = Launcher(1, Devices("cpu"))
+    launcher.start(imports)
+    file = launcher.logs / "found-0.json"
+    while not file.exists() and launcher.running():
+        time.sleep(0.02)
+    found = json.loads(file.read_text()) if file.exists() else {"error": launcher.explain(None)}
+    launcher.stop(0.1)
+    flags = {name: getattr(sys.flags, name) for name in found.get("flags", [])}
+    found |= {"client": {"path": sys.path, "flags": flags, "warnings": sys.warnoptions}}
+    print(json.dumps(found), flush=True)
 
 
 def main(ranks: int = 1, wait: bool = False) -> None:

@@ -34,7 +34,9 @@ def test_without_a_home(open_folder):
     assert Path(found["logs"]).parent == open_folder / f"hybrid-dit-{os.geteuid()}" / "logs"
 
 
-@pytest.mark.parametrize("home", [None, "/", "of another owner"], ids=["unset", "root folder", "of another owner"])
+@pytest.mark.parametrize(
+    "home", [None, *(pytest.param(home, marks=pytest.mark.thorough) for home in ("/", "of another owner"))]
+)
 def test_another_user_than_root(home, open_folder, tmp_path):
     """A user without a name or a home, as in containers, on an install that it can only read."""
     prefix = as_another_user()
@@ -86,9 +88,8 @@ def test_a_home_that_other_programs_use(tmp_path):
     assert stat.S_IMODE((tmp_path / "logs").stat().st_mode) == 0o755
 
 
-@pytest.mark.parametrize("umask", [0, 0o077])
-def test_umask(umask, tmp_path):
-    found = start_ranks(environment={"HYBRID_DIT_HOME": str(tmp_path / "new" / "home")}, umask=umask)
+def test_umask(tmp_path):
+    found = start_ranks(environment={"HYBRID_DIT_HOME": str(tmp_path / "new" / "home")}, umask=0)
     folders = [tmp_path / "new", tmp_path / "new" / "home", Path(found["logs"])]
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
     files = [file for file in Path(found["logs"]).rglob("*") if file.is_file()]
@@ -97,25 +98,27 @@ def test_umask(umask, tmp_path):
 
 
 def copied(folder: Path) -> Path:
-    shutil.copytree(
-        ROOT / "parallel_backend", folder / "parallel_backend", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """The package, in a folder; the file that a rank is says where it is when it is imported."""
+    skipped = shutil.ignore_patterns("__pycache__")
+    package = shutil.copytree(ROOT / "parallel_backend", folder / "parallel_backend", ignore=skipped)
+    with (package / "runtime" / "rank" / "worker.py").open("a") as file:
+        file.write("\nprint('a rank is', ascii(__file__))\n")
     return folder
 
 
-@pytest.mark.parametrize("name", ["my nodes/the pack", "a:b", "画 é"], ids=["spaces", "colon", "other letters"])
+@pytest.mark.parametrize("name", ["my nodes/a:b", "画 é"])
 def test_a_pack_in_a_folder_of_any_name(name, tmp_path):
     pack = copied(tmp_path / name)
     code = f"import sys; sys.path.insert(0, {str(pack)!r}); sys.path.insert(1, {str(ROOT)!r})\n"
-    code += "import parallel_backend\nassert parallel_backend.__file__.startswith(sys.path[0])\n"
-    found = start_ranks(environment={"PYTHONPATH": None}, code=code)
+    found = start_ranks(code=code)
     assert "error" not in found
+    worker = pack / "parallel_backend" / "runtime" / "rank" / "worker.py"
+    assert f"a rank is {str(worker)!a}" in (Path(found["logs"]) / AGENT_LOG).read_text()
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX"])
-def test_a_locale_without_letters(locale, tmp_path):
+def test_a_locale_without_letters(tmp_path):
     """Paths have others all the same, and so have the words of messages."""
-    settings = {"LC_ALL": locale, "LANG": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     home = tmp_path / "日本 é"
     found = start_ranks(environment=settings | {"HYBRID_DIT_HOME": str(home)})
     assert "error" not in found
