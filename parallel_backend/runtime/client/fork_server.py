@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 
 from .. import boot
 from ..forking import Order, ask_after_orphans
-from ..hosts.network import IFNAME_VARIABLES
+from ..hosts.network import IFNAME_VARIABLES, NO_NAME_SERVER
 
-OF_A_GROUP = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES})
+OF_A_GROUP = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES, *NO_NAME_SERVER}
+)
 """Variables that differ from group to group, or that torch itself sets in the client. They are read when a rank begins
 or compiles; all others may be when it imports."""
 _ROOM = " " * 160

@@ -16,7 +16,7 @@ from ...paths import AGENT_LOG, hold, new_log_folder, new_private_folder
 from ...planning.devices import Devices
 from ..forking import Order
 from ..host_address import ALONE, Hosts
-from ..hosts.network import IFNAME_VARIABLES, interface_variables, loopback, own_address
+from ..hosts.network import IFNAME_VARIABLES, NO_NAME_SERVER, interface_variables, loopback, own_address
 from ..hosts.notices import Card
 from ..hosts.torchrun import (
     client_environment,
@@ -84,7 +84,7 @@ class Launcher:
         if self.card is None:
             _check_port(self.port)
             # What ranks of one host have to say to each other outside of shared memory stays on it.
-            return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo")
+            return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo") | NO_NAME_SERVER
         address = self.address = own_address(self.hosts)
         listen_at = ("--card", self.card.to_json(), "--listen", address, str(self.hosts.port))
         return [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)], interface_variables(

@@ -74,6 +74,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None:
+            take_name()  # which torchrun has changed
             self._address = loopback()
             self._store = serve_store(self._address, self._port)
             self._port = self._store.port

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from .. import boot
-from ..forking import Order, adopt_orphans, end_with_parent, run, start_as, threads
+from ..forking import Order, adopt_orphans, end_with_parent, run, start_as, take_name, threads
 
 POLL_SECONDS = 0.02
 
@@ -47,6 +47,7 @@ class RankForks:
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> ForkedRank:
         """Fork a rank for a command of `boot.command`."""
+        take_name()  # which torchrun has changed
         order = Order(*boot.split(command), dict(environment), title=f"rank {environment['RANK']}")
         order.send(self._orders, [1, 2])
         pid = int(self._orders.recv(32) or b"0")
