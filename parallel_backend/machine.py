@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -137,6 +138,17 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def missing_system() -> str:
+    """Why workers cannot run on this system at all, with the remedy; empty where they can."""
+    if hasattr(os, "memfd_create"):
+        return ""
+    if sys.platform == "win32":
+        return "parallel workers need Linux, and this is Windows; run ComfyUI in WSL 2, where they work"
+    if sys.platform == "darwin":
+        return "parallel workers need Linux, and this is macOS; run ComfyUI on a Linux machine"
+    return "parallel workers need memfd_create, which this Linux lacks; take a kernel 3.17 or later, and glibc 2.27"
 
 
 def missing_build_tools() -> str:
