@@ -6,6 +6,7 @@ Nothing that is there already is changed: a folder may be another program's, or 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import re
 import shutil
@@ -107,6 +108,30 @@ def new_log_folder() -> Path:
     with contextlib.suppress(OSError):  # a disk without modes
         os.chmod(folder, 0o700)
     return Path(folder)
+
+
+def compiler_caches() -> dict[str, str]:
+    """Variables that have Triton and torch.compile keep in `home` what they compile, where their own folders, below the
+    user's home and named after the user, cannot be used."""
+    found = {}
+    if not (os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME")) and not _has_home():
+        found["TRITON_CACHE_DIR"] = str(home() / "triton")
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        try:
+            getpass.getuser()
+        except (KeyError, OSError, ImportError):  # no name, as in a container that runs as any number
+            found["TORCHINDUCTOR_CACHE_DIR"] = str(home() / "torchinductor")
+    return found
+
+
+def _has_home() -> bool:
+    try:
+        folder = Path.home() / ".triton"
+        while not folder.exists():
+            folder = folder.parent
+        return os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):
+        return False
 
 
 def hold(log: int) -> None:

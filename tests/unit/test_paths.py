@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import getpass
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from parallel_backend import paths
 from parallel_backend.paths import AGENT_LOG, KEPT_LOGS, hold, home, new_log_folder, new_private_folder
+from parallel_backend.runtime.hosts.torchrun import client_environment
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,31 @@ def test_a_configured_home_that_cannot_be_used_is_named(configured, tmp_path, mo
     monkeypatch.setenv("HYBRID_DIT_HOME", configured)
     with pytest.raises(ValueError, match=rf"{re.escape(configured)}.* of HYBRID_DIT_HOME cannot be used .*unset it"):
         new_log_folder()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("housed", [True, False])
+def test_what_compilers_keep(named, housed, temporary, tmp_path, monkeypatch):
+    """Triton's folder is below the home, and torch's is named after the user; some users have neither."""
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def getuser() -> str:
+        if not named:
+            raise KeyError("getpwuid(): uid not found: 54321")
+        return "me"
+
+    monkeypatch.setattr(getpass, "getuser", getuser)
+    if not housed:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    environment = client_environment()
+    assert environment.get("TRITON_CACHE_DIR") == (None if housed else str(home() / "triton"))
+    assert environment.get("TORCHINDUCTOR_CACHE_DIR") == (None if named else str(home() / "torchinductor"))
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # the user's own choice
+        monkeypatch.setenv(name, "/chosen")
+    environment = client_environment()
+    assert environment["TRITON_CACHE_DIR"] == environment["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
 
 
 def test_no_folder_at_all(monkeypatch):

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 
 from ...limits import threads_of_a_rank
-from ...paths import SOCKET_NAME
+from ...paths import SOCKET_NAME, compiler_caches
 from ...planning.devices import Devices
 from .. import boot
 from .notices import Card
@@ -72,6 +72,7 @@ def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
 def client_environment() -> dict[str, str]:
     """This process's environment as workers of any group are to have it."""
     env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
+    env |= compiler_caches()
     env[boot.IMPORT_PATH] = boot.import_path()
     return env
 
