@@ -80,6 +80,16 @@ def memory(root: Path = Path("/")) -> Memory:
     return Memory(total, available, limit_file)
 
 
+def most_open_files() -> int | None:
+    """Files that this process may have open, once it asks for it; None where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return None if hard == resource.RLIM_INFINITY else hard
+
+
 def raise_open_files() -> None:
     """Let this process, and those that it starts, open as many files as it is allowed to ask for."""
     import resource  # not on Windows, where the pack still loads
