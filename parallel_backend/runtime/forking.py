@@ -137,7 +137,7 @@ def children(parent: int) -> dict[int, str]:
 
 def ask_after_orphans() -> bool:
     """Let go of agents and ranks that have ended and have come to this process, as they do to a container's first one
-    when the importing process is killed; whether any are still running."""
+    when the fork server is killed; whether any are still running."""
     running = False
     for pid in (pid for pid, name in children(os.getpid()).items() if name == NAME):
         with contextlib.suppress(ChildProcessError):  # somebody else was faster

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from parallel_backend.planning.devices import Devices
-from parallel_backend.runtime.client.fork_server import importing_pid
+from parallel_backend.runtime.client.fork_server import fork_server_pid
 from parallel_backend.runtime.client.launcher import Launcher
 from parallel_backend.runtime.client.worker_group import WorkerGroup
 from parallel_backend.runtime.errors import WorkersFailedError
@@ -50,7 +50,7 @@ def main(ranks: int = 1, wait: bool = False) -> None:
         "seconds": time.monotonic() - began,
         "private": str(launcher.private),
         "logs": str(launcher.logs),
-        "importing": importing_pid(),
+        "fork server": fork_server_pid(),
         "agent": launcher.process.pid,
         "ranks": list(group._pids.values()),
     }
@@ -64,18 +64,18 @@ def as_first_process() -> None:
     """As a container's first process, which all orphans come to: say who of them has ended and was not asked after."""
     assert os.getpid() == 1, os.getpid()
     zombies = {}
-    for victim in ("importing", "agent", "rank"):
+    for victim in ("fork server", "agent", "rank"):
         group = WorkerGroup(GroupConfig(Devices("cpu"), 2))
         group.start()
         launcher = group._launcher
         assert launcher.process is not None
-        pids = {"importing": importing_pid(), "agent": launcher.process.pid, "rank": group._pids[0]}
+        pids = {"fork server": fork_server_pid(), "agent": launcher.process.pid, "rank": group._pids[0]}
         everybody = {*pids.values(), *group._pids.values()}
         os.kill(pids[victim] or 0, signal.SIGKILL)
         until = time.monotonic() + 8
-        while time.monotonic() < until and (victim != "importing" or any(map(_is_there, everybody))):
+        while time.monotonic() < until and (victim != "fork server" or any(map(_is_there, everybody))):
             time.sleep(0.05)
-            if victim != "importing" and not any(map(_is_there, everybody - {pids["importing"]})):
+            if victim != "fork server" and not any(map(_is_there, everybody - {pids["fork server"]})):
                 break
         zombies[victim] = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _state(pid) == "Z"]
         group.close()

@@ -733,13 +733,13 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.client.groups import acquire_model
-from parallel_backend.runtime.client.fork_server import importing_pid
+from parallel_backend.runtime.client.fork_server import fork_server_pid
 
 group = acquire_model(ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)
 conditioning = Conditioning(context, tensors={"guidance": torch.tensor([4.0])})
 group.predict(x, torch.tensor([0.5]), conditioning)
-print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid, importing_pid()]), flush=True)
+print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid, fork_server_pid()]), flush=True)
 while True:
     waits = iter(range(1000))
     group.predict(

@@ -139,7 +139,7 @@ def test_as_a_containers_first_process():
     """Whoever is killed, the processes that come to it are asked after when they have ended."""
     prefix = with_own("--pid", "--fork", "--mount-proc")
     zombies = start_ranks(prefix=[*prefix, 'exec "$@"', "sh"], call="as_first_process()")
-    assert zombies == {"importing": [], "agent": [], "rank": []}
+    assert zombies == {"fork server": [], "agent": [], "rank": []}
 
 
 @pytest.mark.parametrize("kill_mode", ["control-group", "process"])
@@ -148,24 +148,24 @@ def test_systemd_ends_it(kill_mode):
     code = f"{KNOWN}\nfrom tests.runtime.start_ranks import main; main(2, True)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as client:
         found = json.loads(client.stdout.readline())
-        everybody = [client.pid, found["importing"], found["agent"], *found["ranks"]]
+        everybody = [client.pid, found["fork server"], found["agent"], *found["ranks"]]
         with Watched(everybody) as watched:
             for pid in everybody if kill_mode == "control-group" else [client.pid]:
                 os.kill(pid, signal.SIGTERM)
             assert watched.alive_after(10) == []
 
 
-def test_an_importing_process_that_has_ended_is_asked_after():
+def test_a_fork_server_that_has_ended_is_asked_after():
     """It ends by itself after a while without a group, in a process that may not look again for days."""
     code = f"{KNOWN}\nfrom tests.runtime.start_ranks import main; main(1, True)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as client:
         found = json.loads(client.stdout.readline())
-        os.kill(found["importing"], signal.SIGKILL)
+        os.kill(found["fork server"], signal.SIGKILL)
         until = time.monotonic() + 5
-        while Path(f"/proc/{found['importing']}").exists() and time.monotonic() < until:
+        while Path(f"/proc/{found['fork server']}").exists() and time.monotonic() < until:
             time.sleep(0.02)
         client.kill()
-        assert not Path(f"/proc/{found['importing']}").exists()
+        assert not Path(f"/proc/{found['fork server']}").exists()
 
 
 def test_a_read_only_disk_of_another_user():

@@ -129,7 +129,7 @@ def main(forked: bool = False) -> None:
     """Entry point of the agent.
 
     Args:
-        forked: whether it is a fork of the importing process, and its ranks can be.
+        forked: whether it is a fork of the fork server, and its ranks can be.
     """
     take_name()
     ask_no_name_server()
