@@ -316,7 +316,7 @@ def load(
     path = find()
     source = open_checkpoint(path, part)
     check(source)
-    degrees, speed, choice = layout.degrees, layout.speed, None
+    degrees, speed, devices, choice = layout.degrees, layout.speed, layout.devices, None
     prepare(source)  # beside what is imported and looked at here
     if layout.auto:
         from ..parallel_backend.planning.auto_layout import choose_for_checkpoint  # with the compiler: a second
@@ -324,7 +324,8 @@ def load(
         choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
-    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed, part)
+        devices = choice.devices or devices
+    config = ModelConfig.create(path, degrees, devices, dtype, fp8, encoder_memory, layout.hosts, speed, part)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
         show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
     show(place, lambda: state_of(config))

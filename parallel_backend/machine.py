@@ -7,10 +7,13 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
+
+from . import limits
 
 REQUIRED = {"torch": "2.10", "diffusers": "0.40", "transformers": "5.0", "safetensors": "0.5"}
 """Least versions, as in pyproject.toml."""
@@ -62,18 +65,17 @@ class Machine:
 
 def collect() -> Machine:
     """Look at this machine. Nothing that is missing on it is an error here."""
-    total, available = host_memory()
+    memory = limits.memory()
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     topology = parse_topology(_nvidia_smi("topo", "-m"))
     return Machine(
         system=platform.platform(),
         python=platform.python_version(),
         versions={name: _version(name) for name in REQUIRED},
         driver_gpus=len(topology),
-        cores=cores,
-        memory_total=total,
-        memory_available=available,
+        cores=limits.cores(),
+        memory_total=memory.total,
+        memory_available=memory.available,
         memfd=hasattr(os, "memfd_create"),
         missing_build_tools=missing_build_tools(),
         shm_total=shm and shm.total,
@@ -138,6 +140,17 @@ def _version(name: str) -> str | None:
         return None
 
 
+def missing_system() -> str:
+    """Why workers cannot run on this system at all, with the remedy; empty where they can."""
+    if hasattr(os, "memfd_create"):
+        return ""
+    if sys.platform == "win32":
+        return "parallel workers need Linux, and this is Windows; run ComfyUI in WSL 2, where they work"
+    if sys.platform == "darwin":
+        return "parallel workers need Linux, and this is macOS; run ComfyUI on a Linux machine"
+    return "parallel workers need memfd_create, which this Linux lacks; take a kernel 3.17 or later, and glibc 2.27"
+
+
 def missing_build_tools() -> str:
     """What is missing here to build kernels at run time, as Triton and torch.compile do; empty if nothing is."""
     missing = []
@@ -146,17 +159,3 @@ def missing_build_tools() -> str:
     if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
         missing.append("Python.h (such as the package python3-dev)")
     return " and ".join(missing)
-
-
-def host_memory() -> tuple[int | None, int | None]:
-    """Total and available memory in bytes; None where it cannot be told."""
-    try:
-        with open("/proc/meminfo") as file:
-            values = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in file)}
-        return values["MemTotal"], values["MemAvailable"]
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
-    except (OSError, ValueError, AttributeError):
-        return None, None

@@ -25,7 +25,7 @@ from ..cache.block_cache import BlockCache
 from ..cache.config import CacheSettings, parse_cache
 from ..cache.decision import Decision, Evaluation
 from ..config import ParallelismConfig, Speed
-from ..machine import host_memory
+from ..limits import memory
 from ..mesh import ParallelMesh, build_mesh, single_mesh
 from ..parallel import copies
 from ..planning.memory import GIB
@@ -201,7 +201,7 @@ def _compare(
     if mesh.world.rank == 0:
         family, config = transformer_config(shape, task.blocks)
         need = sum(p.numel() for p in family.transformer.build(config).parameters()) * dtype.itemsize + 2 * GIB
-        free = torch.cuda.mem_get_info()[0] if task.device == "cuda" else host_memory()[1] or 0
+        free = torch.cuda.mem_get_info()[0] if task.device == "cuda" else memory().available or 0
         if need > free:
             figures = {"note": f"one device does not hold it: {need / GIB:.0f} GiB of {free / GIB:.0f} free"}
         else:

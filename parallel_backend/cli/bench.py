@@ -19,6 +19,7 @@ from .. import __version__
 from ..bench.shapes import SHAPES, shape_of
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
+from ..limits import threads_of_a_rank
 from .speed import add_speed_arguments, speed_of
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def run_ranks(program: list[str], ranks: int, seconds: float) -> str:
     environment = dict(os.environ)
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(ranks)))
     process = subprocess.Popen(
         [sys.executable, *launcher, *program],
         env=environment,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import ParallelismConfig
 from ..machine import REQUIRED, Gpu, Link, Machine, collect
+from .surroundings import surroundings
 
 if TYPE_CHECKING:
     from ..families import Family
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     degrees = (args.ulysses, args.ring, args.tp)
     layout = ParallelismConfig(*degrees) if any(degree is not None for degree in degrees) else None
     machine = collect()
-    findings = check_machine(machine)
+    findings = [*check_machine(machine), *(Finding(*found) for found in surroundings(machine))]
     rows: list[LayoutFit] = []
     model = ""
     choice: Choice | None = None
@@ -112,14 +113,14 @@ def check_machine(machine: Machine) -> list[Finding]:
         found.append(Finding("warn", text, "install it"))
     if machine.driver_gpus and not machine.gpus:
         found.append(_hidden_gpus(machine))
-    if machine.shm_free is not None and machine.shm_free < GIB:
-        text = f"/dev/shm has {machine.shm_free / GIB:.2f} GiB free; NCCL and gloo may need 1 GiB"
-        found.append(Finding("warn", text, "free space there; in Docker, start with --shm-size=8g or --ipc=host"))
     apart = [f"{link.first}-{link.second}" for link in machine.links if not link.peer_access]
     if apart:
         text = f"no peer access between GPUs {', '.join(apart)}: what they exchange goes through host memory"
         remedy = "prefer Ring or Ulysses to TP, which talks most; switch off ACS in the BIOS"
         found.append(Finding("warn", text, remedy))
+        if machine.shm_free is not None and machine.shm_free < GIB:
+            text = f"/dev/shm has {machine.shm_free / GIB:.2f} GiB free, and NCCL may exchange through it between them"
+            found.append(Finding("warn", text, "in Docker, start with --shm-size=1g or --ipc=host"))
     if machine.environment.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         text = "NCCL_P2P_DISABLE is set: GPUs exchange through host memory even where NVLink connects them"
         found.append(Finding("warn", text, "unset NCCL_P2P_DISABLE, unless GPUs hang without it"))

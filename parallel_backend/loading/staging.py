@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..limits import cores
 from .file_reader import Buffer, Slice
 
 MOST_THREADS = 12
 """Each copies 3 to 4 GB/s of rows out of the page cache. On a machine with an H100 and 16 cores, eight loaded 29 GB/s,
 twelve 28 to 37, and fourteen to sixteen 24 to 35; they keep a disk's queue busy, too."""
-THREADS = max(4, min(MOST_THREADS, (os.cpu_count() or 1) * 3 // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+THREADS = max(4, min(MOST_THREADS, cores() * 3 // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 """Of this rank, which shares the cores with the others on its host."""
 BUFFERS = THREADS + 4
 """Those that are being filled, and some that wait for their turn or are being copied from."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .memory import (
     step_activation_bytes,
     weight_bytes,
 )
+from .visible_gpus import hidden_gpus, of_one_kind, words
 from .workload import count_workload
 
 SIDE = 1024
@@ -58,13 +60,15 @@ class Option:
 class Choice:
     """What was chosen, among what (fastest first), and what one should know of the estimate.
 
-    ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange.
+    ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange. ``devices``: those of
+    unlike GPUs that it is for, as `resolve_devices` takes them; empty where it is for all that were asked for.
     """
 
     layout: ParallelismConfig
     options: tuple[Option, ...]
     reason: str
     copies: bool = False
+    devices: str = ""
 
     def table(self) -> str:
         """A line for each option."""
@@ -158,7 +162,7 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
     Args:
         source: what is to be loaded; what it does not hold (a text encoder, a transformer) is counted as that of the
             family's reference model.
-        devices: see `resolve_devices`; ``auto`` is all GPUs.
+        devices: see `resolve_devices`; ``auto`` is all GPUs of one kind, or else of all kinds.
         dtype, fp8: of the weights, as `ModelConfig.create` has them.
 
     Raises:
@@ -170,7 +174,7 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
     machine = collect()
     gpus = tuple(range(len(machine.gpus))) if numbers is None else tuple(numbers)
     if not gpus:
-        return Choice(ParallelismConfig(), (), "single: there is no GPU here")
+        return Choice(ParallelismConfig(), (), f"single: there is no GPU here{hidden_gpus(0)}")
     weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     key = (str(source.path), source.fingerprint(), gpus, weights, fp8)
     with _lock:
@@ -182,10 +186,42 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
             def need(layout: ParallelismConfig) -> MemoryEstimate:
                 return checkpoint_memory(source, layout, weights, fp8)
 
-            _choices[key] = choose_layout(
-                machine, gpus, [_free[gpu] for gpu in gpus], work, need, model_name(source.path)
-            )
+            def choose(gpus: Sequence[int]) -> Choice:
+                free = [_free[gpu] for gpu in gpus]
+                return choose_layout(machine, gpus, free, work, need, model_name(source.path))
+
+            choice = choose(gpus) if numbers is not None else choose_kind(machine, choose)
+            hidden = hidden_gpus(len(gpus)) if numbers is None else ""
+            _choices[key] = replace(choice, reason=f"{choice.reason}{hidden}")
         return _choices[key]
+
+
+def choose_kind(machine: Machine, choose: Callable[[Sequence[int]], Choice]) -> Choice:
+    """The choice for the GPUs of a machine of the kind that is fastest, or for all of them where none of the kinds has
+    room. Ranks wait for each other: a slow GPU, or a small one, would be the measure of all.
+
+    Args:
+        machine: where they are.
+        choose: for some of its GPUs; ValueError where nothing fits.
+
+    Raises:
+        ValueError: nothing fits all of them.
+    """
+    kinds = [(gpu.name, round(gpu.total / GIB)) for gpu in machine.gpus]
+    everything = list(range(len(kinds)))
+    groups = of_one_kind(kinds)
+    found = []
+    for group in groups if len(groups) > 1 else []:
+        device, unknown = slowest([machine.gpus[gpu] for gpu in group])
+        with contextlib.suppress(ValueError):
+            # What is not known counts as fast as the fastest.
+            found.append((bool(unknown), device.compute / len(group), group, choose(group)))
+    if not found:
+        return choose(everything)
+    *_, group, choice = min(found, key=lambda entry: entry[:2])
+    left = ", ".join(f"{kinds[gpu][0]} (GPU {gpu})" for gpu in everything if gpu not in group)
+    reason = f"{choice.reason}; {words(group, kinds)} and leaves {left}; name them in 'devices' to have them, too"
+    return replace(choice, reason=reason, devices=",".join(map(str, group)))
 
 
 _lock = threading.Lock()

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..limits import cores
+from .visible_gpus import VISIBLE, automatic, gpu_kinds, hidden_gpus
+
 MOST_CPU_RANKS = 16
 """Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
 
@@ -42,7 +45,7 @@ class Devices:
 def resolve_devices(spec: str, ranks: int) -> Devices:
     """Turn ``"auto"``, ``"cpu"`` or a list such as ``"0,1"`` or ``"cuda:0,cuda:1"`` into devices for ``ranks`` ranks.
 
-    ``auto`` takes the first GPUs, or the CPU where there is no GPU.
+    ``auto`` takes GPUs of one kind, where there are as many, else the first ones, or the CPU where there is no GPU.
 
     Raises:
         ValueError: fewer GPUs than ranks, a GPU that is not there or named twice, a list that cannot be read, or more
@@ -57,17 +60,18 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
             return _on_cpu(ranks)
         if count < ranks:
             raise TooManyRanksError(
-                f"the layout has {ranks} ranks but this machine has {count} GPU(s); choose the device 'cpu', or "
-                f"degrees with a product of at most {count}",
+                f"the layout has {ranks} ranks but this machine has {count} GPU(s){hidden_gpus(count)}; choose the "
+                f"device 'cpu', or degrees with a product of at most {count}",
                 count,
             )
-        chosen = list(range(ranks))
+        chosen = list(range(ranks)) if count == ranks else automatic(ranks, gpu_kinds(count))
     else:
         chosen = [_index(part) for part in spec.split(",")]
         absent = sorted({index for index in chosen if index >= count})
         if absent:
             raise ValueError(
                 f"the devices {spec!r} name GPU {', '.join(map(str, absent))}, but this machine has {count} GPU(s)"
+                f"{hidden_gpus(count)}"
             )
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"the devices {spec!r} name a GPU twice; each rank needs one of its own")
@@ -77,7 +81,7 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
                 f"with a product of {len(chosen)}",
                 len(chosen),
             )
-    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    inherited = os.environ.get(VISIBLE)
     names = inherited.split(",") if inherited else [str(index) for index in range(count)]
     return Devices("cuda", tuple(names[index].strip() for index in chosen))
 
@@ -95,7 +99,7 @@ def gpu_numbers(spec: str) -> list[int] | None:
 
 
 def _on_cpu(ranks: int) -> Devices:
-    most = max(MOST_CPU_RANKS, os.cpu_count() or 1)
+    most = max(MOST_CPU_RANKS, cores())
     if ranks > most:
         raise TooManyRanksError(
             f"the layout has {ranks} ranks, as many processes on this CPU; choose degrees with a product of at most "

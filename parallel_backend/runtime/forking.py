@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
+NAME = "hybrid-dit"
 _LENGTH = struct.Struct("!I")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -114,6 +115,34 @@ def end_with_parent(parent: int | None = None) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def take_name() -> None:
+    """Give this process, an agent or a rank, the `NAME` that lists show, and that it keeps when it has ended."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(NAME)
+
+
+def children(parent: int) -> dict[int, str]:
+    """Process ids and names of a process's children, those that have ended and nobody has asked after, too."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:  # it may be gone by now
+            # The name, in parentheses, may have anything in it.
+            start, _, rest = file.read().rpartition(b")")
+            if int(rest.split()[1]) == parent:
+                found[int(entry)] = start.partition(b"(")[2].decode(errors="replace")
+    return found
+
+
+def ask_after_orphans() -> bool:
+    """Let go of agents and ranks that have ended and have come to this process, as they do to a container's first one
+    when the fork server is killed; whether any are still running."""
+    running = False
+    for pid in (pid for pid, name in children(os.getpid()).items() if name == NAME):
+        with contextlib.suppress(ChildProcessError):  # somebody else was faster
+            running |= os.waitpid(pid, os.WNOHANG)[0] == 0
+    return running
 
 
 def adopt_orphans() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..loading.checkpoint import open_checkpoint
 from ..loading.weight_loader import FP8_MODES
-from ..machine import missing_build_tools
+from ..machine import missing_build_tools, missing_system
 from ..planning.devices import Devices, TooManyRanksError, resolve_devices
 from .host_address import ALONE, Hosts
 
@@ -88,8 +87,8 @@ class ModelConfig:
         Raises:
             ValueError: a checkpoint, layout, device, dtype or speed that cannot work, with the remedy.
         """
-        if not hasattr(os, "memfd_create"):
-            raise ValueError("worker groups need Linux (this system has no memfd_create); on Windows, run in WSL 2")
+        if missing := missing_system():
+            raise ValueError(missing)
         for what, value, known in (
             ("dtype", dtype, DTYPES),
             ("the use of fp8", fp8, FP8_MODES),

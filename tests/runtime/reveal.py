@@ -26,6 +26,12 @@ def main(forked: bool = False) -> None:
         "signals": {name: value for name, value in map(str.split, _signals())},
         "pid": os.getpid(),
         "agent": os.getppid(),
+        "path": sys.path,
+        "package": sys.modules["parallel_backend"].__file__,
+        "flags": {name: getattr(sys.flags, name) for name in ("no_user_site", "ignore_environment", "isolated")}
+        | {name: getattr(sys.flags, name) for name in ("utf8_mode", "dev_mode", "optimize", "dont_write_bytecode")},
+        "warnings": sys.warnoptions,
+        "encoding": sys.getfilesystemencoding(),
     }
     folder = Path(sys.argv[sys.argv.index("--log-folder") + 1])
     draft = folder / f"draft-{os.environ['RANK']}"

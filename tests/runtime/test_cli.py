@@ -377,4 +377,4 @@ def test_hosts_that_cannot_work(pipeline, arguments, words, capsys):
 def test_without_memfd_the_system_is_named(pipeline, monkeypatch, capsys):
     monkeypatch.delattr("os.memfd_create")
     assert main(["demo", "--model", str(pipeline), "--devices", "cpu"]) == 2
-    assert "worker groups need Linux" in capsys.readouterr().err
+    assert "parallel workers need memfd_create, which this Linux lacks" in capsys.readouterr().err

@@ -203,7 +203,7 @@ def test_it_ends_when_nobody_wants_anything_of_it(monkeypatch):
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
 def test_it_ends_with_its_client_while_it_imports(tmp_path, seconds):
     with (tmp_path / "log").open("wb") as log:
-        process = client_side.ForkServerProcess(os.environ, log.fileno())
+        process = client_side.ForkServerProcess(torchrun.client_environment(), log.fileno())
     time.sleep(seconds)
     assert process.process.poll() is None
     process.close()  # as when the client is killed

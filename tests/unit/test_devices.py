@@ -1,11 +1,11 @@
 """What a user writes as devices, against what the machine has: resolve_devices."""
 
-import os
 import re
 
 import pytest
 import torch
 
+from parallel_backend.planning import devices
 from parallel_backend.planning.devices import Devices, resolve_devices
 
 
@@ -92,7 +92,7 @@ def test_groups_overlap_where_they_share_a_gpu():
 @pytest.mark.parametrize("spec", ["cpu", "auto"])
 def test_more_ranks_than_a_cpu_can_do_with(machine, monkeypatch, spec):
     machine(0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(devices, "cores", lambda: 24)
     assert resolve_devices(spec, 24) == Devices("cpu")
     with pytest.raises(ValueError, match=r"25 ranks, .*a product of at most 24"):
         resolve_devices(spec, 25)

@@ -184,12 +184,18 @@ def test_what_workers_cannot_do_without():
     assert not failures(dataclasses.replace(with_gpus(1), nccl=None))
 
 
-def test_small_shm_is_a_warning():
-    assert not warnings(GOOD)
-    (warning,) = warnings(dataclasses.replace(GOOD, shm_total=64 * 2**20, shm_free=64 * 2**20))
-    assert "/dev/shm has 0.06 GiB free" in warning.text
-    assert "--shm-size" in warning.remedy
-    assert not warnings(dataclasses.replace(GOOD, shm_total=None, shm_free=None))
+def test_small_shm_is_a_warning_where_gpus_exchange_through_it():
+    """Nothing else needs it; see `tests.runtime.test_services`."""
+    small = {"shm_total": 64 * 2**20, "shm_free": 64 * 2**20}
+    assert not warnings(dataclasses.replace(GOOD, **small))
+    assert not warnings(dataclasses.replace(with_gpus(2), links=(Link(0, 1, True),), **small))
+    apart = dataclasses.replace(with_gpus(2), links=(Link(0, 1, False),))
+    peer, shm = warnings(dataclasses.replace(apart, **small))
+    assert "no peer access" in peer.text
+    assert "/dev/shm has 0.06 GiB free" in shm.text
+    assert "--shm-size" in shm.remedy
+    for enough in ({}, {"shm_total": None, "shm_free": None}):
+        assert len(warnings(dataclasses.replace(apart, **enough))) == 1
 
 
 @pytest.mark.parametrize(("value", "warned"), [("1", True), ("0", False), ("", False)])

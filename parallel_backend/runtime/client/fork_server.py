@@ -8,18 +8,22 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from ..forking import Order
-from ..hosts.network import IFNAME_VARIABLES
+from .. import boot
+from ..forking import Order, ask_after_orphans
+from ..hosts.network import IFNAME_VARIABLES, NO_NAME_SERVER
 
-OF_A_GROUP = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES})
+OF_A_GROUP = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", *IFNAME_VARIABLES, *NO_NAME_SERVER}
+)
 """Variables that differ from group to group, or that torch itself sets in the client. They are read when a rank begins
 or compiles; all others may be when it imports."""
 _ROOM = " " * 160
+ORPHAN_SECONDS = 10.0
+"""The kernel kills them with their parents; this is more than that takes."""
 
 
 class Forked:
@@ -135,7 +139,7 @@ class ForkServerProcess:
         self._control, control = socket.socketpair()
         with control:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "parallel_backend.runtime.hosts.fork_server", _ROOM],
+                boot.command("parallel_backend.runtime.hosts.fork_server", [_ROOM]),
                 env={**self.environment, **own},
                 stdin=control.fileno(),
                 stdout=output,
@@ -143,6 +147,7 @@ class ForkServerProcess:
                 start_new_session=True,  # Ctrl-C in the terminal is the client's to handle
                 umask=0o077,
             )
+        threading.Thread(target=_ask_after, args=(self.process,), name="hybrid-dit end", daemon=True).start()
 
     def suits(self, environment: Mapping[str, str]) -> bool:
         """Whether it is there, and what is forked from it has that environment, and this process's folder."""
@@ -171,6 +176,16 @@ class ForkServerProcess:
     def close(self) -> None:
         """Close this end: it ends, and what was forked from it does."""
         self._control.close()
+
+
+def _ask_after(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a fork server, which may be at any time, and for those of orphans that it leaves."""
+    with contextlib.suppress(ChildProcessError):  # somebody else has asked
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.poll()
+    until = time.monotonic() + ORPHAN_SECONDS
+    while ask_after_orphans() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 _lock = threading.Lock()

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...loading.checkpoint import Checkpoint, imports_of
-from ...paths import new_log_folder, new_private_folder
+from ...paths import AGENT_LOG, hold, new_log_folder, new_private_folder
 from ...planning.devices import Devices
 from ..forking import Order
 from ..host_address import ALONE, Hosts
-from ..hosts.network import IFNAME_VARIABLES, interface_variables, own_address
+from ..hosts.network import IFNAME_VARIABLES, NO_NAME_SERVER, interface_variables, loopback, own_address
 from ..hosts.notices import Card
 from ..hosts.torchrun import (
     client_environment,
@@ -61,8 +61,12 @@ class Launcher:
             ValueError: the port is taken, or the endpoint is no address of this host.
         """
         rendezvous, environment = self._rendezvous()
-        self.logs = new_log_folder()
         self.private = new_private_folder()
+        try:
+            self.logs = new_log_folder()
+        except ValueError:
+            shutil.rmtree(self.private, ignore_errors=True)
+            raise
         self.listener = listen(self.private, self.ranks)
         arguments = [
             *("--private", str(self.private)),
@@ -71,16 +75,16 @@ class Launcher:
         ]
         self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
+            hold(log.fileno())
             environment = {**inherited_environment(self.ranks, self.devices), **environment}
             self.process = fork_server.fork(Order(AGENT, arguments, environment, imports), log.fileno())
 
     def _rendezvous(self) -> tuple[list[str], dict[str, str]]:
         """How the ranks find each other: arguments of the agent and the first of torchrun's, and environment."""
         if self.card is None:
-            if self.port:
-                _check_port(self.port)
+            _check_port(self.port)
             # What ranks of one host have to say to each other outside of shared memory stays on it.
-            return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo")
+            return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo") | NO_NAME_SERVER
         address = self.address = own_address(self.hosts)
         listen_at = ("--card", self.card.to_json(), "--listen", address, str(self.hosts.port))
         return [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)], interface_variables(
@@ -135,7 +139,7 @@ class Launcher:
 
     @property
     def _agent_log(self) -> Path:
-        return self.logs / "torchrun.log"
+        return self.logs / AGENT_LOG
 
     def log_of(self, rank: int | None) -> Path:
         """The log to look into: a rank's own, or torchrun's where the rank did not come so far."""
@@ -173,10 +177,11 @@ def prepare(source: Checkpoint) -> None:
 
 
 def _check_port(port: int) -> None:
-    with socket.socket() as probe:
+    address = loopback()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("localhost", port))
+            probe.bind((address, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", error)
             raise ValueError(f"port {port} cannot be used ({reason}); leave the port at 0 to take a free one") from None

@@ -29,14 +29,16 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import handler_registry
 from torch.distributed.run import main as torchrun
 
+from ..forking import children, take_name
 from ..rank.rank_log import end_at_once
+from .network import loopback
 from .notice_store import NoticeStore
 from .notices import Card
 from .rank_forks import RankForks
+from .torchrun import ask_no_name_server
 
 LOOPBACK = "hybrid-dit-loopback"
 """Name of the rendezvous of a group on this machine alone."""
-ADDRESS = "127.0.0.1"
 STORE_TIMEOUT = timedelta(minutes=5)
 
 
@@ -72,10 +74,12 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None:
-            self._store = serve_store(ADDRESS, self._port)
+            take_name()  # which torchrun has changed
+            self._address = loopback()
+            self._store = serve_store(self._address, self._port)
             self._port = self._store.port
         store = PrefixStore(self._run_id, self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(ADDRESS, self._port))
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self._address, self._port))
 
     def is_closed(self) -> bool:
         return False
@@ -116,22 +120,9 @@ def end_with_client(descriptor: int, private: Path, farewell: Callable[[], None]
 
 def kill_ranks() -> None:
     """Kill what torchrun has started in this process."""
-    for pid in _children(os.getpid()):
+    for pid in children(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # torchrun starts each rank in a group of its own
-
-
-def _children(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            # The name, in parentheses, may have anything in it.
-            state_and_parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):  # no process, or gone by now
-            continue
-        if entry.name.isdigit() and int(state_and_parent[1]) == parent:
-            found.append(int(entry.name))
-    return found
 
 
 def main(forked: bool = False) -> None:
@@ -140,6 +131,8 @@ def main(forked: bool = False) -> None:
     Args:
         forked: whether it is a fork of the fork server, and its ranks can be.
     """
+    take_name()
+    ask_no_name_server()
     forks = RankForks() if forked else None
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The fork server of a host: torch, diffusers and what models need are imported in it, once for all ranks.
 
-``python -m parallel_backend.runtime.hosts.fork_server ROOM``; the client (`client.fork_server`) holds the other end of
+``boot.py parallel_backend.runtime.hosts.fork_server ROOM``; the client (`client.fork_server`) holds the other end of
 the socket that is its standard input, and sends what is to be forked from here: the agent of each group, whose ranks
 are forks of the agent. It has one thread and never touches a device, so that they can be; where a library does either
 when it is imported, they are started anew instead, and import for themselves. ROOM is what forks write their names
@@ -21,8 +21,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from types import FrameType
+from typing import cast
 
+from ...limits import raise_open_files
+from .. import boot
 from ..forking import Order, adopt_orphans, end_with_parent, has_begun_cuda, run, start_as, threads
 from ..rank.rank_log import end_at_once
 
@@ -97,7 +101,7 @@ class ForkServer:
         start_as(order, streams)
         if self.safe and not in_bad_fork():
             run(order.module)
-        command = [sys.executable, "-m", order.module, *order.arguments]
+        command = boot.command(order.module, order.arguments)
         os.execve(command[0], command, dict(order.environment))
 
     def reap(self, *_: object) -> None:
@@ -192,6 +196,9 @@ def hide(packages: Iterable[str]) -> None:
 def main() -> None:
     """Entry point."""
     sys.excepthook = end_at_once
+    raise_open_files()
+    for stream in (sys.stdout, sys.stderr):  # a name or a message may have letters that the locale's encoding has not
+        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     hide(UNNEEDED)
     gc.disable()  # imports make no garbage to speak of, and looking for it takes a fifth of their time
     control = socket.socket(fileno=os.dup(0))

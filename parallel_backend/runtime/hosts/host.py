@@ -21,7 +21,8 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from ...paths import new_log_folder
+from ...paths import AGENT_LOG, hold, new_log_folder
+from ..forking import take_name
 from ..host_address import Hosts
 from ..rank.rank_log import log_file, log_to
 from ..wire.channel import Channel, ChannelClosedError
@@ -33,7 +34,14 @@ from .network import interface_variables
 from .notice_store import NoticeStore, connect
 from .notices import HostNotice
 from .rank_forks import RankForks
-from .torchrun import describe_end, inherited_environment, listen, static_rendezvous, torchrun_arguments
+from .torchrun import (
+    ask_no_name_server,
+    describe_end,
+    inherited_environment,
+    listen,
+    static_rendezvous,
+    torchrun_arguments,
+)
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 8.0
@@ -170,11 +178,11 @@ class Keeper:
         if first is not None and first in failures:
             log = log_file(self.logs, first)
             who = f"rank {first}"
-            text = describe_end(who, failures[first].exitcode, log if log.exists() else self.logs / "torchrun.log")
+            text = describe_end(who, failures[first].exitcode, log if log.exists() else self.logs / AGENT_LOG)
             return replace(self.notice, state="died", text=text)
         if first is not None:
             return replace(self.notice, state="left", text="the ranks here have lost the others, and ended")
-        text = describe_end(f"torchrun on {self.notice.name}", None, self.logs / "torchrun.log")
+        text = describe_end(f"torchrun on {self.notice.name}", None, self.logs / AGENT_LOG)
         return replace(self.notice, state="died", text=text)
 
     def _tell(self, notice: HostNotice) -> bool:
@@ -188,6 +196,8 @@ class Keeper:
 
 def main(forked: bool = False) -> None:
     """Entry point; see `agent.main`."""
+    take_name()
+    ask_no_name_server()
     forks = RankForks() if forked else None
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--private", type=Path, required=True, help="an empty folder for the ranks' socket")
@@ -214,7 +224,8 @@ def main(forked: bool = False) -> None:
     offer = Offer(hosts, arguments.node_rank, arguments.owner, arguments.devices, arguments.nproc_per_node)
     joined = join(offer, say)
     logs = new_log_folder()
-    log_to(logs / "torchrun.log")
+    log_to(logs / AGENT_LOG)
+    hold(1)
     ranks = hosts.ranks_of(offer.host, joined.card.ranks)
     where = "the CPU" if joined.devices.kind == "cpu" else f"GPU {', '.join(joined.devices.visible)}"
     which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

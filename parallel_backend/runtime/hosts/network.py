@@ -15,9 +15,27 @@ from ..host_address import Hosts
 
 IFNAME_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """What has gloo and NCCL use an interface."""
+NO_NAME_SERVER = {"RES_OPTIONS": "attempts:0"}
+"""What has the C library ask none. A store asks for the name of each address that it connects to, for a message that is
+mostly not written; ``127.0.0.1`` is not found in /etc/hosts, since it is looked for as an IPv6 address."""
 _SIOCGIFCONF = 0x8912
 _IFREQ = 40
 """Bytes of the kernel's struct ifreq on 64-bit Linux: a name of 16, then a socket address."""
+
+
+def loopback() -> str:
+    """The address at which processes of this machine reach each other: IPv4's, or IPv6's where there is no other.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    for number in ("127.0.0.1", "::1"):
+        with contextlib.suppress(ValueError):
+            return local_address(number)
+    raise ValueError(
+        "this machine has no loopback interface that is up, through which the ranks find each other; bring it up (ip "
+        "link set lo up), or give the container or sandbox a network of its own"
+    )
 
 
 def resolve(address: str) -> str:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from ..forking import Order, adopt_orphans, end_with_parent, run, start_as, threads
+from .. import boot
+from ..forking import Order, adopt_orphans, end_with_parent, run, start_as, take_name, threads
 
 POLL_SECONDS = 0.02
 
@@ -45,10 +46,9 @@ class RankForks:
             api.get_subprocess_handler = functools.partial(_Handler, self)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> ForkedRank:
-        """Fork a rank for a command ``python ... -m module arguments``."""
-        at = list(command).index("-m") + 1
-        title = f"rank {environment['RANK']}"
-        order = Order(command[at], list(command[at + 1 :]), dict(environment), title=title)
+        """Fork a rank for a command of `boot.command`."""
+        take_name()  # which torchrun has changed
+        order = Order(*boot.split(command), dict(environment), title=f"rank {environment['RANK']}")
         order.send(self._orders, [1, 2])
         pid = int(self._orders.recv(32) or b"0")
         if not pid:

@@ -9,12 +9,13 @@ import signal
 import socket
 from pathlib import Path
 
+from ...limits import threads_of_a_rank
+from ...paths import SOCKET_NAME, compiler_caches
 from ...planning.devices import Devices
+from .. import boot
 from .notices import Card
 
 WORKER = "parallel_backend.runtime.rank.worker"
-SOCKET = "control"
-"""Name of the socket in its folder."""
 
 # Of the client's environment the workers must not see: allocator settings (cudaMallocAsync runs out of memory under
 # NCCL), and the variables of a distributed job that the client itself may be part of.
@@ -29,7 +30,7 @@ def torchrun_arguments(private: Path, logs: Path, ranks: int, device: str) -> li
     """What torchrun is to start on a host, and how: a number of ranks that connect to the socket in a folder."""
     return [
         *(f"--nproc-per-node={ranks}", "--max-restarts=0", "--monitor-interval=0.2", f"--log-dir={logs}"),
-        *("-m", WORKER, "--socket", str(private / SOCKET), "--device", device),
+        *("--no-python", *boot.command(WORKER), "--socket", str(private / SOCKET_NAME), "--device", device),
         *("--log-folder", str(logs)),
     ]
 
@@ -42,11 +43,20 @@ def static_rendezvous(card: Card, host: int, address: str, port: int) -> list[st
     ]
 
 
+def ask_no_name_server() -> None:
+    """Have this process, which is to be torchrun's, take this machine's name as it is.
+
+    torchrun asks for the full one, for messages that nobody reads. Where name servers do not answer, that takes 10 to
+    20 s each time.
+    """
+    socket.getfqdn = lambda name="": name or socket.gethostname()
+
+
 def listen(private: Path, ranks: int) -> socket.socket:
     """The socket that a host's ranks connect to, in a folder of its own."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(private / SOCKET))
-    (private / SOCKET).chmod(0o600)
+    listener.bind(str(private / SOCKET_NAME))
+    (private / SOCKET_NAME).chmod(0o600)
     listener.listen(ranks)
     return listener
 
@@ -54,7 +64,7 @@ def listen(private: Path, ranks: int) -> socket.socket:
 def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
     """This process's environment as a number of ranks are to have it."""
     env = client_environment()
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    env.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(ranks)))
     env["CUDA_VISIBLE_DEVICES"] = ",".join(devices.visible)
     return env
 
@@ -62,9 +72,8 @@ def inherited_environment(ranks: int, devices: Devices) -> dict[str, str]:
 def client_environment() -> dict[str, str]:
     """This process's environment as workers of any group are to have it."""
     env = {key: value for key, value in os.environ.items() if not _DROPPED.fullmatch(key)}
-    package_root = str(Path(__file__).resolve().parents[3])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
-    env["PYTHONUNBUFFERED"] = "1"
+    env |= compiler_caches()
+    env[boot.IMPORT_PATH] = boot.import_path()
     return env
 
 

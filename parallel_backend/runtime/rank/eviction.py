@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from ...limits import memory
 from ...mesh import Axis
 from ...parallel import graphs
 from ...planning.memory import GIB
@@ -115,7 +116,5 @@ class Eviction:
 
 
 def host_bytes() -> int:
-    """This rank's share of the host memory that is available."""
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """This rank's share of the host memory that is available to all of them."""
+    return (memory().available or 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

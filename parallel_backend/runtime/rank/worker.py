@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, TCPStore
 from ...config import ParallelismConfig, Speed
 from ...families import VisionImage
 from ..errors import BatchTooLargeError
-from ..forking import end_with_parent
+from ..forking import end_with_parent, take_name
 from ..wire.channel import Channel, ChannelClosedError
 from ..wire.messages import (
     Adapt,
@@ -61,6 +61,7 @@ def main(forked: bool = False) -> None:
     Args:
         forked: whether libraries were imported in another environment than this one.
     """
+    take_name()
     if not forked:
         end_with_parent()
     elif threads := os.environ["OMP_NUM_THREADS"].partition(",")[0].strip():

@@ -20,8 +20,6 @@ from .shared_tensors import Buffer, SharedTensors, pack, unpack
 MAX_PACKET = 1 << 17
 SEND_SECONDS = 30.0
 """How long a message waits for room in the buffer of an end that does not read: a stopped process."""
-_ANCILLARY = socket.CMSG_LEN(array.array("i").itemsize)
-"""Bytes of control data with one descriptor."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -88,7 +86,8 @@ class Channel:
         """
         try:
             # Not recv_fds, which leaves out the flags in some versions of Python.
-            data, ancillary, flags, _ = self.socket.recvmsg(MAX_PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            one_descriptor = socket.CMSG_LEN(array.array("i").itemsize)
+            data, ancillary, flags, _ = self.socket.recvmsg(MAX_PACKET, one_descriptor, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
         descriptors = _descriptors(ancillary)

@@ -6,8 +6,8 @@ reader, who would die of that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import fcntl
 import math
 import mmap
 import os
@@ -21,10 +21,12 @@ from torch import Tensor
 from .field_checks import Fields
 from .messages import BadMessageError
 
+with contextlib.suppress(ImportError):  # on Windows, where the pack still loads
+    import fcntl
+
 MAX_TENSORS = 256
 MAX_DIMS = 16
 ALIGNMENT = 64
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
@@ -142,7 +144,7 @@ def _shared(size: int) -> tuple[int, mmap.mmap]:
     descriptor = os.memfd_create("hybrid-dit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return descriptor, mmap.mmap(descriptor, size)
     except BaseException:
         os.close(descriptor)
