@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test test-all soak lint clean
 
 demo: $(READY)
 	$(BIN)/python -m parallel_backend demo --devices cpu --out demo.png --report demo.json
 
 test: lint
 	-$(BIN)/python benchmarks/round_trip.py --steps 5
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not thorough"
+
+# Also every layout in every test of one, every kind of fault at every moment, and pictures in the sizes as shipped.
+test-all: lint
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
 
 # 200 prompts on a real ComfyUI server with a fault in every fifth; soak.json has what came of it.
 soak: $(READY)

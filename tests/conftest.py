@@ -11,6 +11,8 @@ import pytest
 # Many processes share few cores here, and models are tiny: threads that wait for each other at every operation cost
 # more than they give. Ranks, servers and commands that tests start inherit it; PyTorch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor do processes of the compiler's own, each of which imports torch for a handful of kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 SLOWEST = 10
 

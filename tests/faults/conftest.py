@@ -19,10 +19,11 @@ from .injection import Orders
 
 HERE = Path(__file__).resolve().parent
 
-# The same inputs each time in the short form; the long one looks for new ones.
-settings.register_profile(
-    "short", max_examples=200, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
-)
+# The same inputs each time in `make test` (short) and `make test-all`; the long form looks for new ones.
+for name, count in (("short", 200), ("thorough", 500)):
+    settings.register_profile(
+        name, max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
+    )
 settings.register_profile("long", max_examples=3000, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 TEST_SECONDS = 180

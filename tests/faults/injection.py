@@ -50,7 +50,7 @@ class Order:
             is next).
         kind: one of `KINDS`.
         nth: at which occurrence of the moment, counted from when the order is there.
-        seconds: how long ``sleep`` takes.
+        seconds: how long ``sleep`` takes at most; it ends when orders are withdrawn.
     """
 
     rank: int
@@ -76,7 +76,7 @@ class Orders:
             draft.rename(_order_file(self.folder, order.rank))
 
     def withdraw(self) -> None:
-        """No order is to be carried out any more; forget when the last one was."""
+        """No order is to be carried out any more, not even to its end; forget when the last one was."""
         for file in (*self.folder.glob("order-*.json"), _done_file(self.folder)):
             file.unlink(missing_ok=True)
 
@@ -126,10 +126,10 @@ class _Rank:
         _order_file(self.folder, rank).unlink()
         self._counted = ("", 0)
         _done_file(self.folder).write_text(repr(time.time()))
-        _carry_out(order)
+        _carry_out(order, self.folder)
 
 
-def _carry_out(order: Order) -> None:
+def _carry_out(order: Order, folder: Path) -> None:
     if order.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif order.kind == "stop":
@@ -137,7 +137,9 @@ def _carry_out(order: Order) -> None:
     elif order.kind == "exit":
         os._exit(EXIT_CODE)
     elif order.kind == "sleep":
-        time.sleep(order.seconds)
+        until = time.monotonic() + order.seconds
+        while time.monotonic() < until and _done_file(folder).exists():
+            time.sleep(0.02)
     elif order.kind == "oom":
         import torch
 

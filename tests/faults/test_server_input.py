@@ -138,7 +138,7 @@ def test_prompts(server: ComfyServer, pictures, forbidden, kind):
     graph = pictures[kind]
     answers = {"refused": 0, "failed": 0, "ran": 0}
 
-    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 4)
+    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 10)
     @given(spoiled(graph, names_of_inputs(graph), forbidden))
     def try_out(prompt):
         answers[answered(server, prompt)] += 1
@@ -196,7 +196,7 @@ def test_workflow_files(server: ComfyServer, frontend: Frontend, forbidden):
     proper = frontend.call(OPEN, json.dumps(workflow))
     answers = {"not opened": 0, "refused": 0, "failed": 0, "ran": 0}
 
-    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 4)
+    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 10)
     @given(spoiled_workflows(workflow, forbidden))
     def try_out(spoilt):
         prompt = frontend.call(OPEN, json.dumps(spoilt))
