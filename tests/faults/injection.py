@@ -24,7 +24,7 @@ ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runti
 IMPORTER = "parallel_backend.runtime.hosts.fork_server"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
-ALONE = {"vae_decode": ("VAEPart", "decode"), "vae_encode": ("VAEPart", "encode")}
+ALONE = {"vae_decode": ("VAEComponent", "decode"), "vae_encode": ("VAEComponent", "encode")}
 """Moments within work that rank 0 does alone, and the class and method that do it."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
 EXCHANGES = ("spread_heads", "gather_heads", "shift", "all_reduce")
