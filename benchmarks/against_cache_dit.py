@@ -85,8 +85,10 @@ def measure(task: Task, side: str, attention: str) -> dict[str, Any]:
     def step(number: int = 0) -> torch.Tensor:
         begin(number)
         if side == OURS:
-            return family.evaluate(model, inputs, x)
-        return family.prediction(model(**inputs, return_dict=False)[0], x)  # without gradients, as in its pipelines
+            return family.transformer.evaluate(model, inputs, x)
+        return family.transformer.prediction(
+            model(**inputs, return_dict=False)[0], x
+        )  # without gradients, as in its pipelines
 
     try:
         figures["first_step_s"] = seconds_of(step, task.device)
@@ -122,7 +124,7 @@ def begin_steps(task: Task, side: str, model: Model, mesh: ParallelMesh) -> Call
     settings = parse_cache(task.cache)
     if side == OURS:
         family, _ = transformer_config(shape_of(task.shape), task.blocks)
-        cache = BlockCache(model, family.block_stacks, mesh.world)
+        cache = BlockCache(model, family.transformer.block_stacks, mesh.world)
         return lambda number: begin_step(cache, settings, number, task.steps)
 
     import cache_dit

@@ -81,7 +81,7 @@ def build_peer(task: Task, attention: str, inputs: dict[str, Any], x: torch.Tens
     """The peer's part of a rank, with weights of its own."""
     family, config = transformer_config(shape_of(task.shape), task.blocks)
     device, dtype, layout = torch.device(task.device), getattr(torch, task.dtype), task.layout
-    model = family.build_transformer(config)
+    model = family.transformer.build(config)
     # Its planners want real weights, so the model is there in whole first. Rank-only, its shards come out of a scatter,
     # which moves nothing: they are filled anew.
     fill(model, device, dtype)

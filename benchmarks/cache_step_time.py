@@ -63,7 +63,7 @@ class Timer:
         self.transformer = build_transformer(shape, task.layout, mesh, dtype)
         self.x, self.inputs = make_inputs(shape, task.width, task.height, task.text, task.device, dtype)
         self.images = [self.inputs["hidden_states"], self.inputs["hidden_states"] * 1.5]
-        self.cache = BlockCache(self.transformer, self.family.block_stacks, mesh.world)
+        self.cache = BlockCache(self.transformer, self.family.transformer.block_stacks, mesh.world)
         self.runs = 0
         self.decisions: list[tuple[Any, Any, Any]] = []
         """Where each began: meeting the other ranks, deciding, what comes then."""
@@ -99,7 +99,7 @@ class Timer:
             self.cache.plan(settings, Evaluation(str(self.runs), "", float(step), STEPS))
             # Inputs change a little, so that a measured difference is never 0.
             inputs = {**self.inputs, "hidden_states": self.images[step % 2]}
-            self.family.evaluate(self.transformer, inputs, self.x)
+            self.family.transformer.evaluate(self.transformer, inputs, self.x)
         synchronize(self.device)
         took = (time.perf_counter() - began) / (STEPS - 2)
         self.cache.forget(str(self.runs))

@@ -49,22 +49,25 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     family = family_of_name("flux2")
     text_config = family.reference_model.text_config
     mesh = build_mesh(layout, "cuda")
-    transformer = family.build_transformer(reference_config(family))
-    parallelize_transformer(transformer, family, layout, mesh)
-    text = family.build_text_model(text_config)
-    shard_text_model(text, family, text_config, text_axes(family, text_config, mesh)[0])
+    transformer = family.transformer.build(reference_config(family))
+    parallelize_transformer(transformer, family.transformer, layout, mesh)
+    text = family.needs_text_encoder().build(text_config)
+    kind = family.needs_text_encoder()
+    shard_text_model(text, kind, text_config, text_axes(kind, text_config, mesh)[0])
     figures = {"text_gib": fill(text) / GIB, "transformer_gib": fill(transformer) / GIB}
     vae = AutoencoderKLFlux2().to("cuda").eval()
     figures["vae_gib"] = sum(p.nbytes for p in vae.parameters()) / GIB
 
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, 1000, (1, 512), device="cuda")
-    context = family.encode_text(text, ids, torch.ones_like(ids), family.text_layers(text_config))
+    context = family.needs_text_encoder().encode(
+        text, ids, torch.ones_like(ids), family.needs_text_encoder().layers(text_config)
+    )
     figures["peak_text_gib"] = torch.cuda.max_memory_allocated() / GIB
 
     torch.cuda.reset_peak_memory_stats()
     x = torch.randn(1, 128, height // 16, width // 16, device="cuda", dtype=torch.bfloat16)
-    inputs = family.transformer_inputs(
+    inputs = family.transformer.inputs(
         x,
         torch.tensor([0.5], device="cuda"),
         Conditioning(context.bfloat16(), tensors={"guidance": torch.tensor([4.0], device="cuda")}),
@@ -73,7 +76,7 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     for _ in range(steps + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        family.evaluate(transformer, inputs, x)
+        family.transformer.evaluate(transformer, inputs, x)
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
@@ -81,7 +84,7 @@ def measure(layout: ParallelismConfig, width: int, height: int, steps: int) -> d
     figures["step_ms"] = statistics.median(times[2:])
 
     torch.cuda.reset_peak_memory_stats()
-    family.decode_latent(vae, x.float())
+    family.needs_vae().decode(vae, x.float())
     figures["peak_decode_gib"] = torch.cuda.max_memory_allocated() / GIB
     if dist.is_initialized():
         dist.destroy_process_group()

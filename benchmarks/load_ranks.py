@@ -40,7 +40,7 @@ def write_pipeline(folder: Path, depth: float) -> None:
     transformer.mkdir()
     config = config_of(depth, 48)
     make("folder", transformer, config)
-    FAMILY.build_transformer(config).save_config(transformer)
+    FAMILY.transformer.build(config).save_config(transformer)
     (folder / COMPLETE).write_text(str(depth))
 
 

@@ -101,7 +101,7 @@ def stored_as(form: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tup
         return {name: ("BF16", shape) for name, shape in shapes.items()}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        pieces = FAMILY.single_file_rows(name)
+        pieces = FAMILY.transformer.file_rows(name)
         key, _, parts = pieces[0]
         in_fp8 = form == "fp8" and "_blocks." in key and len(shape) == 2
         tensors[key] = "F8_E4M3" if in_fp8 else "BF16", (shape[0] // len(pieces) * parts, *shape[1:])
@@ -136,7 +136,7 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], blocks
 
 def make(form: str, folder: Path, config: dict[str, Any]) -> list[Path]:
     """Write a checkpoint in one of the forms; its files."""
-    model = FAMILY.build_transformer(config)
+    model = FAMILY.transformer.build(config)
     tensors = stored_as(form, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     numbers = torch.randn(16 * 2**20) * 0.02
     blocks = {
@@ -221,8 +221,8 @@ def load(
         weights = {name: whole(tensor) for name, tensor in index_folder(files[0].parent).items()}
     else:
         weights = dict(open_single_file(files[0]).transformer_weights)
-    model = FAMILY.build_transformer(config)
-    plan = FAMILY.transformer_plan(dict(model.config))
+    model = FAMILY.transformer.build(config)
+    plan = FAMILY.transformer.plan(dict(model.config))
     table = apply_tensor_parallel(model, plan, Axis(None, degree, 0))
     CountingReader.count, before = 0, disk_bytes()
     base = 0

@@ -1,6 +1,6 @@
 """Seconds from asking for a worker group to all of its ranks ready: with cold imports, and the next groups.
 
-``python benchmarks/start_time.py --devices cpu --ranks 4``; the first line is of a group whose importing process was
+``python benchmarks/start_time.py --devices cpu --ranks 4``; the first line is of a group whose fork server was
 started for it, the others are of groups after it.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--transformer-only", action="store_true", help="as if it had no text encoder and no VAE")
     arguments = parser.parse_args()
     source = open_checkpoint(arguments.model)
-    imports = list(source.family.imports["transformer"]) if arguments.transformer_only else imports_of(source)
+    imports = list(source.family.imports("transformer")) if arguments.transformer_only else imports_of(source)
     devices = check_devices(arguments.devices, ParallelismConfig(ulysses_size=arguments.ranks), ALONE)
     for number in range(arguments.groups):
         group = WorkerGroup(GroupConfig(devices, arguments.ranks))

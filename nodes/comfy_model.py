@@ -119,7 +119,7 @@ class RemoteDiffusionModel(nn.Module):
     def check_latent(self, latent: Tensor, what: str = "latent") -> None:
         """Raise ValueError, with the node to use, for a latent that the workers cannot take."""
         try:
-            self.source.family.check_latent(latent.shape, what)
+            self.source.family.transformer.check_latent(latent.shape, what)
         except ValueError as error:
             instead = f"{self.family.empty_latent}, or an image" if what == "latent" else "an image"
             raise ValueError(

@@ -10,10 +10,11 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from ..parallel_backend.runtime.errors import OutOfMemoryError
 from .comfy_patcher import RemotePart, RemotePatcher
-from .families import family_of
+from .families import VaeLook, family_of
 from .group import ModelHandle, check_interrupted
 
 HOST_MEMORY = 16 * 2**20
@@ -31,6 +32,14 @@ def _comfyuis_out_of_memory() -> Iterator[None]:
         raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
 
 
+def look_of(source: Checkpoint) -> VaeLook:
+    """What ComfyUI has to know of a checkpoint's VAE; ValueError where its family brings none."""
+    source.family.needs_vae()
+    look = family_of(source).vae
+    assert look is not None
+    return look
+
+
 class RemoteAutoencoder(nn.Module):
     """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time.
 
@@ -42,12 +51,12 @@ class RemoteAutoencoder(nn.Module):
     def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         super().__init__()
         self.handle, self.family = handle, source.family
-        self.latent_format = family_of(source).vae.latent_format
+        self.latent_format = look_of(source).latent_format
         self.remote_part = RemotePart(handle, "vae")
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``."""
-        self.family.check_decodable(latent.shape)  # before any worker is started
+        self.family.needs_vae().check_latent(latent.shape)  # before any worker is started
         model = self.handle.get()
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
@@ -67,11 +76,11 @@ class RemoteVAE(comfy.sd.VAE):
 
     def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
         # Not super().__init__(), which needs the weights.
-        look = family_of(source).vae
+        look = look_of(source)
         self.first_stage_model = RemoteAutoencoder(handle, source)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
         self.downscale_ratio, self.upscale_ratio = look.downscale_ratio, look.upscale_ratio
-        self.latent_channels = source.family.latent_channels
+        self.latent_channels = source.family.needs_vae().latent_channels
         self.latent_dim = look.latent_dim
         self.output_channels = 3
         self.pad_channel_value = look.pad_channel_value

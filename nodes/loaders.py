@@ -184,7 +184,7 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=[family.clip_type for family in COMFY_FAMILIES.values()],
+                    options=[family.clip_type for family in COMFY_FAMILIES.values() if family.clip_type],
                     tooltip="The model family that the text encoder is for.",
                 ),
                 layout_input(),

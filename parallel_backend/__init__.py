@@ -9,7 +9,7 @@ _LAZY = {
     "enable_cache": "parallelize",
     "disable_cache": "parallelize",
     "summary": "parallelize",
-    "ModelAdapter": "families",
+    "ModelAdapter": "parallelize",
 }
 
 

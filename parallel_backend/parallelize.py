@@ -15,7 +15,7 @@ from .cache.block_cache import BlockCache, count_blocks
 from .cache.config import CacheSettings, DBCacheConfig, TaylorSeerCalibratorConfig
 from .cache.pipeline_cache import PipelineCache
 from .config import AS_IT_IS, ParallelismConfig, Speed
-from .families import Family, Model, ModelAdapter, family_of_transformer
+from .families import Family, Model, TextEncoder, Transformer, family_of_transformer
 from .mesh import SINGLE, Axis, ParallelMesh, axis_among, build_mesh
 from .parallel import copies
 from .parallel.attention import ShardedAttention
@@ -25,6 +25,22 @@ from .parallel.tensor import ParamShard, apply_tensor_parallel
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
+
+
+@dataclass
+class ModelAdapter:
+    """The modules of one model that are to be parallelised, for callers who have no diffusers pipeline.
+
+    Args:
+        transformer: the diffusion transformer.
+        text_encoder: its text encoder, if that is to be sharded too.
+        scheduler: a diffusers scheduler, set to new timesteps for each picture: the cache tells pictures apart by it,
+            and how many steps they have. Without one a picture ends where the timestep rises again.
+    """
+
+    transformer: Model
+    text_encoder: Model | None = None
+    scheduler: Any = None
 
 
 @dataclass
@@ -92,19 +108,20 @@ def enable_cache(
         )
     family = family_of_transformer(type(transformer).__name__)
     if cache_config is not None:
-        cache_config.check_blocks(count_blocks(transformer, family.block_stacks), f"this {type(transformer).__name__}")
+        blocks = count_blocks(transformer, family.transformer.block_stacks)
+        cache_config.check_blocks(blocks, f"this {type(transformer).__name__}")
 
     axis = SINGLE
     if parallelism_config is not None:
         mesh = build_mesh(parallelism_config, copies=copies.usable(speed.copy_engines))
         axis = mesh.world
         extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
-        parallelize_transformer(transformer, family, parallelism_config, mesh, speed)
+        parallelize_transformer(transformer, family.transformer, parallelism_config, mesh, speed)
         for name, module in extra:
-            parallelize_text_encoder(module, family, mesh, name)
+            parallelize_text_encoder(module, family.needs_text_encoder(), mesh, name)
 
     if cache_config is not None:
-        cache = BlockCache(transformer, family.block_stacks, axis, family.picture_tokens)
+        cache = BlockCache(transformer, family.transformer.block_stacks, axis, family.transformer.picture_tokens)
         settings = CacheSettings(cache_config, calibrator_config)
         setattr(transformer, _CACHE, PipelineCache(cache, settings, lambda: _schedule(pipe_or_model)))
         _refuse_copies(transformer)
@@ -162,13 +179,13 @@ def disable_cache(pipe_or_model: Any) -> Any:
 
 
 def parallelize_transformer(
-    transformer: Model, family: Family, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
+    transformer: Model, kind: Transformer, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
 ) -> dict[str, ParamShard]:
     """Shard one transformer over a mesh; its weights may be real or on the meta device.
 
     Args:
         transformer: changed in place.
-        family: of it.
+        kind: what it is.
         layout, mesh: degrees, and the ranks.
         speed: how its blocks run.
 
@@ -176,13 +193,13 @@ def parallelize_transformer(
         The slice of each sharded parameter that this rank holds.
     """
     config = dict(transformer.config)
-    family.check_layout(config, layout)
+    kind.check_layout(config, layout)
     state = ParallelState(layout, mesh)
     shards = SequenceShards(mesh)
-    state.table = apply_tensor_parallel(transformer, family.transformer_plan(config), mesh.tp)
+    state.table = apply_tensor_parallel(transformer, kind.plan(config), mesh.tp)
     gather_together(transformer, mesh.tp)
-    entrance = family.install(transformer, ShardedAttention(shards), speed)
-    hooks = shard_sequence(transformer, shards, family.sequence_inputs, family.output_stream, entrance)
+    entrance = kind.install(transformer, ShardedAttention(shards), speed)
+    hooks = shard_sequence(transformer, shards, kind.sequence_inputs, kind.output_stream, entrance)
     state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
     _refuse_copies(transformer, sharded=bool(state.table))
@@ -223,34 +240,36 @@ def forget_graphs(transformer: Model) -> None:
             hook.forget_graphs()
 
 
-def parallelize_text_encoder(text_encoder: Model, family: Family, mesh: ParallelMesh, name: str) -> None:
+def parallelize_text_encoder(text_encoder: Model, kind: TextEncoder, mesh: ParallelMesh, name: str) -> None:
     """Shard a whole, loaded text encoder over all ranks of the mesh (or over as many as its heads divide by)."""
     if hasattr(text_encoder, _STATE):
         raise ValueError(f"{name} ({type(text_encoder).__name__}) is parallel already")
     config = text_encoder.config.to_dict()
-    axis, _ = text_axes(family, config, mesh)
-    shard_text_model(family.text_model(text_encoder), family, config, axis)
+    axis, _ = text_axes(kind, config, mesh)
+    shard_text_model(kind.text_model(text_encoder), kind, config, axis)
     setattr(text_encoder, _STATE, axis)
     if axis.is_split:
         _refuse_copies(text_encoder, sharded=True)
 
 
-def shard_text_model(text_model: Model, family: Family, config: Mapping[str, Any], axis: Axis) -> dict[str, ParamShard]:
+def shard_text_model(
+    text_model: Model, kind: TextEncoder, config: Mapping[str, Any], axis: Axis
+) -> dict[str, ParamShard]:
     """Shard the text model proper over an axis made by `text_axes`; weights may be real or on the meta device."""
-    table = apply_tensor_parallel(text_model, family.text_plan(config), axis)
+    table = apply_tensor_parallel(text_model, kind.plan(config), axis)
     if axis.is_split:
-        family.localize_text(text_model)
+        kind.localize(text_model)
     return table
 
 
-def text_axes(family: Family, config: Mapping[str, Any], mesh: ParallelMesh) -> tuple[Axis, Axis]:
+def text_axes(kind: TextEncoder, config: Mapping[str, Any], mesh: ParallelMesh) -> tuple[Axis, Axis]:
     """The axis that the text encoder is sharded over, and the one of the ranks that hold the same slices of it.
 
     It is sharded over all ranks, or over the most that its heads divide by. Where that is fewer than all, equal groups
     of adjacent ranks hold one copy each. Collective.
     """
     ranks = mesh.world.degree
-    degree = family.text_degree(config, ranks)
+    degree = kind.degree(config, ranks)
     if degree == ranks:
         return mesh.world, SINGLE
     if degree == 1:
@@ -296,14 +315,15 @@ def _extra_modules(
             continue
         if hasattr(module, _STATE):
             raise ValueError(f"{name} ({kind}) is parallel already; load it anew to shard it again")
-        if kind == family.text_encoder_class:
+        encoder = None if family.text_encoder is None else family.text_encoder.class_name
+        if kind == encoder:
             found.append((name, module))
         elif kind.startswith("Autoencoder"):
             warnings.warn(f"{kind} stays whole on every rank: it is not sharded in this version", stacklevel=3)
         else:
+            can = "nothing beside the transformer can" if encoder is None else f"a {encoder} can"
             raise ValueError(
-                f"extra_parallel_modules holds a {kind}, which cannot be sharded; "
-                f"with {family.title} a {family.text_encoder_class} can"
+                f"extra_parallel_modules holds a {kind}, which cannot be sharded; with {family.title} {can}"
             )
     return found
 

@@ -6,8 +6,9 @@ from ...parallel_backend.loading.checkpoint import Checkpoint
 from .base import ComfyFamily, Shapes, VaeLook
 from .flux2 import Flux2
 from .qwen_image import QwenImage
+from .z_image import ZImage
 
-COMFY_FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (Flux2(), QwenImage())}
+COMFY_FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (Flux2(), QwenImage(), ZImage())}
 
 
 def family_of(source: Checkpoint) -> ComfyFamily:

@@ -42,6 +42,28 @@ class VaeLook:
     latent_format: Any = None
 
 
+def shapes_by_table(table: Mapping[str, Any], source: Checkpoint, renames: Mapping[str, str] | None = None) -> Shapes:
+    """The transformer's weights under ComfyUI's names, of which some are several of diffusers', one after the other.
+
+    Args:
+        table: diffusers' name -> ComfyUI's; or ComfyUI's, which rows ``(dim, first, count)`` of it, and what else
+            there is to say.
+        source: its checkpoint.
+        renames: parts of diffusers' names that the table lacks -> of ComfyUI's.
+    """
+    shapes: Shapes = {}
+    for name, parameter in source.family.transformer.build(source.transformer_config).named_parameters():
+        target = table.get(name)
+        if target is None:
+            for ours, theirs in (renames or {}).items():
+                name = name.replace(ours, theirs)
+            target = name
+        key, rows = (target, None) if isinstance(target, str) else target[:2]
+        height = parameter.shape[0] if rows is None else max(rows[1] + rows[2], shapes.get(key, (0,))[0])
+        shapes[key] = (height, *parameter.shape[1:])
+    return shapes
+
+
 class ComfyFamily(ABC):
     """Everything that this side knows about one model family; `parallel_backend.families` has the other side."""
 
@@ -90,17 +112,18 @@ class ComfyFamily(ABC):
 
     # The CLIP.
 
-    clip_type: str
-    """What ComfyUI's Load CLIP calls the family."""
+    clip_type: str = ""
+    """What ComfyUI's Load CLIP calls the family; empty where the text encoder stays ComfyUI's own."""
 
-    @abstractmethod
     def clip_of_file(self, handle: ModelHandle, source: TextEncoderFile) -> comfy.sd.CLIP:
         """The CLIP of a text encoder file that is in the workers; ValueError where its tokenizer is damaged."""
+        raise NotImplementedError(f"{self.name} has no text encoder")
 
-    @abstractmethod
     def clip_of_folder(self, handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
         """The CLIP of a pipeline folder whose text encoder is in the workers."""
+        raise NotImplementedError(f"{self.name} has no text encoder")
 
     # The VAE.
 
-    vae: VaeLook
+    vae: VaeLook | None = None
+    """None where the VAE is ComfyUI's own."""

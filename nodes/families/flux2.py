@@ -22,7 +22,7 @@ from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
 from ..comfy_chat import make_chat_clip
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
 from ..group import ModelHandle
-from .base import ComfyFamily, Shapes, VaeLook
+from .base import ComfyFamily, Shapes, VaeLook, shapes_by_table
 
 
 class Flux2(ComfyFamily):
@@ -51,24 +51,7 @@ class Flux2(ComfyFamily):
         }
 
     def weight_shapes(self, source: Checkpoint, unet_config: dict[str, Any]) -> Shapes:
-        # q, k and v are fused in ComfyUI's names.
-        table = comfy.utils.flux_to_diffusers(unet_config)
-        shapes: Shapes = {}
-        for name, parameter in source.family.build_transformer(source.transformer_config).named_parameters():
-            target = table.get(name)
-            if target is None:
-                # The few that ComfyUI's table lacks differ by these parts of their names.
-                for ours, theirs in _RENAMES.items():
-                    name = name.replace(ours, theirs)
-                shapes[name] = tuple(parameter.shape)
-            elif isinstance(target, str):
-                shapes[target] = tuple(parameter.shape)
-            elif target[1] is None:
-                shapes[target[0]] = tuple(parameter.shape)
-            else:
-                rows = target[1][1] + target[1][2]
-                shapes[target[0]] = (max(rows, shapes.get(target[0], (0,))[0]), *parameter.shape[1:])
-        return shapes
+        return shapes_by_table(comfy.utils.flux_to_diffusers(unet_config), source, _RENAMES)
 
     def block_count(self, config: Mapping[str, Any]) -> int:
         return config["num_layers"] + config["num_single_layers"]
@@ -100,7 +83,7 @@ class Flux2(ComfyFamily):
             handle,
             count=source.text_config["text_config"]["num_hidden_layers"],
             shapes=weight_shapes(source),
-            layer=list(source.family.text_layers(source.text_config)),
+            layer=list(source.family.needs_text_encoder().layers(source.text_config)),
             special_tokens={"start": 1, "pad": 0},
         )
         return wrap_clip(_TextEncoder(spec, "mistral3_24b"), tokenizer)

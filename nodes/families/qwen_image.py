@@ -63,7 +63,7 @@ class QwenImage(ComfyFamily):
 
     def weight_shapes(self, source: Checkpoint, unet_config: dict[str, Any]) -> Shapes:
         # ComfyUI's names are diffusers'.
-        model = source.family.build_transformer(source.transformer_config)
+        model = source.family.transformer.build(source.transformer_config)
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def block_count(self, config: Mapping[str, Any]) -> int:

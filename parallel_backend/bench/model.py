@@ -34,8 +34,8 @@ def build_transformer(
 ) -> Model:
     """This rank's part of a shape's transformer, with random weights on the mesh's device."""
     family, config = transformer_config(shape, blocks)
-    model = family.build_transformer(config)
-    table = parallelize_transformer(model, family, layout, mesh, speed)
+    model = family.transformer.build(config)
+    table = parallelize_transformer(model, family.transformer, layout, mesh, speed)
     fill(model, torch.device(mesh.device_type), dtype, table)
     return model
 
@@ -48,8 +48,9 @@ def build_text_model(
         return None
     family = family_of_transformer(shape.transformer)
     config = shape.text_config or family.reference_model.text_config
-    model = family.build_text_model(config)
-    table = shard_text_model(model, family, config, text_axes(family, config, mesh)[0])
+    kind = family.needs_text_encoder()
+    model = kind.build(config)
+    table = shard_text_model(model, kind, config, text_axes(kind, config, mesh)[0])
     fill(model, torch.device(mesh.device_type), dtype, table)
     return model, family, config
 
@@ -111,10 +112,9 @@ def make_inputs(
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(device, dtype)
 
-    down = family.latent_downscale
-    frames = (1,) if family.name == "qwen_image" else ()
-    x = random(1, family.latent_channels, *frames, height // down, width // down)
-    takes_guidance = "guidance" in family.conditioning_tensors and config.get("guidance_embeds", True)
+    kind = family.transformer
+    x = random(*kind.latent_shape(width, height))
+    takes_guidance = "guidance" in kind.conditioning_tensors and config.get("guidance_embeds", True)
     tensors = {"guidance": torch.full((1,), 4.0, device=device)} if takes_guidance else {}
     timestep = torch.full((1,), 0.5, device=device)
-    return x, family.transformer_inputs(x, timestep, Conditioning(random(1, text, shape.features), tensors=tensors))
+    return x, kind.inputs(x, timestep, Conditioning(random(1, text, shape.features), tensors=tensors))

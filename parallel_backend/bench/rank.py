@@ -123,8 +123,8 @@ def _measure_text(shape: Shape, mesh: ParallelMesh, dtype: torch.dtype, task: Ta
     model, family, config = built
     figures["weight_bytes"]["text_encoder"] = weight_bytes(model)
     ids = torch.arange(task.text, device=task.device)[None] % 1000
-    mask, layers = torch.ones_like(ids), family.text_layers(config)
-    encode = functools.partial(family.encode_text, model, ids, mask, layers)
+    kind = family.needs_text_encoder()
+    encode = functools.partial(kind.encode, model, ids, torch.ones_like(ids), kind.layers(config))
     encode()
     reset_peak(task.device)
     times = [seconds_of(encode, task.device) for _ in range(TEXT_ROUNDS)]
@@ -154,12 +154,12 @@ class Sampler:
         self.settings = None if task.cache is None else parse_cache(task.cache)
         self.decisions: list[Decision] = []
         if self.settings is not None:
-            self.cache = BlockCache(transformer, self.family.block_stacks, mesh.world)
+            self.cache = BlockCache(transformer, self.family.transformer.block_stacks, mesh.world)
 
     def evaluate(self, scale: float = 1.0) -> Tensor:
         """The prediction for the latent times ``scale``, with every block computed."""
         inputs = self.inputs if scale == 1 else self.inputs | {"hidden_states": self.inputs["hidden_states"] * scale}
-        return self.family.evaluate(self.transformer, inputs, self.x)
+        return self.family.transformer.evaluate(self.transformer, inputs, self.x)
 
     def step(self, number: int) -> None:
         """A step of a run; step 0 begins one."""
@@ -200,7 +200,7 @@ def _compare(
     figures: dict[str, Any] | None = None
     if mesh.world.rank == 0:
         family, config = transformer_config(shape, task.blocks)
-        need = sum(p.numel() for p in family.build_transformer(config).parameters()) * dtype.itemsize + 2 * GIB
+        need = sum(p.numel() for p in family.transformer.build(config).parameters()) * dtype.itemsize + 2 * GIB
         free = torch.cuda.mem_get_info()[0] if task.device == "cuda" else host_memory()[1] or 0
         if need > free:
             figures = {"note": f"one device does not hold it: {need / GIB:.0f} GiB of {free / GIB:.0f} free"}

@@ -133,6 +133,13 @@ def row_output(linear: Model, x: Tensor, cut: bool = False) -> Pieces:
     return Pieces([exchange.all_reduce(linear.partial(part), linear.axis) for part in parts], dim)
 
 
+def joined(pieces: Pieces) -> Tensor:
+    """An output as one tensor, once all of it is there."""
+    terms = [pieces.summands(number) for number in range(len(pieces.tensors))]
+    parts = [term[0] if len(term) == 1 else term[0] + term[1] for term in terms]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=pieces.dim)
+
+
 def is_plain(linear: Model) -> bool:
     """Whether a module multiplies with its weight as it is, so that parts of the weight can be used by themselves."""
     if type(linear) not in (nn.Linear, ColumnParallelLinear, RowParallelLinear):

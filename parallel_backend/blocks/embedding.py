@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..parallel.tensor import Model
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines ``[S, D]`` of tokens, in fp32."""
 KEPT = 8
 """Rotary embeddings that are kept: those of two prompts and a few sizes."""
 
@@ -87,3 +90,19 @@ class KeptRotary:
     def remove(self) -> None:
         """Give the embedder its own forward back."""
         del self.module.forward
+
+
+def rotary_of(positions: Tensor, dims: Sequence[int], theta: float) -> Rotary:
+    """Cosines and sines ``[S, D]`` in fp32 of positions ``[S, axes]``, neighbours alike; made in fp64 as in diffusers.
+
+    Args:
+        positions: any, where models may have tables that end at some.
+        dims: features of a head for each of the axes; they add up to D.
+        theta: base of the frequencies.
+    """
+    angles = []
+    for axis, dim in enumerate(dims):
+        frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+        angles.append(torch.outer(positions[:, axis].double(), frequencies).float())
+    pairs = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
+    return pairs.cos(), pairs.sin()

@@ -155,7 +155,8 @@ class BlockCache:
         self.current, self._planned = self._planned, None
         stream = self.current.stream
         # Shapes of whole arguments, the same on all ranks; a shard may keep its shape where another rank's changes.
-        shapes = tuple(value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        given = [value if isinstance(value, list) else [value] for value in (*args, *kwargs.values())]
+        shapes = tuple(value.shape for values in given for value in values if isinstance(value, Tensor))
         if shapes != stream.shapes:
             # Another resolution, batch or prompt length: nothing that is kept fits.
             stream.shapes, stream.picture, stream.residual = shapes, None, None

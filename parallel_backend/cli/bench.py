@@ -92,10 +92,11 @@ def make_task(arguments: argparse.Namespace) -> Task:
             "(rank 0 alone, on one GPU) or --device cpu"
         )
     family, config = transformer_config(shape, arguments.blocks)
-    family.check_layout(dict(family.build_transformer(config).config), layout)
-    width, height = arguments.width or shape.side, arguments.height or shape.side
-    if width < 1 or height < 1 or width % family.pixel_multiple or height % family.pixel_multiple:
-        raise ValueError(f"width and height are multiples of {family.pixel_multiple} pixels; got {width} x {height}")
+    kind = family.transformer
+    kind.check_layout(dict(kind.build(config).config), layout)
+    width, height, multiple = arguments.width or shape.side, arguments.height or shape.side, kind.pixel_multiple
+    if width < 1 or height < 1 or width % multiple or height % multiple:
+        raise ValueError(f"width and height are multiples of {multiple} pixels; got {width} x {height}")
     return Task(
         shape=arguments.shape,
         ulysses=layout.ulysses_size,

@@ -154,7 +154,7 @@ def check_layout(family: Family, layout: ParallelismConfig, machine: Machine, gp
     from ..planning.memory import reference_config
 
     config = reference_config(family)
-    family.check_layout(config, layout)
+    family.transformer.check_layout(config, layout)
     if gpus:
         layout.check_world(len(gpus))
         heads = config["num_attention_heads"]

@@ -64,23 +64,26 @@ def render_text(families: Mapping[str, FamilySupport], files: Mapping[str, tuple
 def _lines(family: FamilySupport) -> list[tuple[str, str]]:
     """Label and value of each thing that is told of a family; labels are the same for all."""
     text = f"`{family.text_encoder}`, sharded over {family.text_ranks} of {family.ranks} ranks"
+    text = text if family.text_encoder else "ComfyUI's own"
+    kinds = ["diffusers folder"] if family.pipelines else []
+    kinds += ["transformer file", *([f"text encoder file: {family.text_file}"] if family.text_file else [])]
     rings = "any" if len(family.ring) == family.ranks else _list(family.ring)
     return [
         ("models", _list(family.models)),
-        ("pipelines", _list(f"`{name}`" for name in family.pipelines)),
+        ("pipelines", _list(f"`{name}`" for name in family.pipelines) or "none"),
         ("transformer", f"`{family.transformer}`, {family.heads} heads"),
         (f"Ulysses x TP, up to {family.ranks} ranks", _list(n for n in family.ulysses if n in family.tp)),
         ("Ring", rings),
         ("held by several ranks, at the highest TP", _copies(family.copies["transformer"])),
         ("text encoder", text),
-        ("held by several ranks of these", _copies(family.copies["text_encoder"])),
+        ("held by several ranks of these", _copies(family.copies.get("text_encoder", {})) or "-"),
         ("images in prompts", "vision tower, whole on rank 0" if family.vision_tower else "no"),
         ("reference images", _list(family.reference_methods) or "no"),
-        ("VAE", f"`{family.vae}`, whole on rank 0"),
+        ("VAE", f"`{family.vae}`, whole on rank 0" if family.vae else "ComfyUI's own"),
         ("block cache", ", then ".join(f"{count} `{name}`" for name, count in family.blocks.items())),
-        ("checkpoints", f"diffusers folder; transformer file; text encoder file: {family.text_file}"),
+        ("checkpoints", "; ".join(kinds)),
         (f"GiB a rank, bf16: transformer, {_degrees('TP', family.transformer_gib)}", _slashed(family.transformer_gib)),
-        (f"text encoder, {_degrees('on', family.text_encoder_gib)} ranks", _slashed(family.text_encoder_gib)),
+        ("text encoder, on 1 / 2 / 4 / 8 ranks", _slashed(family.text_encoder_gib) or "-"),
     ]
 
 

@@ -77,14 +77,14 @@ def node_rank(hosts: Hosts, given: int | None) -> int:
 def _take_part(command: list[str]) -> None:
     """Wait for a group and take part in it until it ends."""
     # They import torch, which other subcommands start without.
-    from ..families import FAMILIES
+    from ..families import COMPONENTS, FAMILIES
     from ..runtime.client.fork_server import fork
     from ..runtime.forking import Order
     from ..runtime.hosts.torchrun import client_environment
 
     private = new_private_folder()
     # A group may be of any family, and there is time to import all until it comes.
-    imports = [module for family in FAMILIES for modules in family.imports.values() for module in modules]
+    imports = [module for family in FAMILIES for component in COMPONENTS for module in family.imports(component)]
     process = fork(Order(HOST, [*command, "--private", str(private)], client_environment(), imports), 1)
     try:
         code = process.wait()

@@ -50,7 +50,7 @@ class ImageRequest:
         width, height = drawing.default_size(self.images)
         size = {"width": width if self.width is None else self.width}
         size["height"] = height if self.height is None else self.height
-        multiple = drawing.family.pixel_multiple
+        multiple = drawing.transformer.pixel_multiple
         for name, value in size.items():
             if value < MIN_SIDE or value % multiple:
                 raise ValueError(

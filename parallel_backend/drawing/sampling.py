@@ -176,15 +176,15 @@ def draw(
     if not isinstance(models, Models):
         models = Models.of_folder(models)
     drawing, complete = models.drawing, request.complete(models.drawing)
-    family = drawing.family
+    kind = drawing.transformer
     streams = _conditionings(models, complete)
     latent = torch.randn(
-        drawing.latent_shape(complete.width, complete.height),
+        kind.latent_shape(complete.width, complete.height),
         generator=torch.Generator().manual_seed(complete.seed),
         dtype=torch.float32,
     )
-    multiple = family.pixel_multiple
-    family.set_timesteps(models.scheduler, complete.steps, complete.width // multiple * (complete.height // multiple))
+    tokens = complete.width // kind.pixel_multiple * (complete.height // kind.pixel_multiple)
+    drawing.set_timesteps(models.scheduler, complete.steps, tokens)
     run = None if cache is None else CacheRun(cache, steps=complete.steps)
     on_step(0, complete.steps)
     try:

@@ -1,15 +1,23 @@
-"""The model families that are known: one file each, found here by the names that pipelines and models go by."""
+"""The model families that are known: a folder each, found here by the names that pipelines and models go by."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
 
-from .base import Conditioning, Family, Model, ModelAdapter, ReferenceModel, VisionImage
-from .flux2.transformer import Flux2
-from .qwen_image.transformer import QwenImage
+from ..parallel.tensor import Model
+from .conditioning import Conditioning, VisionImage
+from .family import Family, ReferenceModel
+from .flux2.family import FLUX2
+from .qwen_image.family import QWEN_IMAGE
+from .text_encoder import TextEncoder
+from .transformer import Transformer
+from .vae import VAE
+from .z_image.family import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (Flux2(), QwenImage())
+COMPONENTS = ("transformer", "text_encoder", "vae")
+"""What a family may bring."""
+FAMILIES: tuple[Family, ...] = (FLUX2, QWEN_IMAGE, Z_IMAGE)
 
 
 def family_of_name(name: str) -> Family:
@@ -40,11 +48,17 @@ def family_of_pipeline(class_name: str) -> Family:
     """The family of a diffusers pipeline class.
 
     Raises:
-        ValueError: no family knows it; names those that are supported.
+        ValueError: no family reads its folders; says what to take instead where one has its transformer, and which
+            classes are supported.
     """
     for family in FAMILIES:
         if class_name in family.pipeline_classes:
             return family
+        if class_name in family.pipelines_of_others:
+            raise ValueError(
+                f"folders of {class_name} are not read: of this model the workers hold the transformer alone; load its "
+                "file with Load Diffusion Model (Parallel), and text encoder and VAE with ComfyUI's own nodes"
+            )
     raise ValueError(f"the pipeline class {class_name} is not supported; supported are: {_supported()}")
 
 
@@ -55,24 +69,24 @@ def family_of_transformer(class_name: str) -> Family:
         ValueError: no family knows it; names those that are supported.
     """
     for family in FAMILIES:
-        if class_name == family.transformer_class:
+        if class_name == family.transformer.class_name:
             return family
     raise ValueError(f"the transformer class {class_name} is not supported; supported are: {_supported()}")
 
 
 def family_of_single_file(keys: Collection[str]) -> Family | None:
     """The family of the transformer whose tensors have these keys in a single file; None if no family knows them."""
-    return next((family for family in FAMILIES if family.is_single_file(keys)), None)
+    return next((family for family in FAMILIES if family.transformer.is_file(keys)), None)
 
 
 def family_of_text_file(keys: Collection[str]) -> Family | None:
-    """The family whose text encoder has these keys in a single file; None if no family knows them."""
-    return next((family for family in FAMILIES if family.is_text_file(keys)), None)
+    """The first family whose text encoder has these keys in a single file; None if no family knows them."""
+    return next((f for f in FAMILIES if f.text_encoder is not None and f.text_encoder.is_file(keys)), None)
 
 
 def family_of_vae_file(keys: Collection[str]) -> Family | None:
-    """The family whose VAE has these keys in a single file; None if no family knows them."""
-    return next((family for family in FAMILIES if family.is_vae_file(keys)), None)
+    """The first family whose VAE has these keys in a single file; None if no family knows them."""
+    return next((family for family in FAMILIES if family.vae is not None and family.vae.is_file(keys)), None)
 
 
 def supported_models() -> str:
@@ -83,17 +97,21 @@ def supported_models() -> str:
 
 def _supported() -> str:
     return "; ".join(
-        f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer_class))})" for family in FAMILIES
+        f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer.class_name))})"
+        for family in FAMILIES
     )
 
 
 __all__ = [
+    "COMPONENTS",
     "FAMILIES",
+    "VAE",
     "Conditioning",
     "Family",
     "Model",
-    "ModelAdapter",
     "ReferenceModel",
+    "TextEncoder",
+    "Transformer",
     "VisionImage",
     "family_of_name",
     "family_of_pipeline",

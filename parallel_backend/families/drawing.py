@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import Conditioning, Family, VisionImage
+from .conditioning import Conditioning, VisionImage
+from .transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,16 @@ class Drawing(ABC):
     scheduler: Mapping[str, Any] | None = None
     """Configuration of the scheduler, for models that come as files; None: those are drawn with in ComfyUI alone."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, transformer: Transformer) -> None:
+        self.transformer = transformer
 
     def file_tokenizer(self, content: bytes) -> Any:
         """The tokenizer that a text encoder's file brings along."""
         raise NotImplementedError
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Shape of the latent ``[1, C, H, W]`` (with frames after C, where latents have them) of a picture."""
-        downscale = self.family.latent_downscale
-        return 1, self.family.latent_channels, height // downscale, width // downscale
+    @abstractmethod
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        """Give a diffusers scheduler the steps that the pipeline would, for an image of ``tokens`` tokens."""
 
     def default_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Width and height (pixels) of a picture for which none are asked; images can tell."""
@@ -104,7 +104,7 @@ class Drawing(ABC):
         """
 
     def reference_pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Reference images as the VAE takes them, in -1..1, resized: what `Family.encode_image` takes."""
+        """Reference images as the VAE takes them, in -1..1, resized: what `VAE.encode` takes."""
         assert not images, f"{self.title} takes no reference images"
         return []
 

@@ -17,7 +17,7 @@ Checkpoint = PipelineFolder | SingleFile | TextEncoderFile | VaeFile
 
 def imports_of(source: Checkpoint) -> list[str]:
     """Modules that whoever builds and runs the model of a checkpoint is going to import."""
-    return [module for component in source.components for module in source.family.imports.get(component, ())]
+    return [module for component in source.components for module in source.family.imports(component)]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

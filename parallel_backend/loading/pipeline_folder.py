@@ -39,13 +39,14 @@ class PipelineFolder:
         """Raise ValueError if the layout does not fit the model, or if a weight file is missing or damaged."""
         # What the others' configurations say is looked at when the models are built.
         self._build_transformer()
-        self.family.check_layout(self.transformer_config, layout)
+        self.family.transformer.check_layout(self.transformer_config, layout)
         for component in self.components:
             self.weights(component)
 
     def weights(self, component: str) -> dict[str, Weight]:
         """What each tensor of the model of a component is made of."""
-        in_text_encoder = {"text_encoder": self.family.text_keys, "vision_tower": self.family.vision_keys}
+        kind = self.family.needs_text_encoder()
+        in_text_encoder = {"text_encoder": kind.keys, "vision_tower": kind.vision_keys}
         if component in in_text_encoder:
             stored = index_folder(self.path / "text_encoder")
             with blamed(self.path / "text_encoder"):
@@ -74,23 +75,25 @@ class PipelineFolder:
     def _build_transformer(self) -> Model:
         """The transformer of its configuration, from which all is read that is needed of it later."""
         with blamed(self._config("transformer")):
-            self.family.transformer_plan(self.transformer_config)
-            self.family.activation_width(self.transformer_config, 1)
-            return self.family.build_transformer(self.transformer_config)
+            kind = self.family.transformer
+            kind.plan(self.transformer_config)
+            kind.activation_width(self.transformer_config, 1)
+            return kind.build(self.transformer_config)
 
     def _build(self) -> dict[str, Model]:
         """The models of all components, likewise."""
-        family, models = self.family, {"transformer": self._build_transformer()}
+        models = {"transformer": self._build_transformer()}
+        encoder, vae = self.family.needs_text_encoder(), self.family.needs_vae()
         with blamed(self._config("text_encoder")):
-            models["text_encoder"] = family.build_text_model(self.text_config)
+            models["text_encoder"] = encoder.build(self.text_config)
             if "vision_tower" in self.components:
-                models["vision_tower"] = family.build_vision(self.text_config)
-            family.text_plan(self.text_config)
-            family.text_degree(self.text_config, 1)
-            family.text_layers(self.text_config)
+                models["vision_tower"] = encoder.build_vision(self.text_config)
+            encoder.plan(self.text_config)
+            encoder.degree(self.text_config, 1)
+            encoder.layers(self.text_config)
         with blamed(self._config("vae")):
-            models["vae"] = family.build_vae(self.vae_config)
-            family.vae_width(self.vae_config)
+            models["vae"] = vae.build(self.vae_config)
+            vae.width(self.vae_config)
         return models
 
     def _config(self, component: str) -> Path:
@@ -127,11 +130,11 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         raise ValueError(f"{index_file} does not name a pipeline class")
     with blamed(index_file):
         family = family_of_pipeline(class_name)
-    configs = {}
+    configs, encoder = {}, family.needs_text_encoder()
     for component, expected in (
-        ("transformer", family.transformer_class),
-        ("text_encoder", family.text_encoder_class),
-        ("vae", family.vae_class),
+        ("transformer", family.transformer.class_name),
+        ("text_encoder", encoder.class_name),
+        ("vae", family.needs_vae().class_name),
     ):
         stated = index.get(component)
         found = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
@@ -140,7 +143,7 @@ def open_pipeline_folder(path: Path) -> PipelineFolder:
         configs[component] = read_config(path / component / "config.json", f"the pipeline's {component} is incomplete")
     if not (path / "tokenizer").is_dir():
         raise ValueError(f"{path} has no tokenizer folder: the pipeline is incomplete; download it again")
-    components = ("transformer", "text_encoder", *(["vision_tower"] if family.has_vision_tower else []), "vae")
+    components = ("transformer", "text_encoder", *(["vision_tower"] if encoder.has_vision_tower else []), "vae")
     return PipelineFolder(
         path, class_name, family, configs["transformer"], configs["text_encoder"], configs["vae"], components
     )

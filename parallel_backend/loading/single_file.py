@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
-from ..families import Family, family_of_single_file, family_of_text_file, supported_models
+from ..families import Family, Transformer, family_of_single_file, family_of_text_file, supported_models
 from ..families.others import SUFFIXES, looks_like_part, looks_like_transformer
 from .config_files import blamed
 from .quantized import BESIDE, Quantization, read_quantization
@@ -37,7 +37,7 @@ class SingleFile:
 
     def check(self, layout: ParallelismConfig) -> None:
         """Raise ValueError if the layout does not fit the model."""
-        self.family.check_layout(self.transformer_config, layout)
+        self.family.transformer.check_layout(self.transformer_config, layout)
 
     def check_weights(self) -> None:
         """All was checked when the file was opened."""
@@ -86,16 +86,16 @@ def open_single_file(path: Path) -> SingleFile:
         raise ValueError(_refusal(path, stored))
     keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
     quantization = read_quantization(path, keys, prefix)
-    shapes = {key: tensor.shape for key, tensor in keys.items()}
+    shapes, kind = {key: tensor.shape for key, tensor in keys.items()}, family.transformer
     with blamed(path):
-        config = family.single_file_config(shapes)
-        model = family.build_transformer(config)
-        weights = {name: _weight(family, name, keys, quantization) for name, _ in model.named_parameters()}
+        config = kind.file_config(shapes)
+        model = kind.build(config)
+        weights = {name: _weight(kind, name, keys, quantization) for name, _ in model.named_parameters()}
     known = {tensor.key for weight in weights.values() for tensor, _, _ in weight.pieces}
     unused = [
         key
         for key in keys
-        if prefix + key not in known and key.rpartition(".")[2] not in BESIDE and key not in family.single_file_marks
+        if prefix + key not in known and key.rpartition(".")[2] not in BESIDE and key not in kind.file_marks
     ]
     for name, parameter in model.named_parameters():
         if weights[name].shape != tuple(parameter.shape):
@@ -134,9 +134,9 @@ def _refusal(path: Path, stored: Collection[str]) -> str:
     return f"{path} holds no model that is known here ({len(stored)} tensors, such as {examples}); {supported_models()}"
 
 
-def _weight(family: Family, name: str, keys: dict[str, StoredTensor], quantization: Quantization) -> Weight:
+def _weight(kind: Transformer, name: str, keys: dict[str, StoredTensor], quantization: Quantization) -> Weight:
     """What a parameter is made of."""
-    rows = family.single_file_rows(name)
+    rows = kind.file_rows(name)
     pieces = []
     for key, part, parts in rows:
         tensor = keys.get(key)

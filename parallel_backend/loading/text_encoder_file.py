@@ -78,18 +78,19 @@ def open_text_encoder_file(path: Path) -> TextEncoderFile:
         raise ValueError(_refusal(path, keys))
     quantization = read_quantization(path, keys, "")
     vision = {}
+    kind = family.needs_text_encoder()
     with blamed(path):
-        config = family.text_file_config({key: tensor.shape for key, tensor in keys.items()})
-        names = family.text_keys(list(keys))
-        text = _weights(family.build_text_model(config), names, keys, quantization)
-        if family.has_vision_tower and "vision_config" in config:
-            vision = _weights(family.build_vision(config), family.vision_keys(list(keys)), keys, quantization)
+        config = kind.file_config({key: tensor.shape for key, tensor in keys.items()})
+        names = kind.keys(list(keys))
+        text = _weights(kind.build(config), names, keys, quantization)
+        if kind.has_vision_tower and "vision_config" in config:
+            vision = _weights(kind.build_vision(config), kind.vision_keys(list(keys)), keys, quantization)
     tokenizer = None
-    if family.text_file_tokenizer is not None:
-        tokenizer = keys.get(family.text_file_tokenizer)
+    if kind.file_tokenizer is not None:
+        tokenizer = keys.get(kind.file_tokenizer)
         if tokenizer is None or tokenizer.dtype != "U8":
             raise ValueError(
-                f"{path} has no tokenizer (a tensor {family.text_file_tokenizer} of bytes); take a file that ComfyUI's "
+                f"{path} has no tokenizer (a tensor {kind.file_tokenizer} of bytes); take a file that ComfyUI's "
                 "templates name, such as mistral_3_small_flux2_bf16.safetensors"
             )
     _check_layers(path, family, names, list(text))
@@ -101,7 +102,8 @@ def _refusal(path: Path, keys: Collection[str]) -> str:
     family, _ = transformer_in(keys)
     if family is not None:
         return f"{path} looks like the transformer of {family.title}, which Load Diffusion Model (Parallel) loads"
-    supported = "; ".join(f"{family.title}: {family.text_file_title}" for family in FAMILIES)
+    encoders = {family.title: family.text_encoder for family in FAMILIES}
+    supported = "; ".join(f"{title}: {kind.file_title}" for title, kind in encoders.items() if kind is not None)
     look = looks_like_part(keys) or looks_like_text_encoder(keys)
     if look is not None:
         return look.refusal(path, f"supported are: {supported}")

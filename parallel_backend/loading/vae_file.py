@@ -40,9 +40,9 @@ class VaeFile:
 
     def load(self) -> Model:
         """The VAE, whole, on the CPU, in fp32; ValueError for tensors that are missing, or too many."""
-        vae = self.family.build_vae(self.vae_config).to_empty(device="cpu").float()
+        vae = self.family.needs_vae().build(self.vae_config).to_empty(device="cpu").float()
         try:
-            vae.load_state_dict(self.family.vae_tensors(load_file(self.path)))
+            vae.load_state_dict(self.family.needs_vae().tensors(load_file(self.path)))
         except RuntimeError as error:  # of torch, with all names
             raise ValueError(" ".join(str(error).split())[:300]) from None
         return vae.eval()
@@ -57,4 +57,5 @@ def open_vae_file(path: Path) -> VaeFile | None:
     if family is None:
         return None
     with blamed(path):
-        return VaeFile(path, family, family.vae_file_config({key: tensor.shape for key, tensor in keys.items()}))
+        config = family.needs_vae().file_config({key: tensor.shape for key, tensor in keys.items()})
+        return VaeFile(path, family, config)

@@ -109,6 +109,8 @@ class SequenceShards:
 
     def gather(self, local: Tensor, stream: int) -> Tensor:
         """The full ``[B, S, C]`` from every rank's ``[B, S_local, C]``."""
+        if not self.mesh.cp.is_split:
+            return local
         sizes = self.streams[stream]
         longest = max(sizes)
         if local.shape[1] < longest:
@@ -130,7 +132,7 @@ def shard_sequence(
         model: the model whose ``forward`` enters and leaves the sharded region.
         shards: told the lengths of each forward.
         inputs: for each stream the names of its arguments, the token dim of each being the second to last; the first
-            name of a stream gives its length.
+            name of a stream gives its length. None: the entrance cuts and gathers.
         output_stream: the stream that the output (``.sample`` or the first of a tuple, ``[B, S_local, C]``) belongs to.
         entrance: sees the arguments before and after they are cut.
 
@@ -143,7 +145,8 @@ def shard_sequence(
         bound = signature.bind(module, *args, **kwargs)
         arguments = bound.arguments
         entrance.prepare(arguments)
-        shards.begin([arguments[names[0]].shape[-2] for names in inputs])
+        if inputs:
+            shards.begin([arguments[names[0]].shape[-2] for names in inputs])
         if shards.mesh.cp.is_split:
             for stream, names in enumerate(inputs):
                 for name in names:
@@ -158,6 +161,6 @@ def shard_sequence(
         return output
 
     handles = [model.register_forward_pre_hook(cut, with_kwargs=True)]
-    if shards.mesh.cp.is_split:
+    if inputs and shards.mesh.cp.is_split:
         handles.append(model.register_forward_hook(gather))
     return handles

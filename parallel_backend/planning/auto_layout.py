@@ -202,14 +202,14 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
     counted = weight_bytes(family, config, text_config, layout, dtype.itemsize)
     sizes = {"transformer": counted.transformer, "text_encoder": counted.text_encoder}
     if "transformer" in source.components:
-        model = family.build_transformer(config)
-        plan = family.transformer_plan(dict(model.config))
+        model = family.transformer.build(config)
+        plan = family.transformer.plan(dict(model.config))
         table = apply_tensor_parallel(model, plan, Axis(None, layout.tp_size, 0))
         sizes["transformer"] = shard_bytes(model, source.weights("transformer"), table, dtype, fp8)
     if "text_encoder" in source.components:
-        model = family.build_text_model(text_config)
-        degree = family.text_degree(text_config, layout.world_size)
-        table = shard_text_model(model, family, text_config, Axis(None, degree, 0))
+        kind = family.needs_text_encoder()
+        model = kind.build(text_config)
+        table = shard_text_model(model, kind, text_config, Axis(None, kind.degree(text_config, layout.world_size), 0))
         sizes["text_encoder"] = shard_bytes(model, source.weights("text_encoder"), table, dtype, fp8)
     weights = WeightBytes(sizes["transformer"], sizes["text_encoder"], counted.vae)
     return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
@@ -220,4 +220,4 @@ def _transformer_config(source: Checkpoint) -> Mapping[str, Any]:
     config = getattr(source, "transformer_config", None)
     if config is None:
         return reference_config(source.family)
-    return dict(source.family.build_transformer(config).config)
+    return dict(source.family.transformer.build(config).config)

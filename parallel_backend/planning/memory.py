@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config import ParallelismConfig
-from ..families import Family, Model
+from ..families import Family, Model, TextEncoder
 from ..loading.weight_loader import LINEARS
 from ..mesh import Axis
 from ..parallel.tensor import apply_tensor_parallel
@@ -88,7 +88,8 @@ def weight_bytes(
 ) -> WeightBytes:
     """Count the weights of rank 0, by sharding the real models on the meta device as the workers do.
 
-    The VAE is that of its class's defaults. A vision tower is not counted: it is loaded when a prompt has images.
+    What the family does not bring counts nothing. The VAE is that of its class's defaults. A vision tower is not
+    counted: it is loaded when a prompt has images.
 
     Args:
         family: which model.
@@ -100,12 +101,11 @@ def weight_bytes(
     Raises:
         ValueError: the model cannot be split so.
     """
-    text_degree = family.text_degree(text_config, layout.world_size)
-    family.check_layout(_full_config(family, _key(transformer_config)), layout)
+    family.transformer.check_layout(_full_config(family, _key(transformer_config)), layout)
     return WeightBytes(
         transformer=transformer_bytes(family, transformer_config, layout, dtype_bytes),
-        text_encoder=_text_counts(family, _key(text_config), text_degree)[0] * dtype_bytes,
-        vae=_numel(_default_vae(family)) * _VAE_DTYPE_BYTES,
+        text_encoder=_text_counts(family, text_config, layout)[0] * dtype_bytes,
+        vae=0 if family.vae is None else _numel(_default_vae(family)) * _VAE_DTYPE_BYTES,
     )
 
 
@@ -131,12 +131,12 @@ def transformer_activation_bytes(
         tokens: image and text tokens of the full sequence, times the batch.
         dtype_bytes: bytes of one activation.
     """
-    return -(-tokens // layout.cp_size) * family.activation_width(config, layout.tp_size) * dtype_bytes
+    return -(-tokens // layout.cp_size) * family.transformer.activation_width(config, layout.tp_size) * dtype_bytes
 
 
 def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int) -> int:
     """Estimate the peak of decoding an image of ``pixels`` in fp32; the family says how many features of a pixel."""
-    return family.vae_width(config) * pixels * _VAE_DTYPE_BYTES
+    return family.needs_vae().width(config) * pixels * _VAE_DTYPE_BYTES
 
 
 def reference_memory(family: Family, layout: ParallelismConfig, fp8: bool = False) -> MemoryEstimate:
@@ -163,13 +163,12 @@ def _as_fp8_files(family: Family, bf16: WeightBytes, layout: ParallelismConfig) 
     Which of them a "mixed" file keeps in bfloat16 is its own matter: on a rank they are split as the others are.
     """
     reference = family.reference_model
-    config, text_config = _key(reference.transformer_config), _key(reference.text_config)
+    config = _key(reference.transformer_config)
     whole = _transformer_counts(family, config, 1)[0] * 2 - _transformer_counts(family, config, 1)[1]
     kept = max(0, reference.fp8_bytes - whole)
-    text_degree = family.text_degree(reference.text_config, layout.world_size)
     return WeightBytes(
         bf16.transformer - _transformer_counts(family, config, layout.tp_size)[1] + kept // layout.tp_size,
-        bf16.text_encoder - _text_counts(family, text_config, text_degree)[1],
+        bf16.text_encoder - _text_counts(family, reference.text_config, layout)[1],
         bf16.vae,
     )
 
@@ -180,10 +179,8 @@ def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: Par
     They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
     family's reference model; ``config`` is the transformer's, with every value.
     """
-    return max(
-        _step_bytes(family, config, layout, pixels),
-        vae_activation_bytes(family, dict(_default_vae(family).config), pixels),
-    )
+    decoding = 0 if family.vae is None else vae_activation_bytes(family, dict(_default_vae(family).config), pixels)
+    return max(_step_bytes(family, config, layout, pixels), decoding)
 
 
 def reference_step_bytes(family: Family, layout: ParallelismConfig) -> int:
@@ -192,7 +189,7 @@ def reference_step_bytes(family: Family, layout: ParallelismConfig) -> int:
 
 
 def _step_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
-    tokens = pixels // family.pixel_multiple**2 + family.reference_model.text_tokens
+    tokens = pixels // family.transformer.pixel_multiple**2 + family.reference_model.text_tokens
     return transformer_activation_bytes(family, config, layout, tokens)
 
 
@@ -238,7 +235,7 @@ def what_fits(family: Family, memory: int, ranks: int) -> str:
 def can_split(family: Family, layout: ParallelismConfig) -> bool:
     """Whether the transformer of a family's reference model can be split by a layout."""
     try:
-        family.check_layout(reference_config(family), layout)
+        family.transformer.check_layout(reference_config(family), layout)
     except ValueError:
         return False
     return True
@@ -260,27 +257,35 @@ def _numel(model: nn.Module) -> int:
 
 @lru_cache(maxsize=64)
 def _full_config(family: Family, config: str) -> dict[str, Any]:
-    full = dict(family.build_transformer(json.loads(config)).config)
+    full = dict(family.transformer.build(json.loads(config)).config)
     return {name: value for name, value in full.items() if not name.startswith("_")}
 
 
 @lru_cache(maxsize=64)
 def _transformer_counts(family: Family, config: str, degree: int) -> tuple[int, int]:
     """Parameters of a rank, and how many of them are weights of its blocks' linears."""
-    model = family.build_transformer(json.loads(config))
-    apply_tensor_parallel(model, family.transformer_plan(dict(model.config)), Axis(None, degree, 0))
-    stacks = [getattr(model, stack.attribute) for stack in family.block_stacks]
+    model = family.transformer.build(json.loads(config))
+    apply_tensor_parallel(model, family.transformer.plan(dict(model.config)), Axis(None, degree, 0))
+    stacks = [getattr(model, stack.attribute) for stack in family.transformer.block_stacks]
     return _numel(model), sum(map(_linears, stacks))
 
 
+def _text_counts(family: Family, config: Mapping[str, Any], layout: ParallelismConfig) -> tuple[int, int]:
+    """The same of the text model, whose linears are all in its layers; nothing where the family has none."""
+    if family.text_encoder is None:
+        return 0, 0
+    return _sharded_text_counts(
+        family.text_encoder, _key(config), family.text_encoder.degree(config, layout.world_size)
+    )
+
+
 @lru_cache(maxsize=64)
-def _text_counts(family: Family, config: str, degree: int) -> tuple[int, int]:
-    """The same of the text model, whose linears are all in its layers."""
+def _sharded_text_counts(kind: TextEncoder, config: str, degree: int) -> tuple[int, int]:
     from ..parallelize import shard_text_model  # with the compiler, which takes a second to import
 
     values = json.loads(config)
-    model = family.build_text_model(values)
-    shard_text_model(model, family, values, Axis(None, degree, 0))
+    model = kind.build(values)
+    shard_text_model(model, kind, values, Axis(None, degree, 0))
     return _numel(model), _linears(model)
 
 
@@ -292,4 +297,4 @@ def _linears(model: nn.Module) -> int:
 @lru_cache(maxsize=8)
 def _default_vae(family: Family) -> Model:
     """The VAE with the defaults of its diffusers class, on the meta device."""
-    return family.build_vae({})
+    return family.needs_vae().build({})

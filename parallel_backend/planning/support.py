@@ -35,12 +35,12 @@ class FamilySupport:
         models: that the family covers.
         reference: name of the model that is counted.
         pipelines: diffusers pipeline classes.
-        transformer, text_encoder, vae: classes of diffusers and transformers.
+        transformer, text_encoder, vae: classes of diffusers and transformers; empty for what stays ComfyUI's.
         heads: attention heads of the transformer.
         ulysses: degrees of Ulysses that fit, up to ``ranks``; so does any product of Ulysses and TP that is among them.
         tp: degrees of tensor parallelism that fit, up to ``ranks``.
         ring: degrees of Ring that fit, up to ``ranks``.
-        text_ranks: over how many of ``ranks`` ranks a copy of the text encoder is sharded.
+        text_ranks: over how many of ``ranks`` ranks a copy of the text encoder is sharded; 0 if there is none.
         copies: of the transformer under TP over the largest degree, and of the text encoder over ``text_ranks``: module
             names, with ``*`` for numbers -> on how many ranks each weight is, where that is more than one.
         blocks: lists of blocks that the block cache goes over, and how long they are.
@@ -77,14 +77,19 @@ class FamilySupport:
 def family_support(family: Family) -> FamilySupport:
     """What is supported of a family; its models are built on the meta device, which takes a few seconds."""
     config, text_config = reference_config(family), family.reference_model.text_config
-    transformer = family.build_transformer(config)
+    kind, encoder = family.transformer, family.text_encoder
+    transformer = kind.build(config)
     degrees = range(1, RANKS + 1)
     ulysses = tuple(n for n in degrees if can_split(family, ParallelismConfig(ulysses_size=n)))
     ring = tuple(n for n in degrees if can_split(family, ParallelismConfig(ring_size=n)))
     tp = tuple(n for n in degrees if can_split(family, ParallelismConfig(tp_size=n)))
-    text_ranks = family.text_degree(text_config, RANKS)
     weights = {n: reference_memory(family, ParallelismConfig(tp_size=n)).weights for n in DEGREES if n in tp}
-    text_weights = {n: reference_memory(family, ParallelismConfig(ring_size=n)).weights for n in DEGREES}
+    on_ranks = {"transformer": copies(transformer, kind.plan(config), tp[-1])}
+    text_ranks, text_weights = 0, {}
+    if encoder is not None:
+        text_ranks = encoder.degree(text_config, RANKS)
+        text_weights = {n: reference_memory(family, ParallelismConfig(ring_size=n)).weights for n in DEGREES}
+        on_ranks["text_encoder"] = copies(encoder.build(text_config), encoder.plan(text_config), text_ranks)
     return FamilySupport(
         name=family.name,
         title=family.title,
@@ -92,22 +97,19 @@ def family_support(family: Family) -> FamilySupport:
         models=family.models,
         reference=family.reference_model.name,
         pipelines=family.pipeline_classes,
-        transformer=family.transformer_class,
-        text_encoder=family.text_encoder_class,
-        vae=family.vae_class,
-        heads=config["num_attention_heads"],
+        transformer=kind.class_name,
+        text_encoder="" if encoder is None else encoder.class_name,
+        vae="" if family.vae is None else family.vae.class_name,
+        heads=kind.heads(config),
         ulysses=ulysses,
         tp=tp,
         ring=ring,
         text_ranks=text_ranks,
-        copies={
-            "transformer": copies(transformer, family.transformer_plan(config), tp[-1]),
-            "text_encoder": copies(family.build_text_model(text_config), family.text_plan(text_config), text_ranks),
-        },
-        blocks={stack.attribute: len(getattr(transformer, stack.attribute)) for stack in family.block_stacks},
-        vision_tower=family.has_vision_tower,
-        reference_methods=tuple(family.conditioning_options.get("reference_method", ())),
-        text_file=family.text_file_title,
+        copies=on_ranks,
+        blocks={stack.attribute: len(getattr(transformer, stack.attribute)) for stack in kind.block_stacks},
+        vision_tower=encoder is not None and encoder.has_vision_tower,
+        reference_methods=tuple(kind.conditioning_options.get("reference_method", ())),
+        text_file="" if encoder is None else encoder.file_title,
         transformer_gib={n: round(found.transformer / GIB, 1) for n, found in weights.items()},
         text_encoder_gib={n: round(found.text_encoder / GIB, 1) for n, found in text_weights.items()},
     )

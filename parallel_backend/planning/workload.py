@@ -38,26 +38,24 @@ def count_workload(
 @lru_cache(maxsize=32)
 @torch.no_grad()
 def _count(name: str, config: str, width: int, height: int, text: int) -> Workload:
-    family = family_of_name(name)
-    model = family.build_transformer(json.loads(config))
+    kind = family_of_name(name).transformer
+    model = kind.build(json.loads(config))
     attention = _Recorder(SequenceShards(single_mesh("cpu")))
-    entrance = family.install(model, attention, AS_IT_IS)
-    shard_sequence(model, attention.shards, family.sequence_inputs, family.output_stream, entrance)
+    entrance = kind.install(model, attention, AS_IT_IS)
+    shard_sequence(model, attention.shards, kind.sequence_inputs, kind.output_stream, entrance)
     outputs: list[int] = []
     modules = dict(model.named_modules())
-    for pattern, shard in family.transformer_plan(dict(model.config)).items():
+    for pattern, shard in kind.plan(dict(model.config)).items():
         for found in fnmatch.filter(modules, pattern) if shard.style == "row" else ():
             modules[found].__class__ = _WholeLinear
             modules[found].register_forward_hook(lambda _, args, out: outputs.append(out.numel()))
-    down = family.latent_downscale
-    frames = (1,) if family.name == "qwen_image" else ()
     with torch.device("meta"):
-        x = torch.empty(1, family.latent_channels, *frames, height // down, width // down, dtype=torch.bfloat16)
-        context = torch.empty(1, text, model.config.joint_attention_dim, dtype=torch.bfloat16)
-        tensors = {name: torch.empty(1) for name in family.conditioning_tensors if name == "guidance"}
+        x = torch.empty(kind.latent_shape(width, height), dtype=torch.bfloat16)
+        context = torch.empty(1, text, kind.context_width(dict(model.config)), dtype=torch.bfloat16)
+        tensors = {name: torch.empty(1) for name in kind.conditioning_tensors if name == "guidance"}
         nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of modules that it would keep
         with FlopCounterMode(display=False) as counter:
-            model(**family.transformer_inputs(x, torch.empty(1), Conditioning(context, tensors=tensors)))
+            model(**kind.inputs(x, torch.empty(1), Conditioning(context, tensors=tensors)))
     flops = sum(counter.get_flop_counts()["Global"].values())
     return Workload(
         gemm_flops=float(flops),

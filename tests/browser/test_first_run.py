@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ..comfyui.processes import importing_processes, worker_ranks
+from ..comfyui.processes import fork_servers, worker_ranks
 from ..comfyui.server import CHECKOUT, HOW_TO_GET, ComfyServer, find_comfyui
 from .conftest import Gpus
 from .frontend import Frontend, what_is_missing
@@ -193,7 +193,7 @@ def test_state_is_true_in_every_tab(page: Page, server: ComfyServer, tmp_path: P
     with page.another() as other:
         # A tab that is opened later knows it without a run, and both hear that a worker was killed.
         other.wait_for_state(LOADER_ID, "ready: ")
-        for process in (*worker_ranks(server), *importing_processes(server)):  # other groups', too
+        for process in (*worker_ranks(server), *fork_servers(server)):  # other groups', too
             os.kill(process, signal.SIGKILL)
         for tab in (page, other):
             tab.wait_for_state(LOADER_ID, "not running: the next run starts the workers")

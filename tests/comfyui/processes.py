@@ -23,11 +23,11 @@ def worker_ranks(server: ComfyServer) -> dict[int, int]:
 
 
 def group_processes(server: ComfyServer) -> set[int]:
-    """Process ids of all workers and of the torchrun processes above them, but not of the importing process."""
+    """Process ids of all workers and of the torchrun processes above them, but not of the fork server."""
     return _of_modules(server, {WORKER_MODULE, LAUNCHER_MODULE})
 
 
-def importing_processes(server: ComfyServer) -> set[int]:
+def fork_servers(server: ComfyServer) -> set[int]:
     """Process ids of what the groups of a server are forked from."""
     return _of_modules(server, {IMPORTER_MODULE})
 
@@ -63,7 +63,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """What a process was started with: a fork, what the importing process was."""
+    """What a process was started with: a fork, what the fork server was."""
     entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 

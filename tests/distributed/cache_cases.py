@@ -64,8 +64,13 @@ def sample(
         family, model = FLUX2, tiny_transformer(num_single_layers=4)
         inputs = flux2_inputs(text, sizes, batch)
     if mesh is not None:
-        parallelize_transformer(model, family, layout, mesh)
-    cache = BlockCache(model, family.block_stacks, SINGLE if mesh is None else mesh.world, family.picture_tokens)
+        parallelize_transformer(model, family.transformer, layout, mesh)
+    cache = BlockCache(
+        model,
+        family.transformer.block_stacks,
+        SINGLE if mesh is None else mesh.world,
+        family.transformer.picture_tokens,
+    )
     x, tokens = inputs["hidden_states"], sizes[0][0] * sizes[0][1]
     drift = new_drift(inputs)
     if shifted:

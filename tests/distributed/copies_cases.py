@@ -89,7 +89,7 @@ def errors(mesh: ParallelMesh, layout: ParallelismConfig, speed: Speed, **change
     whole, model = tiny_transformer(**changes), tiny_transformer(**changes)
     blocks.TILE = 2
     torch._dynamo.reset()
-    parallelize_transformer(model, FLUX2, layout, replace(mesh, **copying), speed)
+    parallelize_transformer(model, FLUX2.transformer, layout, replace(mesh, **copying), speed)
     found = []
     for text, size in ((16, (8, 8)), (17, (7, 9)), (40, (3, 5))):
         inputs = flux2_inputs(text, [size], 1)

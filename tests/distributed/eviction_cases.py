@@ -57,7 +57,7 @@ def load_without_memory(mesh: ParallelMesh, layout: ParallelismConfig, path: str
             def refuse(*args: Any, **kwargs: Any) -> Any:
                 raise MemoryError("none left")
 
-            patch.setattr(type(settings.family), "load_vae", refuse)
+            patch.setattr(type(settings.family.needs_vae()), "load", refuse)
             patch.setattr("parallel_backend.runtime.rank.components.load_weights", refuse)
         try:
             part.load(lambda count: None)
@@ -73,7 +73,8 @@ def see_without_memory(mesh: ParallelMesh, layout: ParallelismConfig) -> str:
         raise MemoryError("none left")
 
     part: Any = object.__new__(VisionComponent)
-    part.settings = SimpleNamespace(mesh=mesh, device=torch.device("cpu"), family=SimpleNamespace(encode_images=refuse))
+    family = SimpleNamespace(needs_text_encoder=lambda: SimpleNamespace(encode_images=refuse))
+    part.settings = SimpleNamespace(mesh=mesh, device=torch.device("cpu"), family=family)
     part.module = None
     try:
         part.encode([])

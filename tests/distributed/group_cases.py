@@ -14,7 +14,7 @@ from parallel_backend.mesh import ParallelMesh, build_mesh
 from parallel_backend.parallelize import text_axes
 from parallel_backend.runtime.rank.engine import Engine
 
-HALF: Any = SimpleNamespace(text_degree=lambda config, ranks: ranks // 2)
+HALF: Any = SimpleNamespace(degree=lambda config, ranks: ranks // 2)
 """A family whose text encoder is sharded over half of the ranks."""
 
 

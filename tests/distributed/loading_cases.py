@@ -49,8 +49,8 @@ def load(
 ) -> tuple[dict[str, torch.Tensor], dict, int, str]:
     """This rank's parameters, its table, the bytes that it read, and the error that it raised; see `counting_reads`."""
     source = open_single_file(path)
-    model = source.family.build_transformer(source.transformer_config)
-    table = parallelize_transformer(model, source.family, layout, mesh)
+    model = source.family.transformer.build(source.transformer_config)
+    table = parallelize_transformer(model, source.family.transformer, layout, mesh)
     error: ValueError | None = None
     with counting_reads(path, cut) as read:
         try:

@@ -82,7 +82,7 @@ def transformer_errors(
     """
     model, inputs = tiny_transformer(**changes), [transformer_inputs(**shape) for shape in shapes]
     expected = [model(**one, return_dict=False)[0] for one in inputs]
-    parallelize_transformer(model, QWEN, layout, mesh)
+    parallelize_transformer(model, QWEN.transformer, layout, mesh)
     again = zip([*inputs, inputs[0]], [*expected, expected[0]], strict=True)
     return [relative_error(model(**one).sample, wanted) for one, wanted in again]
 
@@ -91,9 +91,9 @@ def undone_error(mesh: ParallelMesh, layout: ParallelismConfig) -> float:
     """Relative error of a model that was parallel for a time; on each rank by itself."""
     model, inputs = tiny_transformer(zero_cond_t=True), transformer_inputs(5, [(4, 3), (2, 3)], 1)
     expected = model(**inputs, return_dict=False)[0]
-    parallelize_transformer(model, QWEN, layout, mesh)
+    parallelize_transformer(model, QWEN.transformer, layout, mesh)
     method = Conditioning(torch.randn(1, 3, 48), [torch.randn(1, 16, 1, 4, 4)], options={"reference_method": "index"})
-    model(**QWEN.transformer_inputs(torch.randn(1, 16, 1, 4, 4), torch.tensor([0.5]), method), return_dict=False)
+    model(**QWEN.transformer.inputs(torch.randn(1, 16, 1, 4, 4), torch.tensor([0.5]), method), return_dict=False)
     disable_cache(model)
     return relative_error(model(**inputs).sample, expected)
 
@@ -106,13 +106,13 @@ def latent_errors(
     x, *references = (torch.randn(batch, 16, 1, h, w, generator=generator) for h, w in sizes)
     context = torch.randn(batch, 7, 48, generator=generator)
     whole, model = tiny_transformer(), tiny_transformer()
-    parallelize_transformer(whole, QWEN, ParallelismConfig(), ParallelMesh(*[SINGLE] * 5, "cpu"))
-    parallelize_transformer(model, QWEN, layout, mesh)
+    parallelize_transformer(whole, QWEN.transformer, ParallelismConfig(), ParallelMesh(*[SINGLE] * 5, "cpu"))
+    parallelize_transformer(model, QWEN.transformer, layout, mesh)
     errors = {}
-    for method in QWEN.conditioning_options["reference_method"]:
+    for method in QWEN.transformer.conditioning_options["reference_method"]:
         conditioning = Conditioning(context, references, options={"reference_method": method})
-        inputs = QWEN.transformer_inputs(x, torch.full((batch,), 0.7), conditioning)
-        expected, actual = (QWEN.prediction(m(**inputs, return_dict=False)[0], x) for m in (whole, model))
+        inputs = QWEN.transformer.inputs(x, torch.full((batch,), 0.7), conditioning)
+        expected, actual = (QWEN.transformer.prediction(m(**inputs, return_dict=False)[0], x) for m in (whole, model))
         assert expected.shape == x.shape
         errors[method] = relative_error(actual, expected)
     return errors
@@ -121,7 +121,7 @@ def latent_errors(
 def modulation_gathers(mesh: ParallelMesh, layout: ParallelismConfig) -> int:
     """How many gathers over tp a forward makes."""
     model = tiny_transformer()
-    parallelize_transformer(model, QWEN, layout, mesh)
+    parallelize_transformer(model, QWEN.transformer, layout, mesh)
     with patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
         model(**transformer_inputs(5, [(4, 4)], 1), return_dict=False)
     return gather.call_count
@@ -179,7 +179,7 @@ def text_errors(mesh: ParallelMesh, layout: ParallelismConfig, heads: int, kv_he
         "image_grid_thw": torch.tensor(grids),
         "mm_token_type_ids": (illustrated == IMAGE_TOKEN).int(),
     }
-    features = QWEN.encode_images(model.model.visual, given)
+    features = QWEN.needs_text_encoder().encode_images(model.model.visual, given)
 
     def untouched(ids: torch.Tensor, **others: Any) -> torch.Tensor:
         return model(
@@ -187,14 +187,14 @@ def text_errors(mesh: ParallelMesh, layout: ParallelismConfig, heads: int, kv_he
         ).hidden_states[-1]
 
     expected = [untouched(plain), untouched(illustrated, **images)]
-    parallelize_text_encoder(model, QWEN, mesh, "text_encoder")
-    text_model = QWEN.text_model(model)
+    parallelize_text_encoder(model, QWEN.needs_text_encoder(), mesh, "text_encoder")
+    text_model = QWEN.needs_text_encoder().text_model(model)
     text_model.image_token_id = IMAGE_TOKEN
-    layers = QWEN.text_layers(model.config.to_dict())
+    layers = QWEN.needs_text_encoder().layers(model.config.to_dict())
     actual = [
-        QWEN.encode_text(text_model, plain, mask, layers),
-        QWEN.encode_text(text_model, illustrated, mask, layers, features, grids),
-        QWEN.encode_text(text_model, plain, mask, layers),
+        QWEN.needs_text_encoder().encode(text_model, plain, mask, layers),
+        QWEN.needs_text_encoder().encode(text_model, illustrated, mask, layers, features, grids),
+        QWEN.needs_text_encoder().encode(text_model, plain, mask, layers),
     ]
     rows = mask.bool()
     return [relative_error(a[rows], e[rows]) for a, e in zip(actual, [*expected, expected[0]], strict=True)]

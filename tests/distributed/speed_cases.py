@@ -63,7 +63,7 @@ def eager_order(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list
     """What one block of each kind launches, in order, by its class."""
     model, found = tiny_transformer(num_layers=1, num_single_layers=1), {}
     blocks.TILE = 2
-    parallelize_transformer(model, FLUX2, layout, mesh)
+    parallelize_transformer(model, FLUX2.transformer, layout, mesh)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         original = block.forward
 
@@ -86,7 +86,7 @@ def lingering(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, list[i
     """
     model = tiny_transformer()
     blocks.TILE = 2
-    parallelize_transformer(model, FLUX2, layout, mesh)
+    parallelize_transformer(model, FLUX2.transformer, layout, mesh)
     sent: list[Any] = []
     pieces: list[Any] = []
     found: dict[str, list[int]] = {"sent": [], "pieces": []}
@@ -136,7 +136,7 @@ def compiled(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
     blocks.TILE = 2
     torch._dynamo.reset()
     counters.clear()
-    parallelize_transformer(model, FLUX2, layout, mesh, Speed(compile=True))
+    parallelize_transformer(model, FLUX2.transformer, layout, mesh, Speed(compile=True))
 
     def evaluated(inputs: dict[str, Any]) -> torch.Tensor:
         with torch.inference_mode():  # as the workers do

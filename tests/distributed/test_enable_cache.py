@@ -133,6 +133,6 @@ class TestWithoutProcessGroup:
 
     def test_an_mlp_that_does_not_divide(self):
         config = dict(tiny_transformer().config) | {"mlp_ratio": 2.36}  # 302 features: 2 x 151
-        FLUX2.check_layout(config, ParallelismConfig(tp_size=2))
+        FLUX2.transformer.check_layout(config, ParallelismConfig(tp_size=2))
         with pytest.raises(ValueError, match=r"the 302 features .*tp_size=4 .*tp_size 1, 2 would work"):
-            FLUX2.check_layout(config, ParallelismConfig(tp_size=4))
+            FLUX2.transformer.check_layout(config, ParallelismConfig(tp_size=4))

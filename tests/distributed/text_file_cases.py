@@ -65,9 +65,9 @@ def encode(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
     """The error of this rank's context, and the bytes that it read and holds."""
     source = open_text_encoder_file(Path(path))
     family, config = source.family, source.text_config
-    axis, replicas = text_axes(family, config, mesh)
-    model = family.build_text_model(config)
-    table = shard_text_model(model, family, config, axis)
+    axis, replicas = text_axes(family.needs_text_encoder(), config, mesh)
+    model = family.needs_text_encoder().build(config)
+    table = shard_text_model(model, family.needs_text_encoder(), config, axis)
     with counting_reads(path) as read:
         held = load_weights(
             model, source.weights("text_encoder"), table,
@@ -76,7 +76,7 @@ def encode(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
     ids = torch.randint(3, 250, (2, 37), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[1, 30:] = 0
-    context = family.encode_text(model, ids, mask, family.text_layers(config))
+    context = family.needs_text_encoder().encode(model, ids, mask, family.needs_text_encoder().layers(config))
     expected = layer_outputs(whole_encoder(Path(path)), ids, mask)
     return {
         "error": relative_error(context, expected),

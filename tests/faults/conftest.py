@@ -80,8 +80,7 @@ def _launched(request: pytest.FixtureRequest) -> Iterator[ComfyServer | None]:
     if find_comfyui() is None or not any(map(needs_server, ours)):
         yield None
         return
-    comfyui, home, orders = (request.getfixturevalue(name) for name in ("comfyui", "home", "orders"))
-    server = faulty_server(comfyui, home, orders)
+    server = faulty_server(*map(request.getfixturevalue, ("comfyui", "home", "orders")))
     server.launch()
     yield server
     server.stop()

@@ -2,7 +2,7 @@
 
 A test writes an `Order` into a folder; the rank that it is for carries it out once, at its moment, and notes when.
 `install` runs in every Python process that a server under test starts (see tests/comfyui/launch_server.py), before
-anything else, and does nothing but in the importing process, of which ranks are forks. So this module imports only what
+anything else, and does nothing but in the fork server, of which ranks are forks. So this module imports only what
 starting Python has imported anyway.
 """
 
@@ -201,7 +201,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """In the importing process of a server whose environment asks for it: have its ranks take orders."""
+    """In the fork server of a server whose environment asks for it: have its ranks take orders."""
     folder = os.environ.get(FOLDER)
     if folder and IMPORTER in sys.orig_argv:
         sys.meta_path.insert(0, _Finder(_Rank(Path(folder))))

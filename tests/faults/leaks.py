@@ -22,7 +22,7 @@ class Holdings:
 
     Args:
         processes: that the server started, and those that these started, wherever they are now: ranks and agents. Not
-            the importing process, which stays.
+            the fork server, which stays.
         zombies: children of the server that have ended and that it did not ask after.
         memfds, sockets, descriptors: open in the server's process; ``descriptors`` are all, also those two.
         rank_memfds: open in the ranks, all together.

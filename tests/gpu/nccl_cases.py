@@ -75,7 +75,7 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
         mask[0, 60:], mask[1, 71:] = 0, 0
         tensors = {"mask": mask}
     conditioning = Conditioning(context, [reference], tensors)
-    return family_of_name(name).transformer_inputs(x, torch.tensor([0.7, 0.4], device="cuda"), conditioning)
+    return family_of_name(name).transformer.inputs(x, torch.tensor([0.7, 0.4], device="cuda"), conditioning)
 
 
 def predict(
@@ -86,7 +86,7 @@ def predict(
     What others sent for one forward must not turn up in another, so each of them counts.
     """
     model, inputs = new_model(name, dtype), inputs_of(name, dtype)
-    parallelize_transformer(model, family_of_name(name), layout, mesh, speed)
+    parallelize_transformer(model, family_of_name(name).transformer, layout, mesh, speed)
     with torch.inference_mode():  # as the workers do
         return [model(**inputs, return_dict=False)[0].float() for _ in range(FORWARDS)]
 
@@ -99,8 +99,8 @@ def worst_error(outputs: list[torch.Tensor], exact: torch.Tensor) -> float:
 def decisions(name: str, layout: ParallelismConfig, mesh: ParallelMesh) -> list[bool]:
     """What the block cache decides in a run whose inputs hardly change, then change."""
     model, family = new_model(name, torch.bfloat16), family_of_name(name)
-    parallelize_transformer(model, family, layout, mesh)
-    cache = BlockCache(model, family.block_stacks, mesh.world)
+    parallelize_transformer(model, family.transformer, layout, mesh)
+    cache = BlockCache(model, family.transformer.block_stacks, mesh.world)
     settings = CacheSettings(DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.05))
     made = []
     for step in range(STEPS):
@@ -155,8 +155,8 @@ def text_error(mesh: ParallelMesh) -> dict[str, float]:
 
     def context(dtype: torch.dtype, over: ParallelMesh) -> torch.Tensor:
         model = qwen_cases.tiny_text_encoder(28, 4).to("cuda", dtype)
-        parallelize_text_encoder(model, family, over, "text_encoder")
-        return family.encode_text(family.text_model(model), ids, mask, ()).float()
+        parallelize_text_encoder(model, family.needs_text_encoder(), over, "text_encoder")
+        return family.needs_text_encoder().encode(family.needs_text_encoder().text_model(model), ids, mask, ()).float()
 
     exact = context(torch.float32, ONE)
     one, two = context(torch.bfloat16, ONE), context(torch.bfloat16, mesh)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def run(device, plan):
     """The decisions of a run, and its outputs."""
     transformer, inputs = tiny_transformer(num_single_layers=4).to(device), flux2_inputs(7, [(5, 7), (3, 4)], 2)
-    cache, drift = BlockCache(transformer, FLUX2.block_stacks, SINGLE), new_drift(inputs)
+    cache, drift = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE), new_drift(inputs)
     outputs, decisions = [], []
     with torch.no_grad():
         for step in range(STEPS):
@@ -52,7 +52,7 @@ def test_only_a_measured_step_waits_for_the_device_and_once(monkeypatch):
     static = settings(1, steps_computation_mask=(1, 1, *(0, 1) * 5), steps_computation_policy="static")
     transformer, inputs = tiny_transformer(num_single_layers=4).cuda(), flux2_inputs(7, [(5, 7)], 1)
     moved = {name: value.cuda() for name, value in inputs.items()}
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE)
     with torch.no_grad():
         transformer(**moved)
         torch.cuda.set_sync_debug_mode("error")  # whatever else waits raises

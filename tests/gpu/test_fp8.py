@@ -95,7 +95,7 @@ def test_a_model_made_for_it(tmp_path, monkeypatch):
     source = open_single_file(write(tmp_path / "model.safetensors", tensors, metadata=metadata))
 
     def load(fp8):
-        model = source.family.build_transformer(source.transformer_config)
+        model = source.family.transformer.build(source.transformer_config)
         load_weights(
             model, source.weights("transformer"), {}, device=torch.device("cuda"), dtype=torch.bfloat16, fp8=fp8
         )

@@ -76,7 +76,7 @@ def test_buffers_are_used_again_only_when_they_were_copied(tmp_path, style, degr
 def load_on_gpu(path, fp8="cast", dtype=torch.bfloat16):
     """A model, bytes held, and the peak of GPU memory above those."""
     source = open_single_file(path)
-    model = source.family.build_transformer(source.transformer_config)
+    model = source.family.transformer.build(source.transformer_config)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -114,7 +114,7 @@ def test_the_host_waits_once(tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             source = open_single_file(path)
-            model = source.family.build_transformer(source.transformer_config)
+            model = source.family.transformer.build(source.transformer_config)
             load_weights(model, source.weights("transformer"), {}, device=GPU, dtype=torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")

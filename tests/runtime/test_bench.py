@@ -16,7 +16,7 @@ TINY = ["bench", "--shape", "tiny", "--device", "cpu", "--steps", "3"]
 def weights_of_tiny() -> int:
     """Bytes of the whole transformer in fp32."""
     family, config = transformer_config(SHAPES["tiny"])
-    return 4 * sum(p.numel() for p in family.build_transformer(config).parameters())
+    return 4 * sum(p.numel() for p in family.transformer.build(config).parameters())
 
 
 def bench(tmp_path, *arguments):

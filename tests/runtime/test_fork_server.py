@@ -1,4 +1,4 @@
-"""The importing process: what is forked from it is as if it had been started, and nothing outlives anything else."""
+"""The fork server: what is forked from it is as if it had been started, and nothing outlives anything else."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from collections.abc import Iterator
 import pytest
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import FAMILIES
+from parallel_backend.families import COMPONENTS, FAMILIES
 from parallel_backend.planning.devices import Devices
 from parallel_backend.runtime import forking
-from parallel_backend.runtime.client import fork_server as importing
+from parallel_backend.runtime.client import fork_server as client_side
 from parallel_backend.runtime.client.groups import acquire_model, close_groups, find_model
 from parallel_backend.runtime.client.launcher import Launcher
 from parallel_backend.runtime.client.worker_group import WorkersFailedError
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.hosts import fork_server as importer
-from parallel_backend.runtime.hosts import torchrun
+from parallel_backend.runtime.hosts import fork_server, torchrun
 
 from .processes import Watched
 from .test_group import CLIENT_ENVIRONMENT, evaluate, inputs, processes_of
@@ -80,7 +79,7 @@ def test_orders_that_arrive_together():
 
 def test_a_library_that_asks_cuda_about_devices(monkeypatch):
     close_groups()
-    monkeypatch.setenv(OF_TESTS, "asks")  # an importing process of its own
+    monkeypatch.setenv(OF_TESTS, "asks")  # a fork server of its own
     with revealed(monkeypatch, imports=["tests.runtime.poisoned"]) as (rank,):
         assert not rank["forked"]
         assert rank["imported"] == [False, False]
@@ -96,7 +95,7 @@ def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
             assert rank["session"]  # torchrun ends it with all that it starts
             assert set(rank["signals"].values()) == {"0" * 16}
             assert rank["command"][1:] == ["-m", "tests.runtime.reveal", f"rank {number}"]
-            # Nothing of the client, the importing process or the agent: an end of a socket would keep it from closing.
+            # Nothing of the client, the fork server or the agent: an end of a socket would keep it from closing.
             links = rank["descriptors"]
             assert links.pop("0") == "/dev/null"
             assert {os.path.basename(links.pop(number)) for number in "12"} == {"torchrun.log"}
@@ -115,10 +114,10 @@ def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
 
 def test_groups_of_one_environment_share_it_and_no_variables(monkeypatch):
     with revealed(monkeypatch) as (first,):
-        shared = importing.importing_pid()
+        shared = client_side.fork_server_pid()
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/of-torch")  # torch sets it, once it has been in use
         with revealed(monkeypatch, devices=Devices("cuda", ("3",))) as (second,):
-            assert importing.importing_pid() == shared
+            assert client_side.fork_server_pid() == shared
             assert first["agent"] != second["agent"]
             assert second["threads"] == 1
             assert second["environment"]["CUDA_VISIBLE_DEVICES"] == "3"
@@ -137,15 +136,15 @@ def test_the_agent_is_killed(config):
 def test_it_is_killed(config):
     """At any moment it takes the group along, and the next use starts both afresh."""
     model = acquire_model(config)
-    with Watched([*processes_of(model.group), importing.importing_pid()]) as watched:
-        os.kill(importing.importing_pid(), signal.SIGKILL)
+    with Watched([*processes_of(model.group), client_side.fork_server_pid()]) as watched:
+        os.kill(client_side.fork_server_pid(), signal.SIGKILL)
         assert watched.alive_after(5) == []
         with pytest.raises(WorkersFailedError, match="rank 0 ended"):
             evaluate(model, **inputs())
     assert find_model(config) is None
 
     def kill_it() -> None:
-        if (pid := importing.importing_pid()) is not None:
+        if (pid := client_side.fork_server_pid()) is not None:
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(WorkersFailedError, match=r"the workers did not start: the worker launcher ended, killed by"):
@@ -154,12 +153,12 @@ def test_it_is_killed(config):
 
 
 def test_another_environment_and_a_library_with_threads(monkeypatch, tmp_path):
-    """A variable may be read by imports: groups that have another value of it have another importing process."""
+    """A variable may be read by imports: groups that have another value of it have another fork server."""
     monkeypatch.delenv(OF_TESTS, raising=False)
     close_groups()  # of tests before
     # A package that libraries import where it is there, and that no rank needs, is none to them.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for package in importer.UNNEEDED:
+    for package in fork_server.UNNEEDED:
         (tmp_path / f"{package}.py").write_text("from tests.runtime import threaded\n")
     (tmp_path / "wanting.py").write_text(
         "from transformers.utils import is_peft_available\nassert not is_peft_available()\nimport peft\n"
@@ -167,10 +166,10 @@ def test_another_environment_and_a_library_with_threads(monkeypatch, tmp_path):
     with contextlib.ExitStack() as both:
         with revealed(monkeypatch, imports=["wanting"]) as (first,):
             assert first["forked"]
-            earlier = both.enter_context(Watched([importing.importing_pid()]))
+            earlier = both.enter_context(Watched([client_side.fork_server_pid()]))
             monkeypatch.setenv(OF_TESTS, "another")
             with revealed(monkeypatch, imports=["tests.runtime.threaded"]) as (second,):
-                assert importing.importing_pid() not in earlier.descriptors
+                assert client_side.fork_server_pid() not in earlier.descriptors
                 assert second["environment"][OF_TESTS] == "another"
                 assert OF_TESTS not in first["environment"]
                 # What has threads is not forked from: the rank was started, and has imported nothing yet.
@@ -194,17 +193,17 @@ def test_a_group_that_is_given_up_meanwhile_leaves_it_alone(monkeypatch):
 
 
 def test_it_ends_when_nobody_wants_anything_of_it(monkeypatch):
-    monkeypatch.setattr(importer, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(fork_server, "IDLE_SECONDS", 0.2)
     control, _client = socket.socketpair()
     began = time.monotonic()
-    importer.Importer(control).serve()
+    fork_server.ForkServer(control).serve()
     assert 0.2 < time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
 def test_it_ends_with_its_client_while_it_imports(tmp_path, seconds):
     with (tmp_path / "log").open("wb") as log:
-        process = importing.ImportingProcess(os.environ, log.fileno())
+        process = client_side.ForkServerProcess(os.environ, log.fileno())
     time.sleep(seconds)
     assert process.process.poll() is None
     process.close()  # as when the client is killed
@@ -218,8 +217,8 @@ def test_it_ends_with_its_client_while_it_imports(tmp_path, seconds):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_components_take_can_be_imported(family):
     """A name that is wrong would have each rank import for itself, and nobody would notice."""
-    assert set(family.imports) == {"transformer", "text_encoder", "vae"}
-    for module in (module for modules in family.imports.values() for module in modules):
+    assert family.imports("transformer")
+    for module in (module for component in COMPONENTS for module in family.imports(component)):
         importlib.import_module(module)
     # A transformer alone does not wait for a text encoder's classes.
-    assert not any(module.startswith("transformers.") for module in family.imports["transformer"])
+    assert not any(module.startswith("transformers.") for module in family.imports("transformer"))

@@ -12,9 +12,9 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.cache.config import parse_cache
 from parallel_backend.drawing.image_request import ImageRequest
 from parallel_backend.drawing.sampling import draw
-from parallel_backend.families.flux2.transformer import Flux2
+from parallel_backend.families.flux2.family import FLUX2
 from parallel_backend.families.qwen_image.drawing import QwenImageEditDrawing, QwenImageEditPlusDrawing
-from parallel_backend.families.qwen_image.transformer import QwenImage
+from parallel_backend.families.qwen_image.family import QWEN_IMAGE
 from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.group_config import ModelConfig
@@ -177,9 +177,9 @@ def test_cond_and_uncond_are_cached_apart(remote, qwen_folder):
 
 def test_sizes_follow_the_images_as_in_diffusers():
     wide, tall = photo(300, 100), photo(90, 200)
-    plus = QwenImage().drawing("QwenImageEditPlusPipeline")
+    plus = QWEN_IMAGE.drawing("QwenImageEditPlusPipeline")
     assert plus.default_size([wide, tall]) == pipeline_qwenimage_edit_plus.calculate_dimensions(1024**2, 90 / 200)
-    flux = Flux2().drawing("Flux2Pipeline")
+    flux = FLUX2.drawing("Flux2Pipeline")
     assert flux.default_size([]) == (1024, 1024)
     assert flux.default_size([photo(100, 70), tall]) == (96, 64)
     width, height = flux.default_size([photo(3000, 1000)])

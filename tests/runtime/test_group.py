@@ -734,14 +734,14 @@ from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.client.groups import acquire_model, find_group
-from parallel_backend.runtime.client.fork_server import importing_pid
+from parallel_backend.runtime.client.fork_server import fork_server_pid
 
 config = ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu")
 told = []
 
 def tell(*_):
     group = find_group(config.group)
-    told.append([*group._pids.values(), group._launcher.process.pid, importing_pid()])
+    told.append([*group._pids.values(), group._launcher.process.pid, fork_server_pid()])
     print(json.dumps(told[0]), flush=True)
 
 def held_up(state, *_):

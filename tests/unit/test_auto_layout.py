@@ -143,7 +143,7 @@ def tiny(tmp_path, monkeypatch):
 def test_a_checkpoint_is_counted_by_its_own_weights(tiny):
     whole = checkpoint_memory(tiny, ParallelismConfig(), torch.float32, "cast").weights
     config = json.loads((tiny.path / "transformer" / "config.json").read_text())
-    numel = sum(p.numel() for p in FLUX2.build_transformer(config).parameters())
+    numel = sum(p.numel() for p in FLUX2.transformer.build(config).parameters())
     assert whole.transformer == 4 * numel
     half = checkpoint_memory(tiny, ParallelismConfig(tp_size=2), torch.float32, "cast").weights
     assert whole.transformer / 2 < half.transformer < whole.transformer * 0.75  # embedders are not split

@@ -58,12 +58,12 @@ def test_union_joins_what_overlaps_or_touches():
 @pytest.mark.parametrize("degree", [2, 4])
 def test_shards_are_slices_of_the_whole_models_weights(degree):
     family, config = transformer_config(TINY)
-    whole = family.build_transformer(config)
+    whole = family.transformer.build(config)
     fill(whole, torch.device("cpu"), torch.float32)
     full = dict(whole.named_parameters())
     for rank in range(degree):
-        shard = family.build_transformer(config)
-        table = apply_tensor_parallel(shard, family.transformer_plan(dict(shard.config)), Axis(None, degree, rank))
+        shard = family.transformer.build(config)
+        table = apply_tensor_parallel(shard, family.transformer.plan(dict(shard.config)), Axis(None, degree, rank))
         fill(shard, torch.device("cpu"), torch.float32, table)
         for name, parameter in shard.named_parameters():
             expected = table[name].take(full[name]) if name in table else full[name]
@@ -74,16 +74,16 @@ def test_shards_are_slices_of_the_whole_models_weights(degree):
 def test_shapes_are_of_models_that_run(name):
     shape = SHAPES[name]
     family, config = transformer_config(shape)
-    model = family.build_transformer(config)
+    model = family.transformer.build(config)
     assert model.config.joint_attention_dim == shape.features
     # Counted by running it on the meta device.
     work = count_workload(family, config, 128, 128, 16)
-    assert work.attentions == sum(len(getattr(model, stack.attribute)) for stack in family.block_stacks)
+    assert work.attentions == sum(len(getattr(model, stack.attribute)) for stack in family.transformer.block_stacks)
 
 
 def test_klein_has_its_4_billion_weights():
     family, config = transformer_config(SHAPES["klein-4b"])
-    assert sum(p.numel() for p in family.build_transformer(config).parameters()) == pytest.approx(3.9e9, rel=0.03)
+    assert sum(p.numel() for p in family.transformer.build(config).parameters()) == pytest.approx(3.9e9, rel=0.03)
 
 
 def test_an_unknown_shape_is_refused_with_those_that_there_are():
@@ -100,7 +100,7 @@ def test_a_rank_that_is_alone_computes_finite_values(degrees):
         model = build_transformer(TINY, layout, mesh, torch.bfloat16)
         x, inputs = make_inputs(TINY, 128, 128, 50, "cpu", torch.bfloat16)  # tokens that do not divide by 3
         with torch.no_grad():
-            out = transformer_config(TINY)[0].prediction(model(**inputs, return_dict=False)[0], x)
+            out = transformer_config(TINY)[0].transformer.prediction(model(**inputs, return_dict=False)[0], x)
     finally:
         dist.destroy_process_group()
     assert out.shape == x.shape

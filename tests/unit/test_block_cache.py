@@ -97,7 +97,7 @@ def by_hand(transformer, head: int, tail_blocks: int, order: int, computed: list
 )
 def test_cached_steps_are_what_the_algorithm_says(head, tail, order):
     inputs = flux2_inputs(5, [(3, 5), (2, 2)], 2)
-    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(model(), FLUX2.transformer.block_stacks, SINGLE)
     plan = settings(order, Fn_compute_blocks=head, Bn_compute_blocks=tail)
     outputs, decisions = run_cached(cache, plan, inputs)
     computed = [decision.computed for decision in decisions]
@@ -115,7 +115,7 @@ def test_the_difference_is_that_of_the_pictures_tokens_since_the_last_computed_s
         residuals.append((output[1] - kwargs["hidden_states"])[:, : 3 * 5])
 
     handle = transformer.transformer_blocks[0].register_forward_hook(note, with_kwargs=True)
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE, FLUX2.picture_tokens)
+    cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE, FLUX2.transformer.picture_tokens)
     _, decisions = run_cached(cache, settings(), inputs)
     handle.remove()
     kept = None
@@ -130,11 +130,13 @@ def test_the_difference_is_that_of_the_pictures_tokens_since_the_last_computed_s
 
 def test_which_tokens_are_the_pictures():
     inputs = flux2_inputs(5, [(3, 5), (2, 4)], 2)
-    assert FLUX2.picture_tokens(inputs) == 15
-    assert FLUX2.picture_tokens({"img_ids": inputs["img_ids"][None, 17:]}) == 0  # of a rank with references alone
+    assert FLUX2.transformer.picture_tokens(inputs) == 15
+    assert (
+        FLUX2.transformer.picture_tokens({"img_ids": inputs["img_ids"][None, 17:]}) == 0
+    )  # of a rank with references alone
     shapes = [(1, 3, 5), (1, 2, 4)]
-    assert QWEN.picture_tokens({"img_shapes": [shapes, shapes]}) == 15
-    assert QWEN.picture_tokens({"img_shapes": [shapes[0]]}) == 15
+    assert QWEN.transformer.picture_tokens({"img_shapes": [shapes, shapes]}) == 15
+    assert QWEN.transformer.picture_tokens({"img_shapes": [shapes[0]]}) == 15
 
 
 def test_skipped_blocks_are_not_called_and_the_others_are():
@@ -143,7 +145,7 @@ def test_skipped_blocks_are_not_called_and_the_others_are():
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE)
     _, decisions = run_cached(cache, settings(Bn_compute_blocks=1), inputs)
     computed = sum(decision.computed for decision in decisions)
     assert [calls[index] for index in range(6)] == [STEPS, *[computed] * 4, STEPS]
@@ -154,7 +156,7 @@ def test_without_a_plan_and_at_threshold_0_nothing_changes():
     expected = [transformer(**inputs_at(step, inputs)).sample for step in range(STEPS)]
     names = list(transformer.state_dict()), [name for name, _ in transformer.named_modules()]
     originals = transformer.transformer_blocks
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE)
     assert (list(transformer.state_dict()), [name for name, _ in transformer.named_modules()]) == names
     for step in range(STEPS):
         assert torch.equal(transformer(**inputs_at(step, inputs)).sample, expected[step])
@@ -170,7 +172,7 @@ def test_without_a_plan_and_at_threshold_0_nothing_changes():
 @pytest.mark.parametrize("order", [0, 1])
 def test_what_is_no_number_is_computed_and_reported_until_it_is_one_again(order):
     inputs, run = flux2_inputs(5, [(3, 5)], 1), CacheRun(settings(), steps=STEPS)
-    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(model(), FLUX2.transformer.block_stacks, SINGLE)
     for step in range(STEPS):
         evaluation = run.evaluation("", step)
         cache.plan(settings(order, residual_diff_threshold=1), evaluation)
@@ -184,7 +186,7 @@ def test_what_is_no_number_is_computed_and_reported_until_it_is_one_again(order)
 
 def test_streams_runs_and_shapes_do_not_mix():
     first, second = flux2_inputs(5, [(3, 5)], 1), flux2_inputs(7, [(3, 5)], 1, seed=4)
-    cache = BlockCache(model(), FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(model(), FLUX2.transformer.block_stacks, SINGLE)
     alone = [run_cached(cache, settings(1), inputs, run=f"alone{i}") for i, inputs in enumerate((first, second))]
     mixed: list = [[], []]
     for step in range(STEPS):
@@ -206,7 +208,7 @@ def test_streams_runs_and_shapes_do_not_mix():
 def test_an_error_in_a_block_leaves_the_cache_usable():
     inputs, transformer = flux2_inputs(5, [(3, 5)], 1), model()
     expected = transformer(**inputs_at(0, inputs)).sample
-    cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+    cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE)
 
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -228,7 +230,7 @@ def test_compiled_blocks_are_not_compiled_again():
         counter, transformer = CompileCounter(), model()
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.compile(backend=counter)
-        cache = BlockCache(transformer, FLUX2.block_stacks, SINGLE)
+        cache = BlockCache(transformer, FLUX2.transformer.block_stacks, SINGLE)
         for step in range(STEPS):
             if cached:
                 cache.plan(settings(1), Evaluation("run", "", float(step), STEPS))

@@ -20,8 +20,8 @@ def test_rows_are_as_they_are_alone(order, head):
     # Rows that drift differently fast, so that their steps are decided differently.
     drift = new_drift(inputs) * torch.tensor([0.1, 1.0, 60.0]).view(ROWS, 1, 1)
     batch = tiny_transformer(num_single_layers=4)
-    rows = CachedRows(batch, FLUX2.block_stacks)
-    cache = BlockCache(tiny_transformer(num_single_layers=4), FLUX2.block_stacks, SINGLE)
+    rows = CachedRows(batch, FLUX2.transformer.block_stacks)
+    cache = BlockCache(tiny_transformer(num_single_layers=4), FLUX2.transformer.block_stacks, SINGLE)
     with torch.no_grad():
         rows.begin(plan, ROWS, STEPS)
         together = [batch(**inputs_at(step, inputs, drift)).sample for step in range(STEPS)]

@@ -13,7 +13,7 @@ from tests.errors import relative_error
 @pytest.fixture
 def transformer():
     model = tiny_transformer()
-    parallelize_transformer(model, FLUX2, ParallelismConfig(), single_mesh("cpu"))
+    parallelize_transformer(model, FLUX2.transformer, ParallelismConfig(), single_mesh("cpu"))
     return model
 
 

@@ -135,8 +135,8 @@ class TestLoading:
     @staticmethod
     def load(path, fp8="matmul", dtype=torch.bfloat16, axis=None):
         source = open_single_file(path)
-        model = source.family.build_transformer(source.transformer_config)
-        plan = source.family.transformer_plan(source.transformer_config)
+        model = source.family.transformer.build(source.transformer_config)
+        plan = source.family.transformer.plan(source.transformer_config)
         table = apply_tensor_parallel(model, plan, axis) if axis else {}
         load_weights(model, source.weights("transformer"), table, device=torch.device("cpu"), dtype=dtype, fp8=fp8)
         return model

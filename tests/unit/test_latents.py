@@ -19,8 +19,8 @@ def family(request) -> Family:
 
 
 def shape(family: Family, **changes: int) -> list[int]:
-    sizes = {"batch": 1, "channels": family.latent_channels, "frames": 1, "height": 4, "width": 4} | changes
-    return [size for name, size in sizes.items() if name != "frames" or family.latent_dims == 5]
+    sizes = {"batch": 1, "channels": family.transformer.latent_channels, "frames": 1, "height": 4, "width": 4} | changes
+    return [size for name, size in sizes.items() if name != "frames" or family.transformer.latent_dims == 5]
 
 
 def refusal(family: Family, latent: list[int], reference: list[int] | None = None) -> str:
@@ -34,7 +34,7 @@ def refusal(family: Family, latent: list[int], reference: list[int] | None = Non
 
 def test_what_is_right_is_taken(family):
     for sizes in ({}, {"batch": 3}, {"height": 1, "width": 1}):
-        family.check_latent(shape(family, **sizes))
+        family.transformer.check_latent(shape(family, **sizes))
 
 
 def test_other_dims(family):
@@ -42,12 +42,12 @@ def test_other_dims(family):
     assert f"the latent has the shape {[1, 64, 9]} (audio), {family.title} takes [batch, channels," in refusal(
         family, [1, 64, 9]
     )
-    other = [*good[:2], *good[3:]] if family.latent_dims == 5 else [*good[:2], 2, *good[2:]]
+    other = [*good[:2], *good[3:]] if family.transformer.latent_dims == 5 else [*good[:2], 2, *good[2:]]
     assert f"the shape {other}" in refusal(family, other)
 
 
 def test_other_channels(family):
-    text = f"the latent has 4 channels, {family.title} takes {family.latent_channels}"
+    text = f"the latent has 4 channels, {family.title} takes {family.transformer.latent_channels}"
     assert refusal(family, shape(family, channels=4)) == text
     assert refusal(family, shape(family), shape(family, channels=4)) == text.replace("latent", "reference latent", 1)
 
@@ -58,10 +58,10 @@ def test_nothing_in_it(axis, family):
 
 
 def test_frames(family):
-    if family.latent_dims == 5:
+    if family.transformer.latent_dims == 5:
         assert "the latent has 3 frames (or layers)" in refusal(family, shape(family, frames=3))
     else:
-        assert "(a video)" in refusal(family, [1, family.latent_channels, 3, 4, 4])
+        assert "(a video)" in refusal(family, [1, family.transformer.latent_channels, 3, 4, 4])
 
 
 @pytest.mark.parametrize("name", ["WorkersFailedError", "RequestFailedError", "OutOfMemoryError"])

@@ -48,8 +48,8 @@ def sharded(tiny_pipeline, tmp_path) -> Path:
 def load_transformer(folder: Path, pipeline: Path, axis: Axis | None = None):
     """Load the transformer's weights in ``folder`` under the configuration of ``pipeline``."""
     source = open_pipeline_folder(pipeline)
-    model = source.family.build_transformer(source.transformer_config)
-    plan = source.family.transformer_plan(source.transformer_config)
+    model = source.family.transformer.build(source.transformer_config)
+    plan = source.family.transformer.plan(source.transformer_config)
     table = apply_tensor_parallel(model, plan, axis) if axis else {}
     weights = {name: whole(tensor) for name, tensor in index_folder(folder).items()}
     held = load_weights(model, weights, table, device=CPU, dtype=torch.float32)
@@ -135,7 +135,7 @@ class TestWhole:
 
     def test_the_dtype_asked_for(self, tiny_pipeline):
         source = open_pipeline_folder(tiny_pipeline)
-        model = source.family.build_transformer(source.transformer_config)
+        model = source.family.transformer.build(source.transformer_config)
         told = []
         weights = source.weights("transformer")
         held = load_weights(model, weights, {}, device=CPU, dtype=torch.bfloat16, on_bytes=told.append)

@@ -41,8 +41,8 @@ def measure(path: str, dtype: torch.dtype) -> None:
     from parallel_backend.parallel.tensor import apply_tensor_parallel
 
     source = open_single_file(path)
-    model = source.family.build_transformer(source.transformer_config)
-    table = apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), Axis(None, TP, 0))
+    model = source.family.transformer.build(source.transformer_config)
+    table = apply_tensor_parallel(model, source.family.transformer.plan(source.transformer_config), Axis(None, TP, 0))
     base, done, peak, held = anonymous_bytes(), threading.Event(), 0, 0
 
     def watch() -> None:

@@ -115,7 +115,7 @@ class TestTransformerFile:
         for name, value in config.items():
             assert list(value) == list(model.config[name]) if name == "axes_dims_rope" else value == model.config[name]
         with pytest.raises(ValueError, match="8 attention heads, which do not divide by tp x ulysses = 3"):
-            QWEN.check_layout(config, ParallelismConfig(tp_size=3))
+            QWEN.transformer.check_layout(config, ParallelismConfig(tp_size=3))
 
     def test_layered_is_refused(self, tmp_path):
         tensors = dict(single_file_tensors(tiny_transformer(use_additional_t_cond=True, num_layers=1)))
@@ -175,25 +175,25 @@ class TestPositions:
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)])
 def test_latents_to_tokens_and_back(size):
     x = torch.randn(2, 16, 1, *size)
-    inputs = QWEN.transformer_inputs(
+    inputs = QWEN.transformer.inputs(
         x, torch.ones(2), Conditioning(torch.zeros(2, 3, 8), [torch.randn(1, 16, 1, 3, 4)])
     )
     rows, columns = ((side + 1) // 2 for side in size)
     assert inputs["hidden_states"].shape == (2, rows * columns + 4, 64)
-    assert torch.equal(QWEN.prediction(inputs["hidden_states"], x), x)
+    assert torch.equal(QWEN.transformer.prediction(inputs["hidden_states"], x), x)
 
 
 def test_a_reference_batch_that_does_not_fit():
     conditioning = Conditioning(torch.zeros(2, 3, 8), [torch.zeros(3, 16, 1, 4, 4)])
     with pytest.raises(ValueError, match="a reference batch of 3 does not fit a batch of 2"):
-        QWEN.transformer_inputs(torch.zeros(2, 16, 1, 4, 4), torch.ones(2), conditioning)
+        QWEN.transformer.inputs(torch.zeros(2, 16, 1, 4, 4), torch.ones(2), conditioning)
 
 
 def test_text_over_ranks_that_heads_do_not_divide_by():
     """28 query and 4 kv heads over 8 ranks: 4 and 3 heads in turn, and every feature is held once."""
     config = QWEN.reference_model.text_config
-    assert [QWEN.text_degree(config, ranks) for ranks in (1, 2, 3, 4, 6, 8)] == [1, 2, 1, 4, 2, 8]
-    query, key = (QWEN.text_plan(config)[f"layers.*.self_attn.{name}_proj"] for name in "qk")
+    assert [QWEN.needs_text_encoder().degree(config, ranks) for ranks in (1, 2, 3, 4, 6, 8)] == [1, 2, 1, 4, 2, 8]
+    query, key = (QWEN.needs_text_encoder().plan(config)[f"layers.*.self_attn.{name}_proj"] for name in "qk")
     held = [query.ranges(3584, Axis(None, 8, rank))[0] for rank in range(8)]
     assert [(last - first) // 128 for first, last in held] == [4, 3] * 4
     assert [first for first, _ in held[1:]] == [last for _, last in held[:-1]]

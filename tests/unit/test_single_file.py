@@ -23,9 +23,9 @@ QWEN = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
 def load(path, axis=None, dtype=torch.float32, fp8="cast"):
     """A transformer with this rank's weights, and its table."""
     source = open_single_file(path)
-    model = source.family.build_transformer(source.transformer_config)
+    model = source.family.transformer.build(source.transformer_config)
     table = (
-        apply_tensor_parallel(model, source.family.transformer_plan(source.transformer_config), axis) if axis else {}
+        apply_tensor_parallel(model, source.family.transformer.plan(source.transformer_config), axis) if axis else {}
     )
     load_weights(model, source.weights("transformer"), table, device=CPU, dtype=dtype, fp8=fp8)
     return model, table
@@ -64,7 +64,7 @@ def test_a_rank_reads_its_slices(tmp_path, degree):
 
 def test_the_configuration_is_that_of_the_shapes(tmp_path):
     source = open_single_file(write(tmp_path / "model.safetensors", flux2_tensors(heads=3, double=1, single=2)))
-    model = source.family.build_transformer(source.transformer_config)
+    model = source.family.transformer.build(source.transformer_config)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
         name: tuple(t.shape) for name, t in converted(flux2_tensors(heads=3, double=1, single=2)).items()
     }

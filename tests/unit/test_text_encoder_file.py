@@ -25,13 +25,13 @@ def file(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("layers", [30, 40])
 def test_the_configuration_is_read_off_the_shapes(tmp_path, layers):
     source = open_text_encoder_file(write_text(tmp_path / "mistral.safetensors", layers=layers, heads=3, kv_heads=1))
-    model = source.family.build_text_model(source.text_config)
+    model = source.family.needs_text_encoder().build(source.text_config)
     config = model.config
     assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (HIDDEN, 3 * HIDDEN // 2, VOCAB)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (3, 1, 128)
     # Mistral-Small-3.2-24B's, which no shape tells.
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"], config.sliding_window) == (1e-5, 1e9, None)
-    assert source.family.text_layers(source.text_config) == (10, 20, 30)
+    assert source.family.needs_text_encoder().layers(source.text_config) == (10, 20, 30)
     assert len(model.layers) == 30
     assert isinstance(model.norm, torch.nn.Identity)  # the hidden state after layer 30 of 40 is not normed
     assert set(source.weights("text_encoder")) >= {name for name, _ in model.named_parameters()}
@@ -159,7 +159,7 @@ class TestRefused:
         # ComfyUI leaves it out: it is that of a model with more layers.
         tensors = text_tensors() | {"model.norm.weight": torch.ones(HIDDEN)}
         source = open_text_encoder_file(write(tmp_path / "mistral.safetensors", tensors))
-        assert isinstance(source.family.build_text_model(source.text_config).norm, torch.nn.Identity)
+        assert isinstance(source.family.needs_text_encoder().build(source.text_config).norm, torch.nn.Identity)
 
     def test_a_transformer_is_no_text_encoder_and_the_other_way_round(self, tmp_path, file):
         path = write(tmp_path / "flux2.safetensors", flux2_tensors())

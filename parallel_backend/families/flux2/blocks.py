@@ -16,7 +16,7 @@ from ...parallel.attention import Lengths, ShardedAttention
 from ...parallel.elementwise import gated_add, modulated_norm, swiglu
 from ...parallel.long_mlp import is_long
 from ...parallel.sequence import Entrance, SequenceShards
-from ..base import Model
+from ...parallel.tensor import Model
 
 
 class Flux2Entrance(Entrance):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -117,10 +118,17 @@ class Flux2Drawing(Drawing):
         )
         return TextInputs(tokens["input_ids"], tokens["attention_mask"])
 
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(tokens, steps))
+        scheduler.set_begin_index(0)
+
     def reference_pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
         from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-        processor = Flux2ImageProcessor(vae_scale_factor=self.family.pixel_multiple)
+        processor = Flux2ImageProcessor(vae_scale_factor=self.transformer.pixel_multiple)
         pixels = []
         for image in images:
             resized, (width, height) = self._reference_size(image)
@@ -133,5 +141,5 @@ class Flux2Drawing(Drawing):
             from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
             image = Flux2ImageProcessor._resize_to_target_area(image, REFERENCE_AREA)
-        multiple = self.family.pixel_multiple
+        multiple = self.transformer.pixel_multiple
         return image, (image.width // multiple * multiple, image.height // multiple * multiple)

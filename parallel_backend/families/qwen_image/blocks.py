@@ -11,7 +11,7 @@ from ...blocks.double_stream import Kept, double_block, streams_of, table_of
 from ...blocks.forwards import BlockForwards, refuse
 from ...config import Speed
 from ...parallel.attention import Lengths, ShardedAttention
-from ..base import Model
+from ...parallel.tensor import Model
 
 
 def install(transformer: Model, attention: ShardedAttention, speed: Speed) -> BlockForwards:

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base import VisionImage
+from ..conditioning import VisionImage
 from ..drawing import Drawing, TextInputs, size_of_area
+from .transformer import PATCH
 
 MAX_TEXT_TOKENS = 512
 """Length that diffusers cuts a prompt to, beside the template; edit prompts are not cut."""
-PATCH = 2
-"""Latent positions to a token, along each side."""
 MEGAPIXEL = 1024 * 1024
 REFERENCE_MULTIPLE = 32
 """Sides of resized reference images are multiples of this, pixels."""
@@ -45,9 +45,19 @@ class QwenImageDrawing(Drawing):
     template_tokens = 34
     """Of the template before the user's words, which the context goes without."""
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        batch, channels, rows, columns = super().latent_shape(width, height)
-        return batch, channels, 1, rows, columns
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+        config = scheduler.config
+        mu = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        scheduler.set_begin_index(0)
 
     def tokenize(self, tokenizer: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> TextInputs:
         # diffusers encodes up to 1024 tokens and cuts afterwards, which is the same: no token looks at later ones.
@@ -106,7 +116,7 @@ class QwenImageEditDrawing(QwenImageDrawing):
     def reference_pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
         from diffusers.image_processor import VaeImageProcessor
 
-        processor = VaeImageProcessor(vae_scale_factor=self.family.pixel_multiple)
+        processor = VaeImageProcessor(vae_scale_factor=self.transformer.pixel_multiple)
         return [processor.preprocess(_resize(image, self.reference_area)).unsqueeze(2) for image in images]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...blocks.embedding import ExactTime
 from ...parallel.sequence import Entrance, SequenceShards
-from ..base import Model
+from ...parallel.tensor import Model
 
 if TYPE_CHECKING:
     from ...blocks.forwards import BlockForwards

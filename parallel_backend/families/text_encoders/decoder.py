@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ...parallel.tensor import Shard
-from ..base import Model
+from ...parallel.tensor import Model, Shard
 
 ATTENTION = "sdpa"
 """PyTorch's own."""

@@ -1,10 +1,17 @@
-"""FLUX.2's text encoder in one file, as ComfyUI has it: recognising it, and its configuration from its shapes."""
+"""Mistral 3, the text encoder of FLUX.2: three of its hidden states make the context; its file as ComfyUI has it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...parallel.tensor import Model, Shard
+from ..text_encoder import TextEncoder
+from .decoder import build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 
 TOKENIZER = "tekken_model"
 """The tensor with the tokenizer: Mistral's ``tekken.json`` as bytes."""
@@ -20,12 +27,82 @@ LAYERS = (10, 20, 30)
 """Hidden states that make the context."""
 
 
-def is_text_file(keys: Collection[str]) -> bool:
+class Mistral3(TextEncoder):
+    """Mistral-Small-3.2-24B, of which the vision tower and the last ten layers play no part."""
+
+    title = "Mistral 3"
+    class_name = "Mistral3ForConditionalGeneration"
+    imports = ("transformers.models.mistral3", "transformers.models.mistral.modeling_mistral")
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        # FLUX.2-dev reads layers 10, 20 and 30 of 40; a model with other layers says so in its configuration.
+        return tuple(config.get("text_encoder_out_layers", LAYERS))
+
+    def plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        return decoder_plan(config["text_config"])
+
+    def degree(self, config: Mapping[str, Any], ranks: int) -> int:
+        return decoder_degree(config["text_config"], ranks)
+
+    def text_model(self, text_encoder: Model) -> Model:
+        return text_encoder.model.language_model
+
+    def build(self, config: Mapping[str, Any]) -> Model:
+        from transformers import Mistral3Config
+
+        full = Mistral3Config(**config).text_config
+        available = full.num_hidden_layers
+        used = max(self.layers(config))
+        if used > available:
+            raise ValueError(f"the text encoder has {available} layers, but layer {used} is asked for")
+        full.num_hidden_layers = used
+        if getattr(full, "layer_types", None):
+            full.layer_types = full.layer_types[:used]
+        model = build_decoder(full)
+        # Frequencies are computed, not stored: they must be real. They stay in fp32 whatever the weights are.
+        model.rotary_emb = type(model.rotary_emb)(full)
+        if used < available:
+            # The last of the hidden states is normed; it is taken from the middle here, so it must not be.
+            model.norm = nn.Identity()
+        return model
+
+    def localize(self, text_model: Model) -> None:
+        localize_decoder(text_model)
+
+    def keys(self, names: Sequence[str]) -> dict[str, str]:
+        return keys_beside(names, "embed_tokens.weight", without="vision")
+
+    def encode(
+        self,
+        text_model: Model,
+        ids: Tensor,
+        mask: Tensor,
+        layers: Sequence[int],
+        images: Tensor | None = None,
+        grids: Sequence[tuple[int, int, int]] = (),
+    ) -> Tensor:
+        assert images is None, "its vision tower is not loaded"
+        states = text_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+    file_title = "Mistral 3 small (mistral_3_small_flux2_bf16.safetensors, or fp8)"
+    file_tokenizer = TOKENIZER
+
+    def is_file(self, keys: Collection[str]) -> bool:
+        return _is_file(keys)
+
+    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return _config_of(shapes)
+
+
+def _is_file(keys: Collection[str]) -> bool:
     """Whether a file's keys are those of a Mistral text model that brings its tokenizer along, or should have."""
     return all(key in keys for key in MARKS) and not any(f"model.layers.0.{key}" in keys for key in NOT_THIS)
 
 
-def text_config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _config_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The configuration of `Mistral3ForConditionalGeneration`, as far as its text model goes.
 
     Files may end after the last layer that is used ("pruned").

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Model, VisionImage
+from ...parallel.tensor import Model, Shard
+from ..conditioning import VisionImage
 from ..file_shapes import count_blocks, shape_of
-from .decoder import ATTENTION, build_decoder
+from ..text_encoder import TextEncoder
+from .decoder import ATTENTION, build_decoder, decoder_degree, decoder_plan, keys_beside, localize_decoder
 
 VISION_MARK = "visual.patch_embed.proj.weight"
 MARKS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.bias")
@@ -35,12 +37,72 @@ _VISION = {
 _IDS = {"image_token_id": 151655, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 
 
-def is_text_file(keys: Collection[str]) -> bool:
+class Qwen25VL(TextEncoder):
+    """Qwen2.5-VL-7B, whose vision tower is there for images only."""
+
+    title = "Qwen2.5-VL"
+    class_name = "Qwen2_5_VLForConditionalGeneration"
+    imports = ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",)
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        return (_text(config)["num_hidden_layers"],)
+
+    def plan(self, config: Mapping[str, Any]) -> dict[str, Shard]:
+        return decoder_plan(_text(config))
+
+    def degree(self, config: Mapping[str, Any], ranks: int) -> int:
+        return decoder_degree(_text(config), ranks)
+
+    def text_model(self, text_encoder: Model) -> Model:
+        return text_encoder.model.language_model
+
+    def build(self, config: Mapping[str, Any]) -> Model:
+        return _build_text_model(config)
+
+    def localize(self, text_model: Model) -> None:
+        localize_decoder(text_model)
+
+    def keys(self, names: Sequence[str]) -> dict[str, str]:
+        return keys_beside(names, "embed_tokens.weight", without="vis")
+
+    has_vision_tower = True
+
+    def build_vision(self, config: Mapping[str, Any]) -> Model:
+        return _build_vision(config)
+
+    def vision_keys(self, names: Sequence[str]) -> dict[str, str]:
+        return keys_beside(names, "patch_embed.proj.weight")
+
+    def encode_images(self, vision: Model, images: Sequence[VisionImage]) -> Tensor:
+        return _encode_images(vision, images)
+
+    def encode(
+        self,
+        text_model: Model,
+        ids: Tensor,
+        mask: Tensor,
+        layers: Sequence[int],
+        images: Tensor | None = None,
+        grids: Sequence[tuple[int, int, int]] = (),
+    ) -> Tensor:
+        return _encode_text(text_model, ids, mask, images, grids)
+
+    file_title = "Qwen2.5-VL 7B (qwen_2.5_vl_7b.safetensors, or fp8)"
+    file_tokenizer = None
+
+    def is_file(self, keys: Collection[str]) -> bool:
+        return _is_file(keys)
+
+    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return _file_config(shapes)
+
+
+def _is_file(keys: Collection[str]) -> bool:
     """Whether a file's keys are those of a Qwen2.5 text model, which alone has biases in its attention."""
     return all(key in keys for key in MARKS)
 
 
-def file_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _file_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The configuration of `Qwen2_5_VLForConditionalGeneration`, read off the shapes in its file.
 
     Raises:
@@ -76,7 +138,7 @@ def file_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return config
 
 
-def build_text_model(config: Mapping[str, Any]) -> Model:
+def _build_text_model(config: Mapping[str, Any]) -> Model:
     """The language model, with weights on the meta device."""
     from transformers import Qwen2_5_VLConfig
 
@@ -88,7 +150,7 @@ def build_text_model(config: Mapping[str, Any]) -> Model:
     return model
 
 
-def build_vision(config: Mapping[str, Any]) -> Model:
+def _build_vision(config: Mapping[str, Any]) -> Model:
     """The vision tower, with weights on the meta device."""
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -100,7 +162,7 @@ def build_vision(config: Mapping[str, Any]) -> Model:
     return model
 
 
-def encode_images(vision: Model, images: Sequence[VisionImage]) -> Tensor:
+def _encode_images(vision: Model, images: Sequence[VisionImage]) -> Tensor:
     """Features of all images' merged patches, ``[N, hidden]``."""
     for image in images:
         if len(image.patches) != torch.Size(image.grid).numel():
@@ -110,7 +172,7 @@ def encode_images(vision: Model, images: Sequence[VisionImage]) -> Tensor:
     return vision(patches, grid_thw=grids).pooler_output
 
 
-def encode_text(
+def _encode_text(
     text_model: Model, ids: Tensor, mask: Tensor, images: Tensor | None, grids: Sequence[tuple[int, int, int]]
 ) -> Tensor:
     """The last, normed hidden state ``[B, L, hidden]``; images stand in the places of their tokens."""
@@ -153,3 +215,10 @@ def image_positions(ids: Tensor, mask: Tensor, grids: Sequence[tuple[int, int, i
             positions[:, row, columns[at : at + count]] = position + coordinates
             at, position = at + count, position + step
     return positions
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's part of a configuration, with all its values; older files have it flat."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(**config).text_config.to_dict()

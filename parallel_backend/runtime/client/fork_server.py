@@ -23,15 +23,15 @@ _ROOM = " " * 160
 
 
 class Forked:
-    """A process that was forked from the importing one; see `subprocess.Popen`.
+    """A process that was forked from the fork server; see `subprocess.Popen`.
 
     Args:
-        connection: the other end of its standard input. The importing process says on it how it goes.
-        importer: that one.
+        connection: the other end of its standard input. The fork server says on it how it goes.
+        fork_server: that one.
     """
 
-    def __init__(self, connection: socket.socket, importer: subprocess.Popen[bytes]) -> None:
-        self._connection, self._importer = connection, importer
+    def __init__(self, connection: socket.socket, fork_server: subprocess.Popen[bytes]) -> None:
+        self._connection, self._fork_server = connection, fork_server
         self._said = b""
         self._pid = 0
         self._asked = time.perf_counter()
@@ -62,7 +62,7 @@ class Forked:
         while self.returncode is None:
             left = None if until is None else until - time.monotonic()
             if left is not None and left < 0:
-                raise subprocess.TimeoutExpired("a fork of the importing process", timeout or 0.0)
+                raise subprocess.TimeoutExpired("a fork of the fork server", timeout or 0.0)
             self._listen(left)
         return self.returncode
 
@@ -93,10 +93,10 @@ class Forked:
             else:
                 self.returncode = int(number)
         if not data and self.returncode is None:
-            # It is killed with the importing process, if it was there.
+            # It is killed with the fork server, if it was there.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._importer.wait(0.2)
-            self.returncode = self._importer.returncode or -signal.SIGKILL
+                self._fork_server.wait(0.2)
+            self.returncode = self._fork_server.returncode or -signal.SIGKILL
 
     def hang_up(self) -> None:
         """Close its standard input."""
@@ -117,8 +117,8 @@ class Forked:
         self._connection.close()
 
 
-class ImportingProcess:
-    """One importing process.
+class ForkServerProcess:
+    """One fork server.
 
     Args:
         environment: of the groups, but for `OF_A_GROUP`.
@@ -174,13 +174,13 @@ class ImportingProcess:
 
 
 _lock = threading.Lock()
-_current: ImportingProcess | None = None
-_earlier: list[ImportingProcess] = []
+_current: ForkServerProcess | None = None
+_earlier: list[ForkServerProcess] = []
 """Those that groups may still be there of."""
 
 
 def fork(order: Order, output: int) -> Forked:
-    """Fork from this process's importing process, which is started where there is none of that environment.
+    """Fork from this process's fork server, which is started where there is none of that environment.
 
     Args:
         order: what is to be forked.
@@ -190,35 +190,35 @@ def fork(order: Order, output: int) -> Forked:
         OSError: no process can be started.
     """
     with _lock:
-        importing = _find(order.environment, output)
+        server = _find(order.environment, output)
         try:
-            return importing.fork(order, output)
+            return server.fork(order, output)
         except OSError:  # it has ended since: nobody had wanted anything of it for a while
             return _find(order.environment, output, anew=True).fork(order, output)
 
 
 def prepare(environment: Mapping[str, str], imports: Sequence[str]) -> None:
-    """Have the importing process of an environment import what a group will need, before there is one."""
+    """Have the fork server of an environment import what a group will need, before there is one."""
     with _lock, open(os.devnull, "r+b") as nothing, contextlib.suppress(OSError):
         _find(environment, nothing.fileno()).fork(Order("", [], {}, imports), nothing.fileno()).close()
 
 
-def _find(environment: Mapping[str, str], output: int, anew: bool = False) -> ImportingProcess:
+def _find(environment: Mapping[str, str], output: int, anew: bool = False) -> ForkServerProcess:
     global _current
     lasting = {key: value for key, value in environment.items() if key not in OF_A_GROUP}
     if _current is None or anew or not _current.suits(lasting):
         if _current is not None:
             _current.retire()
             _earlier.append(_current)
-        _current = ImportingProcess(lasting, output)
+        _current = ForkServerProcess(lasting, output)
     for ended in [earlier for earlier in _earlier if earlier.process.poll() is not None]:
         ended.close()
         _earlier.remove(ended)
     return _current
 
 
-def importing_pid() -> int | None:
-    """The process id of this process's importing process, if it is there."""
+def fork_server_pid() -> int | None:
+    """The process id of this process's fork server, if it is there."""
     return None if _current is None or _current.process.poll() is not None else _current.process.pid
 
 
@@ -230,10 +230,10 @@ def _folder() -> str:
 
 
 def _forget() -> None:
-    # A forked child has no importing process, nor the right to keep the parent's alive.
+    # A forked child has no fork server, nor the right to keep the parent's alive.
     global _current
-    for importing in filter(None, (_current, *_earlier)):
-        importing.close()
+    for server in filter(None, (_current, *_earlier)):
+        server.close()
     _current = None
     _earlier.clear()
 

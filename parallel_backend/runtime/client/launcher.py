@@ -28,7 +28,7 @@ from ..hosts.torchrun import (
     torchrun_arguments,
 )
 from ..rank.rank_log import log_file
-from . import fork_server as importing
+from . import fork_server
 from .fork_server import Forked
 
 AGENT = "parallel_backend.runtime.hosts.agent"
@@ -72,7 +72,7 @@ class Launcher:
         self._agent_log.touch(0o600)
         with self._agent_log.open("wb") as log:
             environment = {**inherited_environment(self.ranks, self.devices), **environment}
-            self.process = importing.fork(Order(AGENT, arguments, environment, imports), log.fileno())
+            self.process = fork_server.fork(Order(AGENT, arguments, environment, imports), log.fileno())
 
     def _rendezvous(self) -> tuple[list[str], dict[str, str]]:
         """How the ranks find each other: arguments of the agent and the first of torchrun's, and environment."""
@@ -169,7 +169,7 @@ def prepare(source: Checkpoint) -> None:
     """Begin to import what a model's ranks will need. Nothing of a group is started."""
     if not hasattr(os, "memfd_create"):  # there are no ranks; `ModelConfig.create` says why
         return
-    importing.prepare(client_environment(), imports_of(source))
+    fork_server.prepare(client_environment(), imports_of(source))
 
 
 def _check_port(port: int) -> None:

@@ -136,16 +136,16 @@ class RemoteModel:
             BatchTooLargeError: there is no room for a ``divisible`` batch. Nothing was computed.
             WorkersFailedError: a rank ended, failed alone, or did not answer in time (`StepTimes.limit`).
         """
-        family = self.source.family
+        kind = self.source.family.transformer
         unknown = [
-            *(name for name in conditioning.tensors if name not in family.conditioning_tensors),
-            *(f"{k}={v}" for k, v in conditioning.options.items() if v not in family.conditioning_options.get(k, ())),
+            *(name for name in conditioning.tensors if name not in kind.conditioning_tensors),
+            *(f"{k}={v}" for k, v in conditioning.options.items() if v not in kind.conditioning_options.get(k, ())),
         ]
         if unknown:
-            raise ValueError(f"{family.title} in the parallel workers does not take {', '.join(unknown)}")
-        family.check_latent(x.shape)
+            raise ValueError(f"{kind.title} in the parallel workers does not take {', '.join(unknown)}")
+        kind.check_latent(x.shape)
         for reference in conditioning.references:
-            family.check_latent(reference.shape, "reference latent")
+            kind.check_latent(reference.shape, "reference latent")
         with self._timed("steps", check):
             given = (conditioning.context, *conditioning.references)
             tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
@@ -204,19 +204,19 @@ class RemoteModel:
             OutOfMemoryError, RequestFailedError: the first rank failed, and is as good as before.
             WorkersFailedError: the group is gone.
         """
-        self.source.family.check_decodable(latent.shape)
+        self.source.family.needs_vae().check_latent(latent.shape)
         with self._timed("decode", check):
             request = DecodeLatent(self.group.next_id(), self.name)
             return self._use("vae", request, {"latent": latent}, check)[1]["image"]
 
     def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
         """Latent (fp32) from an image in -1..1; shapes and errors as of `decode`."""
-        family = self.source.family
-        multiple = family.latent_downscale
+        vae = self.source.family.needs_vae()
+        multiple = vae.downscale
         wrong_size = not image.numel() or any(length % multiple for length in image.shape[-2:])
         if image.ndim not in (4, 5) or image.shape[1] != 3 or wrong_size:
             raise ValueError(
-                f"the image has shape {list(image.shape)}; the VAE of {family.title} encodes images of 3 channels, "
+                f"the image has shape {list(image.shape)}; the VAE of {vae.title} encodes images of 3 channels, "
                 f"[B, 3, H, W], whose height and width are multiples of {multiple} pixels, {multiple} at least"
             )
         with self.group.held(check):

@@ -138,7 +138,7 @@ def main(forked: bool = False) -> None:
     """Entry point of the agent.
 
     Args:
-        forked: whether it is a fork of the importing process, and its ranks can be.
+        forked: whether it is a fork of the fork server, and its ranks can be.
     """
     forks = RankForks() if forked else None
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)

@@ -39,7 +39,7 @@ CHECK_SECONDS = 0.25
 STREAMS = 3
 
 
-class Importer:
+class ForkServer:
     """The agents that were forked, and the socket that orders come from."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -201,10 +201,10 @@ def main() -> None:
         for module in ALWAYS:
             importlib.import_module(module)
     adopt_orphans()  # ask after ranks, too, whose agent was killed
-    importer = Importer(control)
-    signal.signal(signal.SIGCHLD, importer.reap)
-    importer.serve()
-    importer.wait_for_agents()
+    fork_server = ForkServer(control)
+    signal.signal(signal.SIGCHLD, fork_server.reap)
+    fork_server.serve()
+    fork_server.wait_for_agents()
     os._exit(0)
 
 

@@ -168,11 +168,10 @@ class TransformerComponent(Component):
         settings = self.settings
         assert not isinstance(settings.source, TextEncoderFile | VaeFile)
         self.config, self.replicas = settings.source.transformer_config, settings.mesh.cp
-        module = settings.family.build_transformer(self.config)
-        table = parallelize_transformer(module, settings.family, settings.layout, settings.mesh, settings.speed)
-        self.cache = BlockCache(
-            module, settings.family.block_stacks, settings.mesh.world, settings.family.picture_tokens
-        )
+        kind = settings.family.transformer
+        module = kind.build(self.config)
+        table = parallelize_transformer(module, kind, settings.layout, settings.mesh, settings.speed)
+        self.cache = BlockCache(module, kind.block_stacks, settings.mesh.world, kind.picture_tokens)
         return module, table
 
     def to_host(self) -> None:
@@ -197,7 +196,7 @@ class TransformerComponent(Component):
 
         The first blocks' residual, the derivatives, and the new ones while the old are still there.
         """
-        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        width = self.settings.family.transformer.width(self.config)
         local = -(-tokens // self.settings.layout.cp_size)
         return (1 + 2 * (order + 1)) * local * width * self.settings.dtype.itemsize
 
@@ -210,8 +209,9 @@ class TextEncoderComponent(Component):
     def __init__(self, settings: ModelSettings) -> None:
         assert isinstance(settings.source, PipelineFolder | TextEncoderFile)
         self.config = settings.source.text_config
-        self.layers = settings.family.text_layers(self.config)
-        self._axis, self.replicas = text_axes(settings.family, self.config, settings.mesh)
+        self.kind = settings.family.needs_text_encoder()
+        self.layers = self.kind.layers(self.config)
+        self._axis, self.replicas = text_axes(self.kind, self.config, settings.mesh)
         super().__init__(settings)
         assert self._built is not None
         built = self._built[0].config
@@ -219,16 +219,13 @@ class TextEncoderComponent(Component):
         self._width = (built.num_hidden_layers + 8) * built.hidden_size
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
-        family = self.settings.family
-        module = family.build_text_model(self.config)
-        return module, shard_text_model(module, family, self.config, self._axis)
+        module = self.kind.build(self.config)
+        return module, shard_text_model(module, self.kind, self.config, self._axis)
 
     def encode(self, ids: Tensor, mask: Tensor, images: Tensor | None, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Context ``[B, L, C]``, as `Family.encode_text` makes it."""
+        """Context ``[B, L, C]``, as `TextEncoder.encode` makes it."""
         device = self.settings.device
-        return self.settings.family.encode_text(
-            self.module, ids.to(device), mask.to(device), self.layers, images, grids
-        )
+        return self.kind.encode(self.module, ids.to(device), mask.to(device), self.layers, images, grids)
 
     def workspace(self, tokens: int) -> int:
         """About the bytes that encoding so many tokens takes beside the weights."""
@@ -246,7 +243,7 @@ class VisionComponent(Component):
         assert isinstance(source, PipelineFolder | TextEncoderFile)
         if self.settings.mesh.world.rank:
             return torch.nn.Module(), {}
-        return family.build_vision(source.text_config), {}
+        return family.needs_text_encoder().build_vision(source.text_config), {}
 
     def encode(self, images: Sequence[VisionImage]) -> Tensor:
         """What stands in the prompt for the images' placeholder tokens, ``[N, hidden]``; on every rank the same."""
@@ -257,7 +254,7 @@ class VisionComponent(Component):
         if world.rank == 0:
             try:
                 moved = [VisionImage(image.patches.to(settings.device), image.grid) for image in images]
-                features = settings.family.encode_images(self.module, moved)
+                features = settings.family.needs_text_encoder().encode_images(self.module, moved)
                 shape = torch.tensor(features.shape, device=settings.device)
             except Exception as found:
                 error = found
@@ -291,7 +288,7 @@ class VAEComponent(Component):
         if not self._here:
             return torch.nn.Module(), {}
         assert isinstance(self.settings.source, PipelineFolder | VaeFile)
-        module = self.settings.family.build_vae(self.settings.source.vae_config)
+        module = self.settings.family.needs_vae().build(self.settings.source.vae_config)
         self._config = dict(module.config)
         return module, {}
 
@@ -306,7 +303,7 @@ class VAEComponent(Component):
             source = settings.source
             place = source.path if isinstance(source, VaeFile) else source.path / self.name
             try:
-                vae = source.load() if isinstance(source, VaeFile) else settings.family.load_vae(place)
+                vae = source.load() if isinstance(source, VaeFile) else settings.family.needs_vae().load(place)
                 self.module = vae.to(settings.device)
                 for name, tensor in self.module.state_dict().items():
                     if not tensor.isfinite().all():
@@ -322,11 +319,11 @@ class VAEComponent(Component):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Image ``[B, 3, H, W]`` in -1..1 from a latent; on rank 0."""
-        return self.settings.family.decode_latent(self.module, latent.to(self.settings.device, torch.float32))
+        return self.settings.family.needs_vae().decode(self.module, latent.to(self.settings.device, torch.float32))
 
     def encode(self, image: Tensor) -> Tensor:
         """Latent ``[B, C, h, w]`` from an image ``[B, 3, H, W]`` in -1..1; on rank 0."""
-        return self.settings.family.encode_image(self.module, image.to(self.settings.device, torch.float32))
+        return self.settings.family.needs_vae().encode(self.module, image.to(self.settings.device, torch.float32))
 
     def workspace(self, pixels: int) -> int:
         """About the bytes that so many pixels take beside the weights; on rank 0."""

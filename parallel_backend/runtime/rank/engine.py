@@ -238,9 +238,9 @@ class Engine:
         missing = [tensor for tensor in (context, *references) if tensor not in model.kept]
         if missing:
             raise ValueError(f"conditioning {', '.join(missing)} was not sent to the workers")
-        family = model.settings.family
+        kind = model.settings.family.transformer
         x = x.to(self.device, model.settings.dtype)
-        inputs = family.transformer_inputs(
+        inputs = kind.inputs(
             x,
             timestep.to(self.device),
             Conditioning(
@@ -250,7 +250,7 @@ class Engine:
                 options,
             ),
         )
-        tokens = sum(inputs[stream[0]].shape[:2].numel() for stream in family.sequence_inputs)
+        tokens = kind.tokens(inputs)
         evaluation = None if cache is None else Evaluation(**cache["evaluation"])
         lacking = self.residents.bring(name, part, tokens, "" if evaluation is None else evaluation.run, divisible)
         if lacking and divisible:
@@ -265,7 +265,7 @@ class Engine:
                 part.cache.plan(settings, evaluation)
             else:
                 decision = Decision(True, None, NO_ROOM)
-        prediction = family.evaluate(part.module, inputs, x)
+        prediction = kind.evaluate(part.module, inputs, x)
         if self.device.type == "cuda":
             # It is sent next, which waits for it anyway; here the wait counts among the worker's own seconds.
             torch.cuda.synchronize(self.device)
@@ -303,7 +303,7 @@ class Engine:
     def decode(self, name: str, latent: Tensor) -> Tensor | None:
         """Image in -1..1, as `Family.decode_latent` gives it; on rank 0."""
         part = cast(VAEComponent, self._part(name, "vae"))
-        pixels = latent[:, 0].numel() * self._model(name).settings.family.latent_downscale ** 2
+        pixels = latent[:, 0].numel() * self._model(name).settings.family.needs_vae().downscale ** 2
         self._bring_alone(name, part, pixels)
         return part.decode(latent) if self.rank == 0 else None
 

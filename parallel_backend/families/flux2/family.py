@@ -1,0 +1,37 @@
+"""FLUX.2 (Black Forest Labs): its transformer with Mistral 3 as text encoder, and its VAE."""
+
+from __future__ import annotations
+
+from ..family import Family, ReferenceModel
+from ..text_encoders.mistral3 import Mistral3
+from ..vaes.flux2 import Flux2VAE
+from .drawing import Flux2Drawing
+from .transformer import Flux2Transformer
+
+FLUX2 = Family(
+    name="flux2",
+    models=("FLUX.2-dev",),
+    transformer=Flux2Transformer(),
+    text_encoder=Mistral3(),
+    vae=Flux2VAE(),
+    drawings={"Flux2Pipeline": Flux2Drawing},
+    reference_model=ReferenceModel(
+        "FLUX.2-dev",
+        {},
+        # Mistral-Small-3.2-24B. The vision tower and the last ten layers play no part: the workers do not hold them.
+        {
+            "text_config": {
+                "model_type": "mistral",
+                "vocab_size": 131072,
+                "hidden_size": 5120,
+                "intermediate_size": 32768,
+                "num_hidden_layers": 40,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+            }
+        },
+        fp8_files=("flux2_dev_fp8mixed.safetensors", "mistral_3_small_flux2_fp8.safetensors"),
+        fp8_bytes=35_500_000_000,
+    ),
+)
