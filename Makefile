@@ -11,11 +11,11 @@ demo: $(READY)
 
 test: lint
 	-$(BIN)/python benchmarks/round_trip.py --steps 5
-	$(BIN)/python -m pytest -m "not thorough"
+	$(BIN)/python -m pytest -n 2 -m "not thorough"
 
 # Also every layout in every test of one, every kind of fault at every moment, and pictures in the sizes as shipped.
 test-all: lint
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2
 
 # 200 prompts on a real ComfyUI server with a fault in every fifth; soak.json has what came of it.
 soak: $(READY)

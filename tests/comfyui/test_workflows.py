@@ -161,6 +161,8 @@ WITH_CACHE = pytest.mark.parametrize(
 )
 
 
+# In a browser it runs in `make test`, and tests/runtime has the quality of both presets.
+@pytest.mark.thorough
 @WITH_CACHE
 def test_cached_workflow(file: Path, server: ComfyServer):
     workflow = on_four_ranks(file)
