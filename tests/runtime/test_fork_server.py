@@ -156,7 +156,7 @@ def test_it_is_killed(config):
     assert evaluate(acquire_model(config), **inputs()).shape
 
 
-# --- fork servers of other environments, so that nobody after them can use the one that is there -----------------------
+# --- last, as the fork server that other tests share is gone after them -----------------------------------------------
 
 
 def test_a_library_that_asks_cuda_about_devices(monkeypatch):
