@@ -20,6 +20,8 @@ from pathlib import Path
 
 FOLDER = "HYBRID_DIT_TEST_FAULTS"
 """Environment variable: the folder of orders; without it nothing is done."""
+LEAK = "HYBRID_DIT_SOAK_LEAK"
+"""Environment variable: KiB that rank 0 keeps of each picture, to see that the soak finds it."""
 ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runtime.rank.worker"
 IMPORTER = "parallel_backend.runtime.hosts.fork_server"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
@@ -106,12 +108,16 @@ class _Rank:
         self.folder = folder
         self._counted: tuple[str, int] = ("", 0)
         self._latest = ""
+        self._leak = 1024 * int(os.environ.get(LEAK, "0"))
+        self._leaked: list[bytes] = []
 
     def reached(self, moment: str) -> None:
         """A moment has come: carry out what is ordered for it."""
         if moment in METHODS:
             self._latest = moment
         rank = int(os.environ["RANK"])
+        if self._leak and moment == "decode" and rank == 0:
+            self._leaked.append(b"x" * self._leak)
         try:
             text = _order_file(self.folder, rank).read_text()
         except FileNotFoundError:
