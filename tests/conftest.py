@@ -1,18 +1,46 @@
-"""What holds for all tests: one thread each, and where the time goes, in the end."""
+"""What holds for all tests: one thread each, which run side by side, and where the time goes, in the end."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
 # Many processes share few cores here, and models are tiny: threads that wait for each other at every operation cost
 # more than they give. Ranks, servers and commands that tests start inherit it; PyTorch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor do processes of the compiler's own, each of which imports torch for a handful of kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 SLOWEST = 10
+ORDER = ("faults", "browser", "unit", "comfyui", "runtime", "distributed")
+"""Folders as they are begun. The first two wait much and judge time, so they run beside each other and light ones."""
+
+
+def folder_of(nodeid: str) -> str:
+    """A test's folder, such as ``tests/unit``."""
+    return PurePosixPath(nodeid.partition("::")[0]).parent.as_posix()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = [f"tests/{name}" for name in ORDER]
+    items.sort(key=lambda item: order.index(folder) if (folder := folder_of(item.nodeid)) in order else len(order))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` of pytest-xdist: each folder is one process's, so that its tests share servers and groups."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return folder_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByFolder(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -22,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                folders[PurePosixPath(report.nodeid.partition("::")[0]).parent.as_posix()] += report.duration
+                folders[folder_of(report.nodeid)] += report.duration
                 tests[report.nodeid] += report.duration
     if sum(folders.values()) < 10:
         return

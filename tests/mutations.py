@@ -30,7 +30,7 @@ class Mutation:
         name: what is wrong.
         file: where.
         old, new: what stands there once, and what is put in its place.
-        tests: folders or files that have to find it.
+        tests: folders or files, with blanks between, that have to find it.
     """
 
     name: str
@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer to another request",
-        "parallel_backend/runtime/client/worker_group.py",
+        "parallel_backend/runtime/client/ranks.py",
         "if message.id == request_id:",
         "if message.id <= request_id:",
         "tests/runtime/test_group.py",
@@ -107,7 +107,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a dropped error",
-        "parallel_backend/runtime/client/worker_group.py",
+        "parallel_backend/runtime/client/ranks.py",
         "failures = [answer for answer in answers.values() if isinstance(answer, Failed)]",
         "failures = [answer for answer in answers.values() if isinstance(answer, Failed) and not answer.bad_input]",
         "tests/runtime/test_group.py",
@@ -196,6 +196,56 @@ MUTATIONS = (
         "    poll.poll()\n",
         "tests/runtime/test_group.py",
     ),
+    Mutation(
+        "blocks that are to be compiled are not",
+        "parallel_backend/blocks/forwards.py",
+        "if forwards.speed.compile:",
+        "if False:",
+        "tests/runtime/test_speed.py",
+    ),
+    Mutation(
+        "what a cache keeps of a picture that is given up",
+        "parallel_backend/runtime/rank/engine.py",
+        "            part.cache.forget(run)\n",
+        "            pass\n",
+        "tests/runtime/test_cache.py",
+    ),
+    Mutation(
+        "a host that cannot take part is waited for",
+        "parallel_backend/runtime/client/other_hosts.py",
+        'if notice.state == "refused":',
+        "if False:",
+        "tests/unit/test_hosts.py",
+    ),
+    Mutation(
+        "a host that is lost is waited for",
+        "parallel_backend/runtime/client/other_hosts.py",
+        "if self._silence(host) > LOST_SECONDS:",
+        "if False:",
+        "tests/unit/test_hosts.py tests/faults/test_hosts.py",
+    ),
+    Mutation(
+        "memory that grows with the model",
+        "parallel_backend/loading/weight_loader.py",
+        "        for target in targets:\n            tensor = target.allocate()\n",
+        "        kept = []\n        for target in targets:\n            tensor = target.allocate()\n"
+        "            kept.append(tensor.clone())\n",
+        "tests/unit/test_loading_memory.py",
+    ),
+    Mutation(
+        "the second best layout",
+        "parallel_backend/planning/auto_layout.py",
+        "best = fitting[0]",
+        "best = fitting[-1]",
+        "tests/unit/test_auto_layout.py",
+    ),
+    Mutation(
+        "states that the page does not hear",
+        "web/state.js",
+        'const EVENT = "hybrid_dit.state";',
+        'const EVENT = "hybrid_dit.states";',
+        "tests/browser/test_drag_and_drop.py",
+    ),
 )
 
 
@@ -215,7 +265,7 @@ def look_for(mutation: Mutation, copy: Path) -> str:
         "no:cacheprovider",
         "-m",
         "not thorough",
-        mutation.tests,
+        *mutation.tests.split(),
     ]
     try:
         done = subprocess.run(

@@ -13,7 +13,7 @@ from .frontend import Frontend, what_is_missing
 from .test_drag_and_drop import RUN_SECONDS, drop
 
 WORKFLOW = CHECKOUT / "workflows" / "05_demo_block_cache.json"
-STEPS = 20
+STEPS = 12
 CACHE_ID = 10
 
 pytestmark = [
@@ -65,6 +65,7 @@ def run(frontend: Frontend) -> list[dict[str, Any]]:
 
 def test_plot_after_a_run(frontend: Frontend, tmp_path: Path):
     drop(frontend, WORKFLOW)
+    set_widgets(frontend, 7, steps=STEPS)
     before = frontend.graph()
     runs = run(frontend)
     (plot,) = frontend.call(PLOTS)

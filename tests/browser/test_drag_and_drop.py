@@ -124,9 +124,17 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named too", "positions alone"])
 @pytest.mark.parametrize(
-    ("count", "automatic"), [(4, False), (6, False), (7, True), (10, False)], ids=lambda value: str(value)
+    ("count", "automatic", "named"),
+    [
+        (4, False, False),
+        (10, False, True),
+        *(
+            pytest.param(*values, marks=pytest.mark.thorough)
+            for values in ((4, False, True), (6, False, False), (6, False, True), (7, True, True), (10, False, False))
+        ),
+        (7, True, False),
+    ],
 )
 def test_a_layout_saved_before_keeps_its_values(count, automatic, named, frontend: Frontend, tmp_path: Path):
     """Each version of the node saved so many values; those that it had not had no effect."""

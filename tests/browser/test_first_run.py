@@ -104,9 +104,14 @@ class Page:
         self.frontend.page.screenshot(path=folder / "page.png")
 
 
-@pytest.fixture(scope="module", params=["classic", "Nodes 2.0"])
+MODERN = "Nodes 2.0"
+# What does not depend on how nodes are drawn.
+ANY_LOOK = pytest.mark.parametrize("page", ["classic", pytest.param(MODERN, marks=pytest.mark.thorough)], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["classic", MODERN])
 def page(request: pytest.FixtureRequest, server: ComfyServer) -> Iterator[Page]:
-    modern = request.param == "Nodes 2.0"
+    modern = request.param == MODERN
     server.post("/settings", {"Comfy.ColorPalette": "light" if modern else "dark"})
     with Frontend(server, vue_nodes=modern) as frontend:
         yield Page(frontend)
@@ -164,6 +169,7 @@ def test_each_problem_is_told_once(page: Page, server: ComfyServer):
     page.set(LAYOUT_ID, auto=True)
 
 
+@ANY_LOOK
 def test_a_latent_of_another_kind_is_told_at_once(page: Page, server: ComfyServer):
     """With the node to use instead; the workers are as they were."""
     assert page.run() == "success"
@@ -180,6 +186,7 @@ def test_a_latent_of_another_kind_is_told_at_once(page: Page, server: ComfyServe
     assert page.run() == "success"
 
 
+@ANY_LOOK
 def test_state_is_true_in_every_tab(page: Page, server: ComfyServer, tmp_path: Path):
     assert page.run() == "success"
     page.wait_for_state(LOADER_ID, "ready: ")

@@ -211,8 +211,10 @@ class ComfyServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, timeout: float = 120.0) -> ComfyServer:
-        """Start the server and wait until it answers; raises ServerDied with the end of its log."""
+    def launch(self) -> None:
+        """Begin to start the server. Nothing where it was begun already."""
+        if self.process is not None:
+            return
         self._prepare_base()
         environment = {**os.environ, "HYBRID_DIT_LAUNCH_SCRATCH": str(self.base / "launch"), **self.environment}
         # pytest's own environment is not ComfyUI's.
@@ -228,6 +230,11 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def start(self, timeout: float = 120.0) -> ComfyServer:
+        """Start the server and wait until it answers; raises ServerDied with the end of its log."""
+        self.launch()
+        assert self.process is not None
         deadline = time.monotonic() + timeout
         while True:
             if self.process.poll() is not None:

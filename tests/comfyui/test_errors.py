@@ -223,6 +223,16 @@ def test_empty_latent_of_another_model_is_made_to_fit(server):
     assert relative_error(ours, reference) <= TOLERANCE
 
 
+def test_an_argument_that_the_model_has_not_is_refused(server):
+    graph = Graph()
+    loader = add_loader(graph)
+    changed = graph.add("ReferenceExtraArgument", model=(loader, 0), name="clip_fea")
+    sampler = sampled(graph, loader, model=changed)
+    text = failure(server, graph, sampler)
+    assert "the model is given clip_fea, which FLUX.2 in the parallel workers does not take" in text
+    assert "bypass" in text
+
+
 def test_torch_compile_is_refused(server):
     graph = Graph()
     loader = add_loader(graph)

@@ -93,6 +93,14 @@ def frontend(server: ComfyServer) -> Iterator[Frontend]:
         yield frontend
 
 
+DRAWN = pytest.mark.parametrize(
+    # The edit's nodes also draw in test_our_own_workflows.
+    "edited",
+    ["image_flux2_text_to_image", pytest.param("image_flux2", marks=pytest.mark.thorough)],
+    indirect=True,
+)
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Frontend) -> Edited:
     name: str = request.param
@@ -238,6 +246,7 @@ def test_saved_and_opened_again(edited: Edited):
     assert edited.errors == []
 
 
+@DRAWN
 def test_the_same_picture_as_with_comfyuis_own_loaders(edited: Edited, server: ComfyServer):
     drawn = {}
     for on in (False, True):
@@ -250,6 +259,7 @@ def test_the_same_picture_as_with_comfyuis_own_loaders(edited: Edited, server: C
     assert not same(drawn[False], drawn[True])
 
 
+@DRAWN
 def test_what_goes_in_is_seen(edited: Edited, server: ComfyServer):
     """Proof that the comparison can fail: other words, guidance or input images make another picture."""
     usual = edited.ours[False]

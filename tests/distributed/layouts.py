@@ -1,5 +1,9 @@
 """The rows of the reference table, by the name they have there, and which of them stand for all."""
 
+from collections.abc import Iterable
+
+import pytest
+
 from parallel_backend import ParallelismConfig
 
 REFERENCE_TABLE = {
@@ -18,6 +22,15 @@ REFERENCE_TABLE = {
     "Ring-2-TP-4": ParallelismConfig(ring_size=2, tp_size=4),
     "USP-2-2-TP-2": ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2),
 }
+
+TYPICAL = ("TP-4", "Ring-4", "Ulysses-8", "Ulysses-2-TP-4", "Ring-4-TP-2", "USP-2-2-TP-2")
+"""Each axis alone and with each other: enough for what goes on beside a forward, which is compared on every layout."""
+
+
+def all_layouts(*values: object, names: Iterable[str] = tuple(REFERENCE_TABLE)) -> list:
+    """Values for a test's arguments, the last of which is a layout's name; ``make test`` has the typical ones."""
+    return [pytest.param(*values, name, marks=[] if name in TYPICAL else [pytest.mark.thorough]) for name in names]
+
 
 TEXT_ENCODER_LAYOUTS = ("TP-2", "Ring-4", "Ulysses-8", "USP-2-2-TP-2")
 """Text encoders are sharded over all ranks of a layout, whatever its axes: each number of ranks and each axis once."""

@@ -7,7 +7,7 @@ import torch
 
 from parallel_backend import ParallelismConfig
 from tests.distributed import cache_cases as cases
-from tests.distributed.layouts import REFERENCE_TABLE
+from tests.distributed.layouts import REFERENCE_TABLE, all_layouts
 from tests.errors import relative_error
 
 TOLERANCE = 1e-5
@@ -25,9 +25,15 @@ def alone(run: str, order: int) -> cases.Result:
 
 @pytest.mark.parametrize(
     ("run", "order", "name"),
-    [(ODD, 0, name) for name in REFERENCE_TABLE]
-    # Of three image tokens some ranks get none where the sequence is cut into more than three parts.
-    + [(FEW, 1, name) for name, layout in REFERENCE_TABLE.items() if layout.ring_size * layout.ulysses_size > 3],
+    [
+        *all_layouts(ODD, 0),
+        # Of three image tokens some ranks get none where the sequence is cut into more than three parts.
+        *all_layouts(
+            FEW,
+            1,
+            names=[name for name, layout in REFERENCE_TABLE.items() if layout.ring_size * layout.ulysses_size > 3],
+        ),
+    ],
 )
 def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
     expected = alone(run, order)
@@ -42,7 +48,7 @@ def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
         assert relative_error(result.latents, expected.latents) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["TP-8", "Ulysses-4-TP-2", "Ring-2-TP-4"])
+@pytest.mark.parametrize("name", all_layouts(names=["Ulysses-2-TP-4", "TP-8", "Ulysses-4-TP-2", "Ring-2-TP-4"]))
 def test_qwen_image_decides_alike_too(world, name):
     run = (11, [(5, 7), (3, 4)], 2, cases.settings(1), False, True)
     with torch.no_grad():
@@ -54,7 +60,7 @@ def test_qwen_image_decides_alike_too(world, name):
         assert relative_error(result.latents, expected.latents) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "Ring-8"])
+@pytest.mark.parametrize("name", all_layouts(names=["Ring-4-TP-2", "Ulysses-4-TP-2", "Ring-8"]))
 def test_one_all_reduce_and_one_host_sync_a_measured_step(world, name):
     layout, run = REFERENCE_TABLE[name], RUNS[ODD]
     mask = (1, 1, 1, *(0, 0, 1) * 3)

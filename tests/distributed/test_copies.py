@@ -17,7 +17,15 @@ def test_eager(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "changes"), [("Ulysses-2", {}), ("TP-2", {}), ("Ring-2", HEADS_OF_24)])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Ulysses-2", HEADS_OF_24),
+        *(pytest.param(name, {}, marks=pytest.mark.thorough) for name in ("Ulysses-2", "TP-2")),
+        pytest.param("Ring-2", HEADS_OF_24, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_compiled(world, name, changes):
     for errors in world.run(copies_cases.errors, REFERENCE_TABLE[name], Speed(compile=True), timeout=300, **changes):
         assert max(errors) <= TOLERANCE

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.layouts import REFERENCE_TABLE, TEXT_ENCODER_LAYOUTS
+from tests.distributed.layouts import REFERENCE_TABLE, TEXT_ENCODER_LAYOUTS, all_layouts
 
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums; 1e-6 was seen, a wrong token or head costs more than 1e-2."""
@@ -31,7 +31,7 @@ def test_three_references_and_batch_4(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@EVERY_LAYOUT
+@pytest.mark.parametrize("name", all_layouts())
 def test_many_tokens(world, name):
     # MLPs of two tokens at a time, and of no long ones where a rank has hardly any.
     for errors in world.run(cases.transformer_errors, REFERENCE_TABLE[name], [EVEN, ODD_WITH_A_REFERENCE], piece=2):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed import qwen_cases
-from tests.distributed.layouts import REFERENCE_TABLE, TEXT_ENCODER_LAYOUTS
+from tests.distributed.layouts import REFERENCE_TABLE, TEXT_ENCODER_LAYOUTS, all_layouts
 
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums; a wrong token, head or mask costs more than 1e-2."""
@@ -23,7 +23,7 @@ def test_transformer(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@EVERY_LAYOUT
+@pytest.mark.parametrize("name", all_layouts())
 def test_references_at_timestep_zero(world, name):
     shapes = [REFERENCES]
     for errors in world.run(qwen_cases.transformer_errors, REFERENCE_TABLE[name], shapes, zero_cond_t=True):

@@ -77,7 +77,15 @@ class TestEager:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("Ulysses-2", {}), ("TP-2", {}), ("Ring-2", {}), ("Ulysses-2", LONG), ("TP-2", LONG)], ids=str
+    ("name", "changes"),
+    [
+        ("Ulysses-2", {}),
+        ("Ring-2", {}),
+        ("TP-2", LONG),
+        pytest.param("Ulysses-2", LONG, marks=pytest.mark.thorough),
+        pytest.param("TP-2", {}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
 )
 def test_compiled(world, name, changes):
     """One graph a kind of block, for all sizes, that launches things in the order in which eager code does."""

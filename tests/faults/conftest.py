@@ -12,17 +12,18 @@ from hypothesis import Phase, settings
 from PIL.Image import Image
 
 from tests.comfyui.conftest import EXAMPLE_IMAGE, REFERENCE_PACK, comfyui, example_image, home  # noqa: F401  (fixtures)
-from tests.comfyui.server import ComfyServer
+from tests.comfyui.server import ComfyServer, find_comfyui
 
 from . import file_audit, injection
 from .injection import Orders
 
 HERE = Path(__file__).resolve().parent
 
-# The same inputs each time in the short form; the long one looks for new ones.
-settings.register_profile(
-    "short", max_examples=200, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
-)
+# The same inputs each time in `make test` (short) and `make test-all`; the long form looks for new ones.
+for name, count in (("short", 200), ("thorough", 500)):
+    settings.register_profile(
+        name, max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
+    )
 settings.register_profile("long", max_examples=3000, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 TEST_SECONDS = 180
@@ -31,9 +32,19 @@ STEP_DEADLINE = 8.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those that need no server come first: it starts meanwhile.
+    places = [place for place, item in enumerate(items) if HERE in item.path.parents]
+    ours = sorted((items[place] for place in places), key=needs_server)
+    for place, item in zip(places, ours, strict=True):
+        items[place] = item
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def needs_server(item: pytest.Item) -> bool:
+    """Whether a test of this folder uses the session's server."""
+    return "server" in getattr(item, "fixturenames", ())
 
 
 def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # noqa: F811
@@ -62,12 +73,25 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
     return Orders(tmp_path_factory.mktemp("orders"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _launched(request: pytest.FixtureRequest) -> Iterator[ComfyServer | None]:
+    """The session's server, which other tests do not wait for; None where no test needs it."""
+    ours = [item for item in request.session.items if HERE in item.path.parents]
+    if find_comfyui() is None or not any(map(needs_server, ours)):
+        yield None
+        return
+    server = faulty_server(*map(request.getfixturevalue, ("comfyui", "home", "orders")))
+    server.launch()
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
-def server(comfyui: Path, home: Path, orders: Orders, example_image: Image) -> Iterator[ComfyServer]:  # noqa: F811
+def server(comfyui: Path, _launched: ComfyServer, example_image: Image) -> ComfyServer:  # noqa: F811
     """The session's server."""
-    with faulty_server(comfyui, home, orders) as server:
-        server.add_input_image(EXAMPLE_IMAGE, example_image)
-        yield server
+    _launched.start()
+    _launched.add_input_image(EXAMPLE_IMAGE, example_image)
+    return _launched
 
 
 @pytest.fixture(autouse=True)

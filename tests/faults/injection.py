@@ -20,11 +20,13 @@ from pathlib import Path
 
 FOLDER = "HYBRID_DIT_TEST_FAULTS"
 """Environment variable: the folder of orders; without it nothing is done."""
+LEAK = "HYBRID_DIT_SOAK_LEAK"
+"""Environment variable: KiB that rank 0 keeps of each picture, to see that the soak finds it."""
 ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runtime.rank.worker"
 IMPORTER = "parallel_backend.runtime.hosts.fork_server"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
 """Moments that bear the name of what the engine is asked for."""
-ALONE = {"vae_decode": ("VAEPart", "decode"), "vae_encode": ("VAEPart", "encode")}
+ALONE = {"vae_decode": ("VAEComponent", "decode"), "vae_encode": ("VAEComponent", "encode")}
 """Moments within work that rank 0 does alone, and the class and method that do it."""
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_irecv", "broadcast")
 EXCHANGES = ("spread_heads", "gather_heads", "shift", "all_reduce")
@@ -50,7 +52,7 @@ class Order:
             is next).
         kind: one of `KINDS`.
         nth: at which occurrence of the moment, counted from when the order is there.
-        seconds: how long ``sleep`` takes.
+        seconds: how long ``sleep`` takes at most; it ends when orders are withdrawn.
     """
 
     rank: int
@@ -76,7 +78,7 @@ class Orders:
             draft.rename(_order_file(self.folder, order.rank))
 
     def withdraw(self) -> None:
-        """No order is to be carried out any more; forget when the last one was."""
+        """No order is to be carried out any more, not even to its end; forget when the last one was."""
         for file in (*self.folder.glob("order-*.json"), _done_file(self.folder)):
             file.unlink(missing_ok=True)
 
@@ -106,12 +108,16 @@ class _Rank:
         self.folder = folder
         self._counted: tuple[str, int] = ("", 0)
         self._latest = ""
+        self._leak = 1024 * int(os.environ.get(LEAK, "0"))
+        self._leaked: list[bytes] = []
 
     def reached(self, moment: str) -> None:
         """A moment has come: carry out what is ordered for it."""
         if moment in METHODS:
             self._latest = moment
         rank = int(os.environ["RANK"])
+        if self._leak and moment == "decode" and rank == 0:
+            self._leaked.append(b"x" * self._leak)
         try:
             text = _order_file(self.folder, rank).read_text()
         except FileNotFoundError:
@@ -126,10 +132,10 @@ class _Rank:
         _order_file(self.folder, rank).unlink()
         self._counted = ("", 0)
         _done_file(self.folder).write_text(repr(time.time()))
-        _carry_out(order)
+        _carry_out(order, self.folder)
 
 
-def _carry_out(order: Order) -> None:
+def _carry_out(order: Order, folder: Path) -> None:
     if order.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif order.kind == "stop":
@@ -137,7 +143,9 @@ def _carry_out(order: Order) -> None:
     elif order.kind == "exit":
         os._exit(EXIT_CODE)
     elif order.kind == "sleep":
-        time.sleep(order.seconds)
+        until = time.monotonic() + order.seconds
+        while time.monotonic() < until and _done_file(folder).exists():
+            time.sleep(0.02)
     elif order.kind == "oom":
         import torch
 

@@ -23,7 +23,10 @@ CANCEL_SECONDS = 0.2
 """From Cancel to the end of the run."""
 TRIES = 3
 """The machine has other things to do at times: the best of so many counts."""
-SLEEP = 4.0
+SLEEP = 20.0
+"""How long a rank would take at a moment, were it let."""
+REST = 0.5
+"""How long it takes, once the next prompt is queued."""
 TEXT = "a green triangle"
 
 
@@ -84,7 +87,10 @@ def cancelled(moment: str, server: ComfyServer, orders: Orders, drawing: Drawing
     assert result.error is None
     if fresh:
         ranks = worker_ranks(server)
+    release = threading.Timer(REST, orders.withdraw)
+    release.start()
     again = run_well(server, drawing.graph)
+    release.join()
     assert worker_ranks(server) == ranks if not fresh else set(ranks) <= set(worker_ranks(server))
     states = [text.partition(":")[0] for _, text in again.texts]
     if not fresh:

@@ -217,6 +217,7 @@ def test_another_layout_and_a_rank_that_ends_between_prompts(worker, folder, unt
     close_groups()
 
 
+@pytest.mark.thorough
 def test_host_that_cannot_take_part(hosts, folder, tmp_path, monkeypatch):
     close_groups()
     monkeypatch.setenv("HYBRID_DIT_HOME", str(tmp_path))

@@ -42,11 +42,15 @@ def doomed(comfyui: Path, home: Path, tmp_path_factory: pytest.TempPathFactory):
     signal.signal(signal.SIGHUP, inherited)
 
 
-@pytest.mark.parametrize("moment", ["start", "load", "predict"])
+# Any client's end at other moments, also by a signal to its process group, is in tests/runtime.
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=pytest.mark.thorough) for moment in ("start", "load")] + ["predict"]
+)
 def test_comfyui_is_killed(moment: str, doomed: tuple[ComfyServer, Orders]):
     ends(*doomed, moment, lambda server: server.kill())
 
 
+@pytest.mark.thorough
 def test_the_terminal_is_closed(doomed: tuple[ComfyServer, Orders]):
     def hang_up(server: ComfyServer) -> None:
         # What the system does to the processes of a terminal that goes away.

@@ -1,4 +1,4 @@
-"""The soak, short in ``make test`` and long in ``make soak``."""
+"""The soak, short in ``make test-all`` and long in ``make soak``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ROUNDS = 12
 """Quiet rounds of the long form: enough for that leak to stand out of what comes and goes."""
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(3 * 3600 if PROMPTS else 300)
 def test_soak(server, orders, home, comfyui):
     make_qwen_pipeline(home / "models" / QWEN, comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer")

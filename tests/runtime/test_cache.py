@@ -17,7 +17,7 @@ from parallel_backend.runtime.group_config import ModelConfig
 
 pytestmark = pytest.mark.timeout(180)
 
-REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 256, 256, steps=20, seed=3)
+REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 128, 128, steps=12, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,11 @@ def test_settings_that_leave_nothing_to_skip(group, plain):
     assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
 
 
-def test_the_demo_reports_its_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_demo_reports_its_cache(tmp_path, capsys):
     cache = "Fn_compute_blocks=1,residual_diff_threshold=1,max_warmup_steps=2,taylorseer_order=1"
     layout = ["--ulysses", "1", "--tp", "1", "--devices", "cpu"]
-    assert main(["demo", *layout, "--steps", "6", "--width", "64", "--height", "96", "--cache", cache]) == 0
+    files = ["--out", str(tmp_path / "demo.png"), "--report", str(tmp_path / "demo.json")]
+    assert main(["demo", *layout, "--steps", "6", "--width", "64", "--height", "96", "--cache", cache, *files]) == 0
     assert re.search(
         r"^4 of 6 evaluations from the cache, about [\d.]+ s saved$", capsys.readouterr().out, re.MULTILINE
     )

@@ -39,6 +39,7 @@ def test_size_and_shape():
     assert text["text_encoder_out_layers"] == [1, 3, 5]
 
 
+@pytest.mark.thorough
 def test_it_draws_what_it_is_asked_for(group):
     cases = held_out(8, seed=5)
     pictures = [np.asarray(draw(group, ImageRequest(caption.text, 256, 256, steps=8, seed=3))) for _, caption in cases]

@@ -77,14 +77,6 @@ def test_orders_that_arrive_together():
         thread.join()
 
 
-def test_a_library_that_asks_cuda_about_devices(monkeypatch):
-    close_groups()
-    monkeypatch.setenv(OF_TESTS, "asks")  # a fork server of its own
-    with revealed(monkeypatch, imports=["tests.runtime.poisoned"]) as (rank,):
-        assert not rank["forked"]
-        assert rank["imported"] == [False, False]
-
-
 def test_ranks_are_forks_that_have_nothing_of_others(monkeypatch):
     with revealed(monkeypatch, ranks=2) as found:
         for number, rank in enumerate(found):
@@ -133,6 +125,18 @@ def test_the_agent_is_killed(config):
     assert not model.ready
 
 
+def test_a_group_that_is_given_up_meanwhile_leaves_it_alone(monkeypatch):
+    with revealed(monkeypatch) as (first,):
+        given_up = Launcher(1, Devices("cpu"))
+        given_up.start(["tests.runtime.slow"])
+        began = time.monotonic()
+        given_up.stop(0.1)
+        assert time.monotonic() - began < 1
+        with revealed(monkeypatch):
+            os.kill(first["pid"], 0)
+            assert list(given_up.logs.iterdir()) == [given_up.logs / "torchrun.log"]
+
+
 def test_it_is_killed(config):
     """At any moment it takes the group along, and the next use starts both afresh."""
     model = acquire_model(config)
@@ -150,6 +154,17 @@ def test_it_is_killed(config):
     with pytest.raises(WorkersFailedError, match=r"the workers did not start: the worker launcher ended, killed by"):
         acquire_model(config, check=kill_it)
     assert evaluate(acquire_model(config), **inputs()).shape
+
+
+# --- last, as the fork server that other tests share is gone after them -----------------------------------------------
+
+
+def test_a_library_that_asks_cuda_about_devices(monkeypatch):
+    close_groups()
+    monkeypatch.setenv(OF_TESTS, "asks")  # a fork server of its own
+    with revealed(monkeypatch, imports=["tests.runtime.poisoned"]) as (rank,):
+        assert not rank["forked"]
+        assert rank["imported"] == [False, False]
 
 
 def test_another_environment_and_a_library_with_threads(monkeypatch, tmp_path):
@@ -178,18 +193,6 @@ def test_another_environment_and_a_library_with_threads(monkeypatch, tmp_path):
                 assert earlier.alive_after(0)  # it has a group
                 os.kill(first["pid"], 0)
         assert earlier.alive_after(5) == []
-
-
-def test_a_group_that_is_given_up_meanwhile_leaves_it_alone(monkeypatch):
-    with revealed(monkeypatch) as (first,):
-        given_up = Launcher(1, Devices("cpu"))
-        given_up.start(["tests.runtime.slow"])
-        began = time.monotonic()
-        given_up.stop(0.1)
-        assert time.monotonic() - began < 1
-        with revealed(monkeypatch):
-            os.kill(first["pid"], 0)
-            assert list(given_up.logs.iterdir()) == [given_up.logs / "torchrun.log"]
 
 
 def test_it_ends_when_nobody_wants_anything_of_it(monkeypatch):

@@ -1,5 +1,6 @@
 """Worker groups of real processes: what they compute is what diffusers computes, whatever happens to them."""
 
+import contextlib
 import functools
 import json
 import os
@@ -727,19 +728,33 @@ class TestDeath:
 
 
 CLIENT = """
-import json, sys
+import json, os, signal, sys
 import torch
 from parallel_backend import ParallelismConfig
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
-from parallel_backend.runtime.client.groups import acquire_model
+from parallel_backend.runtime.client.groups import acquire_model, find_group
 from parallel_backend.runtime.client.fork_server import fork_server_pid
 
-group = acquire_model(ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu"))
+config = ModelConfig.create(sys.argv[1], ParallelismConfig(ring_size=2), "cpu")
+told = []
+
+def tell(*_):
+    group = find_group(config.group)
+    told.append([*group._pids.values(), group._launcher.process.pid, fork_server_pid()])
+    print(json.dumps(told[0]), flush=True)
+
+def held_up(state, *_):
+    if state == "loading" and sys.argv[2] == "load" and not told:
+        os.kill(find_group(config.group)._pids[1], signal.SIGSTOP)
+        tell()
+        print("stuck", flush=True)
+
+group = acquire_model(config, held_up)
 x, context = torch.randn(1, 128, 32, 32), torch.randn(1, 64, 192)
 conditioning = Conditioning(context, tensors={"guidance": torch.tensor([4.0])})
 group.predict(x, torch.tensor([0.5]), conditioning)
-print(json.dumps([*group.group._pids.values(), group.group._launcher.process.pid, fork_server_pid()]), flush=True)
+tell()
 while True:
     waits = iter(range(1000))
     group.predict(
@@ -764,18 +779,24 @@ def test_the_end_of_a_run_is_told_and_not_waited_for(single_config, pipeline):
     ours.close()
 
 
-def test_workers_end_when_their_client_is_killed(pipeline, tmp_path_factory):
-    command = [sys.executable, "-c", CLIENT, str(pipeline)]
+@pytest.mark.parametrize(("moment", "number"), [("predict", signal.SIGKILL), ("load", signal.SIGHUP)])
+def test_workers_end_with_their_client(pipeline, tmp_path_factory, moment, number):
+    """It is killed, or the terminal that all of its process group belongs to is closed."""
+    command = [sys.executable, "-c", CLIENT, str(pipeline), moment]
     # Who is killed does not tidy up: the folder of the socket stays, so let it be in one that pytest removes.
     environment = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as killed:
-        first, second, *others = json.loads(killed.stdout.readline())
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
+        signal.signal(signal.SIGHUP, inherited)
+        first, second, *others = json.loads(client.stdout.readline())
         with Watched([first, second, *others]) as watched, Watched([first]) as in_a_collective:
-            os.kill(second, signal.SIGSTOP)
+            if moment == "predict":
+                os.kill(second, signal.SIGSTOP)
             try:
-                assert killed.stdout.readline() == b"stuck\n"  # the first rank waits for it
-                killed.kill()
+                assert client.stdout.readline() == b"stuck\n"  # the first rank waits for the second
+                os.killpg(client.pid, number)
                 assert in_a_collective.alive_after(10) == []
             finally:
-                os.kill(second, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):  # it was killed, stopped as it is
+                    os.kill(second, signal.SIGCONT)
             assert watched.alive_after(10) == []

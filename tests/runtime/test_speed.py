@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -40,21 +41,30 @@ def predictions(config: ModelConfig) -> list[torch.Tensor]:
     return made
 
 
-def test_everything_at_once(pipeline, caplog):
-    plain = ModelConfig.create(pipeline, LAYOUT, "cpu")
-    fast = ModelConfig.create(pipeline, LAYOUT, "cpu", speed=EVERYTHING)
+@pytest.mark.parametrize(
+    ("layout", "speed"),
+    [
+        (ParallelismConfig(), Speed(compile=True, cuda_graphs=True)),
+        (LAYOUT, Speed(copy_engines=True)),
+        pytest.param(LAYOUT, EVERYTHING, marks=pytest.mark.thorough),
+    ],
+    ids=["compiled", "copies", "everything at once"],
+)
+def test_what_is_asked_for(pipeline, caplog, layout, speed):
+    plain = ModelConfig.create(pipeline, layout, "cpu")
+    fast = ModelConfig.create(pipeline, layout, "cpu", speed=speed)
     assert plain != fast
     assert plain.group == fast.group
     expected = predictions(plain)
     with caplog.at_level(logging.INFO):
         found = predictions(fast)
-    assert "ranks exchange without copy engines, since the ranks are on CPUs" in caplog.text
+    note = "ranks exchange without copy engines, since the ranks are on CPUs"
+    assert (note in caplog.text) == speed.copy_engines
     for prediction, wanted in zip(found, expected, strict=True):
         assert relative_error(prediction, wanted) <= EXACT
-        # It is compiled, so sums are taken in another order; were they not, nothing would differ.
-        assert not torch.equal(prediction, wanted)
-    report = acquire_model(fast).report()
-    assert report["speed"] == {"compile": True, "cuda_graphs": True, "copy_engines": True}
+        # Where it is compiled, sums are taken in another order; were it not, nothing would differ.
+        assert torch.equal(prediction, wanted) == (not speed.compile)
+    assert acquire_model(fast).report()["speed"] == asdict(speed)
 
 
 def test_a_prediction_stays_what_it_was(pipeline):

@@ -18,6 +18,7 @@ import comfy.hooks
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -385,7 +386,7 @@ class ReferenceLittleRoom:
         changed.model._modules = dict(model.model._modules)
         changed.model.diffusion_model = copy.copy(model.model.diffusion_model)
         handle = model.model.diffusion_model.handle
-        errors = sys.modules[type(handle.get()).__module__.replace("remote_model", "errors")]
+        errors = sys.modules[type(handle.get()).__module__.replace("client.remote_model", "errors")]
 
         def predict(*args: Any, divisible: bool, **options: Any) -> torch.Tensor:
             if divisible:
@@ -393,6 +394,27 @@ class ReferenceLittleRoom:
             return handle.get().predict(*args, **options)
 
         changed.model.diffusion_model.handle = SimpleNamespace(get=lambda: SimpleNamespace(predict=predict))
+        return (changed,)
+
+
+class ReferenceExtraArgument:
+    """Hands a model an argument that it does not have, as nodes for other models do."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {})}}
+
+    def apply(self, model: Any, name: str) -> tuple[Any]:
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return executor(*args, **kwargs, **{name: torch.ones(1)})
+
+        changed = model.clone()
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        changed.add_wrapper_with_key(kind, "reference_pack", wrapper)
         return (changed,)
 
 
@@ -426,6 +448,7 @@ _NODES = (
     ReferenceMethod,
     ReferenceFloatMask,
     ReferenceLittleRoom,
+    ReferenceExtraArgument,
     ReferenceSaveConditioning,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
