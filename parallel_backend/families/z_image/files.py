@@ -8,8 +8,8 @@ from typing import Any
 
 from ..file_shapes import count_blocks, shape_of
 
-MARKS = ("cap_pad_token", "noise_refiner.0.attention.q_norm.weight", "layers.0.adaLN_modulation.0.weight")
-"""Lumina 2, of which it came, has neither such a token nor the last name."""
+MARKS = ("cap_pad_token", "x_embedder.weight")
+"""Lumina 2, of which it came, has no such token, and diffusers another name for the second."""
 OMNI, PIXELS = "siglip_embedder.0.weight", "dec_net.cond_embed.weight"
 EMBEDDER, FINAL = "all_x_embedder.2-1", "all_final_layer.2-1"
 _THIRDS = ("to_q", "to_k", "to_v")
