@@ -153,9 +153,10 @@ def _padded(tokens: int) -> int:
 
 
 def _forward(
-    run: Any, block: Model, x: Tensor, mask: None, freqs_cis: Rotary, adaln_input: Tensor | None = None, *omni: None
-) -> Tensor:
-    refuse(mask=mask)  # Omni's arguments do not get past the entrance
+    run: Any, block: Model, x: Tensor, attn_mask: None, freqs_cis: Rotary, adaln_input: Tensor | None = None,
+    noise_mask: None = None, adaln_noisy: None = None, adaln_clean: None = None,
+) -> Tensor:  # fmt: skip
+    refuse(attn_mask=attn_mask, noise_mask=noise_mask, adaln_noisy=adaln_noisy, adaln_clean=adaln_clean)
     return run(block, x, block.adaLN_modulation(adaln_input) if block.modulation else None, *freqs_cis)
 
 
