@@ -182,7 +182,7 @@ encoder and VAE are loaded by ComfyUI's own nodes.
     "12_flux2_klein": """\
 ## FLUX.2 klein on many GPUs
 ComfyUI's template of the distilled 4B model. *Parallel Layout* and *Load Diffusion Model (Parallel)* split it over \
-all GPUs; text encoder and VAE are loaded by ComfyUI's own nodes. 9B: choose its files. Base models: 20 steps, CFG 5.
+all GPUs; text encoder and VAE are loaded by ComfyUI's own nodes. For 9B choose its files.
 """,
 }
 

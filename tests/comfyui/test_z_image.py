@@ -128,7 +128,7 @@ def test_block_cache(z_image: ComfyServer, latents: dict[str, dict[str, Tensor]]
     saves = [save_latent(graph, add_sampler(graph, each, steps=6)) for each in (*caches, model)]
     result = run_well(z_image, graph)
     cached, never, uncached = (saved_latent(z_image, result, save) for save in saves)
-    assert [counts(run) for cache in caches for run in runs(result, cache)] == [(2, 4, 2), (6, 0, 2)]
+    assert [counts(run) for cache in caches for run in runs(result, cache)] == [(4, 8, 2), (12, 0, 2)]
     assert torch.equal(never, uncached)
     assert 1e-4 < relative_error(cached, uncached) < 0.3
 
