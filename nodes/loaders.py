@@ -57,7 +57,7 @@ class LoadPipeline(io.ComfyNode):
                     options=list_pipelines(),
                     default=DEMO_FOLDER_NAME,
                     tooltip="A folder with a model_index.json under models/diffusers, such as NAME or ORG/NAME, or a "
-                    "model in the Hub's cache there: FLUX.2, Qwen-Image or Qwen-Image-Edit. "
+                    "model in the Hub's cache there: FLUX.2-dev, Qwen-Image or Qwen-Image-Edit. "
                     f"'{DEMO_FOLDER_NAME}' is a small FLUX.2 that comes along and draws shapes.",
                 ),
                 layout_input(),
@@ -115,13 +115,21 @@ class LoadDiffusionModel(io.ComfyNode):
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
                 "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
-            search_aliases=["unet loader", "multi gpu unet", "flux.2 parallel", "qwen image parallel", *ALIASES],
+            search_aliases=[
+                "unet loader",
+                "multi gpu unet",
+                "flux.2 parallel",
+                "qwen image parallel",
+                "z-image parallel",
+                *ALIASES,
+            ],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=file_names(MODEL_FILES),
                     tooltip="A .safetensors (or .sft) file under models/diffusion_models (or models/unet), such as "
-                    "flux2_dev_fp8mixed.safetensors or qwen_image_bf16.safetensors.",
+                    "flux2_dev_fp8mixed.safetensors, flux-2-klein-4b.safetensors, qwen_image_bf16.safetensors or "
+                    "z_image_turbo_bf16.safetensors.",
                 ),
                 layout_input(),
                 weight_dtype_input(
@@ -184,7 +192,8 @@ class LoadCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "type",
                     options=[family.clip_type for family in COMFY_FAMILIES.values() if family.clip_type],
-                    tooltip="The model family that the text encoder is for.",
+                    tooltip="The model family of the text encoder. ComfyUI's own Load CLIP loads those of Z-Image "
+                    "and FLUX.2 klein.",
                 ),
                 layout_input(),
                 weight_dtype_input(

@@ -38,8 +38,8 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         330,
         {
             "Models": [
-                *["HybridDiT_LoadPipeline", "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "VAELoader"],
-                "HybridDiT_BlockCache",
+                *["HybridDiT_LoadPipeline", "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "CLIPLoader"],
+                *["VAELoader", "HybridDiT_BlockCache"],
             ],
             "Mask: the left half is kept": ["SolidMask", "MaskComposite"],
         },
@@ -58,7 +58,8 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         {
             "Prompt": [
                 *["CLIPTextEncode", "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod"],
-                *["FluxGuidance", "ReferenceLatent", "EmptyFlux2LatentImage", "EmptySD3LatentImage"],
+                *["ConditioningZeroOut", "FluxGuidance", "ReferenceLatent"],
+                *["EmptyFlux2LatentImage", "EmptySD3LatentImage"],
             ]
         },
     ),
@@ -66,8 +67,8 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         290,
         {
             "Sampling": [
-                *["RandomNoise", "KSamplerSelect", "Flux2Scheduler", "BasicGuider", "SamplerCustomAdvanced"],
-                *["ModelSamplingAuraFlow", "CFGNorm", "KSampler"],
+                *["RandomNoise", "KSamplerSelect", "Flux2Scheduler", "BasicGuider", "CFGGuider"],
+                *["SamplerCustomAdvanced", "ModelSamplingAuraFlow", "CFGNorm", "KSampler"],
             ]
         },
     ),
@@ -90,6 +91,8 @@ VIEW_WIDTH, LEAST_SCALE, VIEW_OFFSET = 1500, 0.7, [90, 125]
 FILES = "https://huggingface.co/Comfy-Org/flux2-dev/resolve/main/split_files"
 QWEN_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 EDIT_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files"
+Z_IMAGE_FILES = "https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files"
+KLEIN_FILES = "https://huggingface.co/Comfy-Org/flux2-klein/resolve/main/split_files"
 MODELS = {
     "flux2_dev_fp8mixed.safetensors": f"{FILES}/diffusion_models",
     "mistral_3_small_flux2_fp8.safetensors": f"{FILES}/text_encoders",
@@ -99,6 +102,10 @@ MODELS = {
     "qwen_image_edit_2511_fp8mixed.safetensors": f"{EDIT_FILES}/diffusion_models",
     "qwen_2.5_vl_7b_fp8_scaled.safetensors": f"{QWEN_FILES}/text_encoders",
     "qwen_image_vae.safetensors": f"{QWEN_FILES}/vae",
+    "z_image_turbo_bf16.safetensors": f"{Z_IMAGE_FILES}/diffusion_models",
+    "flux-2-klein-4b.safetensors": f"{KLEIN_FILES}/diffusion_models",
+    "qwen_3_4b.safetensors": f"{Z_IMAGE_FILES}/text_encoders",
+    "ae.safetensors": f"{Z_IMAGE_FILES}/vae",
 }
 """Files that ComfyUI's own templates name -> where they are to be had. The front end offers to download what is missing
 when a loader's `properties.models` says so; ComfyUI's folder is the last part of the address."""
@@ -166,6 +173,16 @@ model and text encoder over all GPUs in the fastest way that fits.
 ## Edit with Qwen-Image-Edit-2511 on many GPUs
 ComfyUI's template without Lightning's LoRA: 40 steps, CFG 4. Choose a picture in *Load Image*; more pictures go into \
 *image2* and *image3* of both prompts.
+""",
+    "11_z_image_turbo": """\
+## Z-Image-Turbo on many GPUs
+ComfyUI's template. *Parallel Layout* and *Load Diffusion Model (Parallel)* split the model over all GPUs; text \
+encoder and VAE are loaded by ComfyUI's own nodes.
+""",
+    "12_flux2_klein": """\
+## FLUX.2 klein on many GPUs
+ComfyUI's template of the distilled 4B model. *Parallel Layout* and *Load Diffusion Model (Parallel)* split it over \
+all GPUs; text encoder and VAE are loaded by ComfyUI's own nodes. For 9B choose its files.
 """,
 }
 

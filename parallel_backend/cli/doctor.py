@@ -209,6 +209,8 @@ def check_formats(family: Family, gpus: list[Gpu]) -> list[Finding]:
     name, files = family.reference_model.name, " and ".join(family.reference_model.fp8_files)
     found = []
     for fp8, title in ((False, f"{name} in bf16"), (True, f"{name} as {files}")):
+        if fp8 and not files:
+            continue
         if gpus:
             fit = best_fit(family, len(gpus), min(gpu.total for gpu in gpus), fp8)
             how = f"fits all {len(gpus)} GPU(s) as {fit}" if fit.layout else f"does not fit {len(gpus)} GPU(s)"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,13 @@ def render_text(families: Mapping[str, FamilySupport], files: Mapping[str, tuple
 
 def _lines(family: FamilySupport) -> list[tuple[str, str]]:
     """Label and value of each thing that is told of a family; labels are the same for all."""
+    from ..planning.support import DEGREES
+
+    degrees = " / ".join(map(str, DEGREES))
     text = f"`{family.text_encoder}`, sharded over {family.text_ranks} of {family.ranks} ranks"
     text = text if family.text_encoder else "ComfyUI's own"
+    if family.transformer_alone:
+        text += f"; ComfyUI's own for {_list(family.transformer_alone)}"
     kinds = ["diffusers folder"] if family.pipelines else []
     kinds += ["transformer file", *([f"text encoder file: {family.text_file}"] if family.text_file else [])]
     rings = "any" if len(family.ring) == family.ranks else _list(family.ring)
@@ -82,8 +88,8 @@ def _lines(family: FamilySupport) -> list[tuple[str, str]]:
         ("VAE", f"`{family.vae}`, whole on rank 0" if family.vae else "ComfyUI's own"),
         ("block cache", ", then ".join(f"{count} `{name}`" for name, count in family.blocks.items())),
         ("checkpoints", "; ".join(kinds)),
-        (f"GiB a rank, bf16: transformer, {_degrees('TP', family.transformer_gib)}", _slashed(family.transformer_gib)),
-        ("text encoder, on 1 / 2 / 4 / 8 ranks", _slashed(family.text_encoder_gib) or "-"),
+        (f"GiB a rank, bf16: transformer, TP {degrees}", _slashed(family.transformer_gib, DEGREES)),
+        (f"text encoder, on {degrees} ranks", _slashed(family.text_encoder_gib, DEGREES)),
     ]
 
 
@@ -97,22 +103,20 @@ def _file_line(files: Mapping[str, tuple[str, ...]]) -> str:
 def _copies(found: Mapping[str, int]) -> str:
     by_number: dict[int, list[str]] = {}
     for name, number in found.items():
-        by_number.setdefault(number, []).append(_leaf(name))
+        if leaf := _leaf(name):
+            by_number.setdefault(number, []).append(leaf)
     return "; ".join(f"on {number}: {_list(dict.fromkeys(names))}" for number, names in sorted(by_number.items()))
 
 
 def _leaf(name: str) -> str:
-    """The last part of a module's name that is no number."""
-    return [part for part in name.split(".") if part != "*"][-1]
+    """The last part of a module's name that does not start with a number; empty for the model itself."""
+    return [part for part in name.split(".") if not re.match(r"\d|\*", part)][-1]
 
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values))
 
 
-def _slashed(values: Mapping[int, float]) -> str:
-    return " / ".join(f"{value:.1f}" for value in values.values())
-
-
-def _degrees(word: str, values: Mapping[int, float]) -> str:
-    return f"{word} {' / '.join(map(str, values))}"
+def _slashed(values: Mapping[int, float], degrees: Sequence[int]) -> str:
+    """A number for each degree, where there is one."""
+    return " / ".join(f"{values[n]:.1f}" if n in values else "-" for n in degrees) if values else "-"

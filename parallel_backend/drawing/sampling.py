@@ -128,11 +128,26 @@ def drawing_of_files(transformer: Checkpoint, text_encoder: Checkpoint, vae: Che
             raise ValueError(
                 f"{source.path} is {what} of {source.family.title}, but {transformer.path} is of {family.title}"
             )
-    return files_drawing(family, transformer.path)
+    drawing = files_drawing(family, transformer.path)
+    assert isinstance(transformer, SingleFile)
+    assert isinstance(text_encoder, TextEncoderFile)
+    takes = family.transformer.context_width(transformer.transformer_config)
+    layers = family.needs_text_encoder().layers(text_encoder.text_config)
+    gives = len(layers) * text_encoder.text_config["text_config"]["hidden_size"]
+    if takes != gives:
+        raise ValueError(
+            f"{transformer.path} takes {takes} features of a token, and {text_encoder.path} gives {gives}: it is for "
+            "another text encoder (FLUX.2 klein is for Qwen3); draw with it in ComfyUI, whose own Load CLIP loads that"
+        )
+    return drawing
 
 
 def files_drawing(family: Family, path: Path) -> Drawing:
     """How models of a family's files draw; ValueError for a family whose files do not say enough."""
+    if not family.pipeline_classes:
+        raise ValueError(
+            f"{path} is of {family.title}, of which the workers hold the transformer alone: draw with it in ComfyUI"
+        )
     drawing = family.drawing(family.pipeline_classes[0])
     if drawing.scheduler is None:
         raise ValueError(

@@ -46,6 +46,7 @@ class Family:
         reference_model: the one that is counted where there is no checkpoint.
         text_encoder, vae: None: the workers do not hold any.
         drawings: by diffusers' pipeline classes, how each draws a picture. They take a text encoder and a VAE.
+        transformer_alone: of its models, those that run with another text encoder, which is ComfyUI's own.
         pipelines_of_others: further pipeline classes with this transformer, whose folders are not read.
     """
 
@@ -56,6 +57,7 @@ class Family:
     text_encoder: TextEncoder | None = None
     vae: VAE | None = None
     drawings: Mapping[str, type[Drawing]] = field(default_factory=dict)
+    transformer_alone: tuple[str, ...] = ()
     pipelines_of_others: tuple[str, ...] = ()
 
     @property

@@ -61,7 +61,6 @@ _TRANSFORMERS = {
     "distilled_guidance_layer.0.norms.0.scale": "Chroma",
     "latent_in.weight": "Hunyuan3D",
     "double_blocks.0.img_attn.qkv.weight": "FLUX.1",
-    "cap_pad_token": "Z-Image",
     "cap_embedder.1.weight": "Lumina 2",
     "time_caption_embed.timestep_embedder.linear_1.bias": "OmniGen 2",
     "head.modulation": "Wan",
@@ -83,8 +82,11 @@ _TRANSFORMERS = {
 }
 _DIFFUSERS = {
     "double_stream_modulation_img.linear.weight": "FLUX.2",
+    "all_x_embedder.2-1.weight": "Z-Image",
     "single_transformer_blocks.0.attn.to_q.weight": "FLUX.1",
 }
+_FOLDERS = ("FLUX.2",)
+"""Of these, pipeline folders are read."""
 _VAE = (
     "decoder.conv_in.weight",
     "decoder.conv_in.conv.weight",
@@ -164,10 +166,8 @@ def looks_like_transformer(keys: Collection[str]) -> Look | None:
     if name := _find(_TEXT_ENCODERS, keys):
         return Look(f"the text encoder {name}")
     if name := _find(_DIFFUSERS, keys):
-        return Look(
-            f"{name} by diffusers' names",
-            "give its pipeline folder to Load Pipeline (Parallel), or take the file that ComfyUI's templates name",
-        )
+        folder = "give its pipeline folder to Load Pipeline (Parallel), or " if name in _FOLDERS else ""
+        return Look(f"{name} by diffusers' names", f"{folder}take the file that ComfyUI's templates name")
     if name := _find(_TRANSFORMERS, keys):
         return Look(name)
     if any(key in keys for key in _VAE):
@@ -178,7 +178,7 @@ def looks_like_transformer(keys: Collection[str]) -> Look | None:
 def looks_like_text_encoder(keys: Collection[str]) -> Look | None:
     """What a file is that is no supported text encoder; None if nothing here tells."""
     if name := _find(_TEXT_ENCODERS, keys):
-        return Look(name)
+        return Look(name, "ComfyUI's own Load CLIP loads it")
     look = looks_like_transformer(keys)
     return Look(f"the diffusion model {look.name}") if look and look.name in _TRANSFORMERS.values() else look
 

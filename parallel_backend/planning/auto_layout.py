@@ -240,6 +240,9 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
     text_config = getattr(source, "text_config", None) or family.reference_model.text_config
     counted = weight_bytes(family, config, text_config, layout, dtype.itemsize)
     sizes = {"transformer": counted.transformer, "text_encoder": counted.text_encoder}
+    width = family.transformer.context_width
+    if width(config) != width(reference_config(family)):
+        sizes["text_encoder"] = 0  # a model with another text encoder (FLUX.2 klein), which the workers do not hold
     if "transformer" in source.components:
         model = family.transformer.build(config)
         plan = family.transformer.plan(dict(model.config))

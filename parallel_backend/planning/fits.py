@@ -68,7 +68,7 @@ def fits_table() -> str:
     """All families and formats on all `MACHINES`, in Markdown."""
     rows = [["", *(f"{count} x {size} GB" for count, size in MACHINES)], ["---"] * (len(MACHINES) + 1)]
     for family in FAMILIES:
-        for fp8 in (False, True):
+        for fp8 in (False, True)[: 1 + bool(family.reference_model.fp8_files)]:
             fits = [best_fit(family, count, usable(size), fp8) for count, size in MACHINES]
             rows.append([f"{family.reference_model.name}, {'fp8 files' if fp8 else 'bf16'}", *map(str, fits)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -33,6 +33,7 @@ class FamilySupport:
         title: the name people know.
         ranks: degrees were looked at up to so many.
         models: that the family covers.
+        transformer_alone: of these, those whose text encoder is another, and stays ComfyUI's own.
         reference: name of the model that is counted.
         pipelines: diffusers pipeline classes.
         transformer, text_encoder, vae: classes of diffusers and transformers; empty for what stays ComfyUI's.
@@ -55,6 +56,7 @@ class FamilySupport:
     title: str
     ranks: int
     models: tuple[str, ...]
+    transformer_alone: tuple[str, ...]
     reference: str
     pipelines: tuple[str, ...]
     transformer: str
@@ -95,6 +97,7 @@ def family_support(family: Family) -> FamilySupport:
         title=family.title,
         ranks=RANKS,
         models=family.models,
+        transformer_alone=family.transformer_alone,
         reference=family.reference_model.name,
         pipelines=family.pipeline_classes,
         transformer=kind.class_name,

@@ -10,8 +10,8 @@ from typing import Any
 
 from .frontend import Frontend
 
-BYPASS = 4
-"""LiteGraph's mode of a node that hands its input on; "Bypass" in the menu, Ctrl+B."""
+BYPASS, ALWAYS = 4, 0
+"""LiteGraph's modes of a node that hands its input on ("Bypass" in the menu, Ctrl+B), and of one that runs."""
 
 _NODES = "app.graph.nodes.flatMap(node => node.subgraph ? [node, ...node.subgraph.nodes] : [node])"
 
@@ -23,12 +23,12 @@ _SET = f"""([type, name, values]) => {_NODES}
 _SET_MODE = f"""([type, mode]) => {_NODES}.filter(node => node.type === type).map(node => node.mode = mode)"""
 
 # The key of a node in the API form: that of its subgraph's node comes first.
-_KEY = """const host = app.graph.nodes.find(node => node.subgraph);
+_KEY = """const host = app.graph.nodes.filter(node => node.subgraph)[number];
   const graph = host.subgraph, key = node => `${host.id}:${node.id}`;"""
 
 # In the order in which it loses nothing: the new node is wired before the old one goes. An input of the old one that
 # comes from the subgraph's own input is drawn from there; both nodes have it for a moment.
-_REPLACE = f"""([oldType, newType, values]) => {{
+_REPLACE = f"""([number, oldType, newType, values]) => {{
   {_KEY}
   const [old, ...others] = graph.nodes.filter(node => node.type === oldType);
   if (!old || others.length) throw new Error(`${{1 + others.length}} nodes of type ${{oldType}}`);
@@ -52,7 +52,7 @@ _REPLACE = f"""([oldType, newType, values]) => {{
   return {{ old: key(old), new: key(node), output, lost }};
 }}"""
 
-_WIRE = f"""([type, name, values]) => {{
+_WIRE = f"""([number, type, name, values]) => {{
   {_KEY}
   let node = graph.nodes.find(node => node.type === type);
   if (!node) graph.add(node = LiteGraph.createNode(type));
@@ -65,7 +65,7 @@ _WIRE = f"""([type, name, values]) => {{
 }}"""
 
 
-_MOVE = f"""([type, other, offset]) => {{
+_MOVE = f"""([number, type, other, offset]) => {{
   {_KEY}
   const [node, beside] = [type, other].map(kind => graph.nodes.find(node => node.type === kind));
   node.pos = [beside.pos[0] + offset[0], beside.pos[1] + offset[1]];
@@ -102,16 +102,26 @@ def bypass(frontend: Frontend, node_type: str) -> int:
     return len(frontend.call(_SET_MODE, [node_type, BYPASS]))
 
 
-def replace(frontend: Frontend, old_type: str, new_type: str, **values: Any) -> Replaced:
-    """Put a new node in the place of the only one of a type in the subgraph, with the links whose inputs it has."""
-    return Replaced(**frontend.call(_REPLACE, [old_type, new_type, values]))
+def run_all(frontend: Frontend) -> None:
+    """Undo the bypassing of all nodes that are outside subgraphs."""
+    frontend.call("mode => app.graph.nodes.map(node => node.mode = mode)", ALWAYS)
 
 
-def wire(frontend: Frontend, node_type: str, name: str, **values: Any) -> str:
-    """Link the subgraph's node of a type, made if it is not there, to all free inputs of a name; its key."""
-    return frontend.call(_WIRE, [node_type, name, values])
+def replace(frontend: Frontend, old_type: str, new_type: str, *, number: int = 0, **values: Any) -> Replaced:
+    """Put a new node in the place of the only one of a type in a subgraph, with the links whose inputs it has.
+
+    Args:
+        number: of the subgraph's node among those of the graph.
+        values: of the new node's widgets.
+    """
+    return Replaced(**frontend.call(_REPLACE, [number, old_type, new_type, values]))
+
+
+def wire(frontend: Frontend, node_type: str, name: str, *, number: int = 0, **values: Any) -> str:
+    """Link a subgraph's node of a type, made if it is not there, to all free inputs of a name; its key."""
+    return frontend.call(_WIRE, [number, node_type, name, values])
 
 
 def move(frontend: Frontend, node_type: str, beside: str, offset: tuple[float, float]) -> None:
     """Move the subgraph's node of a type to a place beside its node of another type."""
-    frontend.call(_MOVE, [node_type, beside, list(offset)])
+    frontend.call(_MOVE, [0, node_type, beside, list(offset)])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from .server import CHECKOUT, ComfyServer
-from .test_templates import all_nodes, fetch_template
+from .template_models import all_nodes
+from .test_templates import fetch_template
 
 FOLDER = CHECKOUT / "workflows"
 API_FOLDER = FOLDER / "api"
@@ -138,7 +139,8 @@ def test_nodes_can_be_read(name):
 
 
 MODEL_INPUTS = ("unet_name", "clip_name", "vae_name")
-TEMPLATES = ("image_flux2_fp8", "image_qwen_image", "image_qwen_Image_2512", "image_qwen_image_edit_2511")
+TEMPLATES = ("image_flux2_fp8", "image_qwen_image", "image_qwen_Image_2512", "image_qwen_image_edit_2511",
+             "image_z_image_turbo", "image_flux2_klein_text_to_image")  # fmt: skip
 """ComfyUI's own, which name the same files."""
 
 
@@ -153,7 +155,7 @@ def test_files_can_be_downloaded(server: ComfyServer):
         assert sorted(model["name"] for model in models) == sorted(named)
         assert [model for model in models if model not in known] == []
         found += models
-    assert len(found) == 15
+    assert len(found) == 21
     kinds = [node["type"] for name in ALL for node in all_nodes(json.loads((FOLDER / f"{name}.json").read_text()))]
     assert not any("Lora" in kind for kind in kinds)  # which the workers refuse
 

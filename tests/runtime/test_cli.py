@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from parallel_backend.cli import main
@@ -22,6 +23,7 @@ from parallel_backend.runtime.client.worker_group import WorkerGroup
 from tests.single_file import flux2_tensors, to_fp8, write
 from tests.text_encoder_file import write_text
 from tests.vae_file import write_vae
+from tests.z_image_file import z_image_model, z_image_tensors
 from training.checker import find
 
 pytestmark = pytest.mark.timeout(180)
@@ -189,6 +191,23 @@ def test_files_that_do_not_say_enough(flux2_files, qwen_folder, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{file} is of Qwen-Image, whose files come without their tokenizer" in line
     assert "draw with them in ComfyUI, or take the diffusers folder" in line
+
+
+def test_files_of_models_with_another_text_encoder(flux2_files, tmp_path, capsys):
+    """FLUX.2 klein, whose contexts are of another width, and Z-Image, of which there is the transformer alone."""
+    _, text, vae = flux2_files
+    klein = flux2_tensors(guidance=False)
+    klein["txt_in.weight"] = torch.zeros(len(klein["txt_in.weight"]), 96)
+    files = {
+        write(tmp_path / "klein.safetensors", klein): "takes 96 features of a token, and",
+        write(tmp_path / "z.safetensors", z_image_tensors(z_image_model())): "is of Z-Image, of which the workers hold",
+    }
+    for file, message in files.items():
+        parts = ["--model", str(file), "--text-encoder", text, "--vae", vae, "--prompt", "a cat"]
+        assert main(["generate", *parts, "--devices", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{file} {message}" in line
+        assert "draw with it in ComfyUI" in line
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from parallel_backend.planning.auto_layout import (
 from parallel_backend.planning.cost_model import Device
 from parallel_backend.planning.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between
 from parallel_backend.planning.memory import GIB
+from tests.single_file import flux2_tensors, write
 from tests.tiny_pipeline import make_tiny_pipeline
 
 FLUX2 = family_of_name("flux2")
@@ -148,6 +149,17 @@ def test_a_checkpoint_is_counted_by_its_own_weights(tiny):
     half = checkpoint_memory(tiny, ParallelismConfig(tp_size=2), torch.float32, "cast").weights
     assert whole.transformer / 2 < half.transformer < whole.transformer * 0.75  # embedders are not split
     assert checkpoint_memory(tiny, ParallelismConfig(), torch.bfloat16, "cast").weights.transformer == 2 * numel
+
+
+def test_the_text_encoder_of_another_model_of_the_family_is_not_counted(tmp_path):
+    """FLUX.2 klein, whose contexts are narrower: its Qwen3 stays in ComfyUI, and FLUX.2-dev's 32 GiB are nowhere."""
+    klein = open_checkpoint(write(tmp_path / "klein.safetensors", flux2_tensors(guidance=False)))
+    assert checkpoint_memory(klein, ParallelismConfig(), torch.bfloat16, "cast").weights.text_encoder == 0
+    dev = dict(FLUX2.transformer.build({}).config)["joint_attention_dim"]
+    tensors = {**flux2_tensors(), "txt_in.weight": torch.zeros(256, dev)}
+    like_dev = open_checkpoint(write(tmp_path / "dev.safetensors", tensors))
+    weights = checkpoint_memory(like_dev, ParallelismConfig(), torch.bfloat16, "cast").weights
+    assert weights.text_encoder == pytest.approx(32.3 * GIB, rel=0.01)
 
 
 def test_a_checkpoint_gets_the_same_choice_again_whatever_is_free_by_then(tiny, monkeypatch):

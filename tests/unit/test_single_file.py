@@ -230,7 +230,6 @@ class TestBadFiles:
                 ],
                 "HunyuanVideo or HunyuanImage",
             ),
-            (["cap_embedder.1.weight", "cap_pad_token"], "Z-Image"),
             (["cap_embedder.1.weight"], "Lumina 2"),
             (["head.modulation", "blocks.0.self_attn.q.weight"], "Wan"),
             (["joint_blocks.0.context_block.attn.qkv.weight"], "Stable Diffusion 3"),

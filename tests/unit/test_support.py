@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from parallel_backend.cli import main
+from parallel_backend.cli.doctor import check_formats
 from parallel_backend.cli.families import render_markdown
-from parallel_backend.families import FAMILIES
+from parallel_backend.families import FAMILIES, family_of_name
 from parallel_backend.loading.quantized import FP8_FORMATS
 from parallel_backend.parallel.tensor import Shard
+from parallel_backend.planning.fits import fits_table
 from parallel_backend.planning.support import copies, support
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -60,6 +62,21 @@ def test_qwen_image(found):
     assert qwen.vision_tower
 
 
+def test_z_image(found):
+    z_image = found["families"]["z_image"]
+    assert z_image.blocks == {"layers": 30}
+    assert z_image.ulysses == z_image.tp == (1, 2, 3, 5, 6)  # 30 heads
+    assert z_image.transformer_gib.keys() == {1, 2}
+    assert z_image.transformer_gib[1] == pytest.approx(6.15e9 * 2 / 2**30, abs=0.1)
+    assert (z_image.pipelines, z_image.text_encoder, z_image.vae) == ((), "", "")
+
+
+def test_a_family_without_fp8_files():
+    rows = [row for row in fits_table().splitlines() if "Z-Image" in row]
+    assert [row.split(" | ")[0] for row in rows] == ["| Z-Image-Turbo, bf16"]
+    assert [finding.text for finding in check_formats(family_of_name("z_image"), []) if " as " in finding.text] == []
+
+
 def test_dtypes_are_those_that_files_of_torch_have(found):
     files = found["files"]
     assert set(files["fp8_dtypes"]) == set(FP8_FORMATS)
@@ -78,6 +95,7 @@ def test_copies():
 def test_every_family_says_which_models_it_covers():
     for family in FAMILIES:
         assert family.reference_model.name in family.models
+        assert set(family.transformer_alone) < set(family.models)
 
 
 def test_the_command_prints_json_and_text(capsys, monkeypatch, found):

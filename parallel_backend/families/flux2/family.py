@@ -1,4 +1,4 @@
-"""FLUX.2 (Black Forest Labs): its transformer with Mistral 3 as text encoder, and its VAE."""
+"""FLUX.2 (Black Forest Labs): dev with Mistral 3 as text encoder, and klein, whose Qwen3 stays ComfyUI's; its VAE."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from ..vaes.flux2 import Flux2VAE
 from .drawing import Flux2Drawing
 from .transformer import Flux2Transformer
 
+KLEIN = tuple(f"FLUX.2-klein-{kind}" for kind in ("4B", "9B", "base-4B", "base-9B"))
 FLUX2 = Family(
     name="flux2",
-    models=("FLUX.2-dev",),
+    models=("FLUX.2-dev", *KLEIN),
+    transformer_alone=KLEIN,
+    pipelines_of_others=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"),
     transformer=Flux2Transformer(),
     text_encoder=Mistral3(),
     vae=Flux2VAE(),

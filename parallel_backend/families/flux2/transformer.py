@@ -25,7 +25,7 @@ REFERENCE_SPACING = 10
 
 
 class Flux2Transformer(Transformer):
-    """FLUX.2-dev: 8 double-stream and 48 single-stream blocks of 48 heads x 128, 32.2 B parameters.
+    """FLUX.2-dev: 8 double-stream and 48 single-stream blocks of 48 heads x 128, 32.2 B parameters; klein has fewer.
 
     Double-stream blocks keep text and image apart but for attention; single-stream blocks run on both joined, text
     first. One modulation per stream type is shared by all blocks.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ...blocks.double_stream import Kept, clipped, head_norms, joined, row_output
@@ -115,18 +116,10 @@ class ZImageEntrance(Entrance):
                 out[index] = sample
         if not return_dict:
             return (out,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
         return Transformer2DModelOutput(sample=out)
 
     def _embedded(
-        self,
-        feats: list[Tensor],
-        pos_ids: list[Tensor],
-        inner_pad_mask: list[Tensor],
-        pad_token: Tensor,
-        noise_mask: None = None,
-        device: Any = None,
+        self, feats: list[Tensor], pos_ids: list[Tensor], is_padding: list[Tensor], pad_token: Tensor, *_: Any
     ) -> tuple[Tensor, Rotary, None, list[int], None]:
         """A stream's shard ``[B, S_local, C]`` with padding where it belongs, and the rotary embedding of its tokens.
 
@@ -134,7 +127,7 @@ class ZImageEntrance(Entrance):
         """
         is_text = pad_token is self.transformer.cap_pad_token
         shards, stream = (self.text, 1) if is_text else (self.image, 0)
-        whole = torch.where(torch.stack(inner_pad_mask)[..., None], pad_token, torch.stack(feats))
+        whole = torch.where(torch.stack(is_padding)[..., None], pad_token, torch.stack(feats))
         positions = shards.shard(pos_ids[0], stream, 0)
         rotary = rotary_of(positions, self.transformer.axes_dims, self.transformer.rope_theta)
         return shards.shard(whole, stream, 1), rotary, None, [len(part) for part in feats], None
@@ -160,16 +153,9 @@ def _padded(tokens: int) -> int:
 
 
 def _forward(
-    run: Any,
-    block: Model,
-    x: Tensor,
-    attn_mask: None,
-    freqs_cis: Rotary,
-    adaln_input: Tensor | None = None,
-    noise_mask: None = None,
-    adaln_noisy: None = None,
-    adaln_clean: None = None,
-) -> Tensor:
+    run: Any, block: Model, x: Tensor, attn_mask: None, freqs_cis: Rotary, adaln_input: Tensor | None = None,
+    noise_mask: None = None, adaln_noisy: None = None, adaln_clean: None = None,
+) -> Tensor:  # fmt: skip
     refuse(attn_mask=attn_mask, noise_mask=noise_mask, adaln_noisy=adaln_noisy, adaln_clean=adaln_clean)
     return run(block, x, block.adaLN_modulation(adaln_input) if block.modulation else None, *freqs_cis)
 

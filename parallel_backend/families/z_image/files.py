@@ -8,13 +8,12 @@ from typing import Any
 
 from ..file_shapes import count_blocks, shape_of
 
-MARKS = ("cap_pad_token", "noise_refiner.0.attention.q_norm.weight", "layers.0.adaLN_modulation.0.weight")
-"""Lumina 2, of which it came, has neither such a token nor the last name."""
+MARKS = ("cap_pad_token", "x_embedder.weight")
+"""Lumina 2, of which it came, has no such token, and diffusers another name for the second."""
 OMNI, PIXELS = "siglip_embedder.0.weight", "dec_net.cond_embed.weight"
 EMBEDDER, FINAL = "all_x_embedder.2-1", "all_final_layer.2-1"
 _THIRDS = ("to_q", "to_k", "to_v")
-_IN_BLOCKS = {"attention.to_out.0": "attention.out", "attention.norm_q": "attention.q_norm"}
-_IN_BLOCKS |= {"attention.norm_k": "attention.k_norm"}
+_IN_ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
 CHANNELS, PATCH_AREA = 16, 4
 
 
@@ -58,7 +57,7 @@ def rows_of(name: str) -> tuple[tuple[str, int, int], ...]:
     if block is None:
         return ((name.replace(EMBEDDER, "x_embedder").replace(FINAL, "final_layer"), 0, 1),)
     prefix, module, leaf = block.groups()
-    third = module.removeprefix("attention.")
-    if third in _THIRDS:
-        return ((f"{prefix}.attention.qkv.{leaf}", _THIRDS.index(third), 3),)
-    return ((f"{prefix}.{_IN_BLOCKS.get(module, module)}.{leaf}", 0, 1),)
+    part = module.removeprefix("attention.")
+    if part in _THIRDS:
+        return ((f"{prefix}.attention.qkv.{leaf}", _THIRDS.index(part), 3),)
+    return ((f"{prefix}.{module.replace(part, _IN_ATTENTION.get(part, part))}.{leaf}", 0, 1),)

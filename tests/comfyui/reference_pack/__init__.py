@@ -24,12 +24,12 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
-from comfy.text_encoders.flux import Flux2Tokenizer, flux2_te
-from comfy.text_encoders.hunyuan_video import llama_detect
 from safetensors.torch import save_file
 
 from .qwen_image import load_qwen_pipeline
 from .stock_model import stock_model
+from .text_encoders import ReferenceTextEncoder
+from .z_image import ReferenceZImage
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
 
@@ -251,36 +251,6 @@ class ReferencePipelineLoader:
         return load_qwen_pipeline(folder) if kind.startswith("QwenImage") else load_pipeline(folder)
 
 
-class ReferenceTextEncoder:
-    """ComfyUI's own text encoder of FLUX.2 from a small file; its loader knows files of the real size only."""
-
-    RETURN_TYPES = ("CLIP",)
-    FUNCTION = "load"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"clip_name": ("STRING", {}), "config": ("STRING", {})}}
-
-    def load(self, clip_name: str, config: str) -> tuple[Any]:
-        path = folder_paths.get_full_path_or_raise("text_encoders", clip_name)
-        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        weights, metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
-        target = SimpleNamespace(
-            clip=flux2_te(**llama_detect(weights), pruned="model.layers.39.mlp.up_proj.weight" not in weights),
-            tokenizer=Flux2Tokenizer,
-            params={},
-        )
-        clip = comfy.sd.CLIP(
-            target,
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            tokenizer_data={"tekken_model": weights["tekken_model"]},
-            state_dict=[weights],
-            model_options={"mistral3_24b_model_config": json.loads(config)},
-        )
-        return (clip,)
-
-
 class ReferenceTokenizerOption:
     """A CLIP that pads short prompts, as nodes with tokenizer options ask for."""
 
@@ -442,6 +412,7 @@ class ReferenceSaveConditioning:
 _NODES = (
     ReferencePipelineLoader,
     ReferenceTextEncoder,
+    ReferenceZImage,
     ReferenceTokenizerOption,
     ReferenceEncodeTogether,
     ReferenceEncodeWithImage,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
@@ -9,16 +12,20 @@ import torch
 
 
 def stock_model(
-    config: comfy.supported_models_base.BASE, weights: dict[str, torch.Tensor]
+    config: comfy.supported_models_base.BASE,
+    weights: dict[str, torch.Tensor],
+    change: Callable[[Any], None] = lambda model: None,
 ) -> comfy.model_patcher.ModelPatcher:
     """The MODEL in float32.
 
     Args:
         config: a class of comfy.supported_models, made with the configuration of the model.
         weights: all of them, under ComfyUI's names.
+        change: what is done to the model before it gets its weights.
     """
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(weights, "")
+    change(model)
     model.diffusion_model.load_state_dict(weights, strict=True)
     return comfy.model_patcher.ModelPatcher(
         model.eval(),

@@ -1,0 +1,63 @@
+"""Small files under the names that ComfyUI's templates and our workflows ask for, and ComfyUI's own loaders of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.qwen3_file import CONFIG, write_qwen3
+from tests.single_file import flux2_tensors, to_fp8, write
+from tests.text_encoder_file import comfy_config, write_text
+from tests.vae_file import write_tiny_vae, write_vae
+from tests.z_image_file import z_image_model, z_image_tensors
+
+from .server import ComfyServer
+
+REFERENCE = "ReferenceTextEncoder"
+"""ComfyUI's loader knows text encoders of the real size only; this node hands small ones to ComfyUI's own classes."""
+MISTRAL_CONFIG, QWEN3_CONFIG = json.dumps(comfy_config()), json.dumps(CONFIG)
+STOCK = {"z_image": "ReferenceZImage"}
+"""What stands for ComfyUI's Load Diffusion Model where that takes no small file, by how the file's name starts."""
+
+
+def all_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    """Also those in subgraphs."""
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    return [node for graph in (workflow, *subgraphs) for node in graph["nodes"]]
+
+
+def write_models(server: ComfyServer, workflow: dict[str, Any]) -> None:
+    """The models that a template says it needs, but for LoRAs."""
+    models = [model for node in all_nodes(workflow) for model in node.get("properties", {}).get("models", [])]
+    writers = {"diffusion_models": _write_transformer, "text_encoders": _write_text_encoder, "vae": _write_vae}
+    for path in {server.models / model["directory"] / model["name"] for model in models}:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and path.parent.name in writers:
+            writers[path.parent.name](path)
+
+
+def _write_transformer(path: Path) -> None:
+    if path.name.startswith("z_image"):
+        write(path, {name: tensor.bfloat16() for name, tensor in z_image_tensors(z_image_model()).items()})
+        return
+    tensors = flux2_tensors(guidance="klein" not in path.name)
+    stored, metadata = to_fp8(tensors, "metadata") if "fp8" in path.name else (tensors, {})
+    write(path, stored, metadata=metadata)
+
+
+def _write_text_encoder(path: Path) -> None:
+    if path.name.startswith("qwen_3"):
+        write_qwen3(path)
+    else:
+        write_text(path, "metadata" if "fp8" in path.name else "bf16")
+
+
+def _write_vae(path: Path) -> None:
+    if path.name == "ae.safetensors":
+        write_tiny_vae(path)
+        return
+    one = path.parent / "flux2-tiny.safetensors"
+    if not one.exists():
+        write_vae(one)
+    path.symlink_to(one)
