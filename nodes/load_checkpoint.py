@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.sd
 import folder_paths
@@ -99,10 +100,9 @@ class LoadCheckpoint(io.ComfyNode):
         assert isinstance(source, SingleFile)
         model, clip = make_model(handle, source), None
         if found.text_prefix:
-            chosen = handle.config  # a layout that is automatic is chosen once
-            same = Layout(
-                chosen.layout, (layout or Layout(chosen.layout, "auto")).devices, chosen.hosts, speed=chosen.speed
-            )
+            asked, chosen = layout or Layout(ParallelismConfig(), "auto"), handle.config
+            # A layout that is automatic is chosen once.
+            same = replace(asked, degrees=chosen.layout, auto=False, speed=chosen.speed, node="")
             fp8 = "stored" if fp8 == "matmul" else fp8  # as ComfyUI multiplies text encoders
             text_handle, text = load(place, lambda: found.path, same, dtype, fp8, encoder_memory, part=TEXT_ENCODER)
             assert isinstance(text, TextEncoderFile)
@@ -121,8 +121,11 @@ def _check(found: AllInOne) -> None:
 
 
 def own_vae(found: AllInOne) -> comfy.sd.VAE:
-    """ComfyUI's own VAE of a checkpoint; of one without a VAE, one that says so when it is used, as ComfyUI's loader
-    gives it."""
+    """ComfyUI's own VAE of a checkpoint; where there is none, one that says so when it is used, as from its own loader.
+
+    Raises:
+        ValueError: ComfyUI does not know it.
+    """
     tensors = {key.removeprefix(VAE): tensor for key, tensor in found.read(found.keys(VAE)).items()}
     vae = comfy.sd.VAE(sd=tensors, metadata=read_metadata(found.path))
     if tensors and vae.first_stage_model is None:

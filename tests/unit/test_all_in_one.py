@@ -111,6 +111,7 @@ class TestParts:
     @pytest.mark.parametrize(
         "key",
         ["cond_stage_model.a.weight", "first_stage_model.b", "model_ema.c", "clip_vision.d", "text_encoders.other.e",
+         "text_encoders.spiece_model",
          "text_encoders.mistral3_24b.text_projection.weight"],
     )  # fmt: skip
     def test_something_else(self, file, tmp_path, key):
