@@ -299,7 +299,6 @@ def load(
     fp8: str = "cast",
     encoder_memory: str = "auto",
     check: Callable[[Checkpoint], None] = lambda _: None,
-    part: str = "",
 ) -> tuple[ModelHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint, and show on the loader how that model is from then on.
 
@@ -309,12 +308,11 @@ def load(
         layout: None: one process.
         dtype, fp8, encoder_memory: see `ModelConfig.create`.
         check: raises ValueError for a checkpoint that the loader does not take, before workers start.
-        part: see `open_checkpoint`.
     """
     layout = layout or Layout(ParallelismConfig(), "auto")
     show(place, no_text)  # of an earlier run, until this one knows its model
     path = find()
-    source = open_checkpoint(path, part)
+    source = open_checkpoint(path)
     check(source)
     degrees, speed, choice = layout.degrees, layout.speed, None
     prepare(source)  # beside what is imported and looked at here
@@ -324,7 +322,7 @@ def load(
         choice = choose_for_checkpoint(source, layout.devices, dtype, fp8)
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
-    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed, part)
+    config = ModelConfig.create(path, degrees, layout.devices, dtype, fp8, encoder_memory, layout.hosts, speed)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
         show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
     show(place, lambda: state_of(config))
