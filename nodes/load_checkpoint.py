@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.sd
 import folder_paths
@@ -15,8 +16,10 @@ from ..parallel_backend.loading.checkpoint import open_checkpoint
 from ..parallel_backend.loading.safetensors_reader import read_metadata
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile
+from ..parallel_backend.runtime.client.launcher import prepare
 from .comfy_model import make_model
 from .families import family_of
+from .group import ModelHandle
 from .layout import ALIASES, CATEGORY, Layout
 from .loaders import (
     AS_STORED,
@@ -95,19 +98,20 @@ class LoadCheckpoint(io.ComfyNode):
     ) -> io.NodeOutput:
         place, (dtype, fp8) = Place.of(cls.hidden), WEIGHT_DTYPES[weight_dtype]
         found = open_all_in_one(find_file(CHECKPOINT_FILES, ckpt_name))
+        text = open_checkpoint(found.path, TEXT_ENCODER) if found.text_prefix else None
+        if text is not None:
+            prepare(text)
         handle, source = load(place, lambda: found.path, layout, dtype, fp8)
         assert isinstance(source, SingleFile)
         model, clip = make_model(handle, source), None
-        if found.text_prefix:
-            chosen = handle.config  # a layout that is automatic is chosen once
-            same = Layout(
-                chosen.layout, (layout or Layout(chosen.layout, "auto")).devices, chosen.hosts, speed=chosen.speed
-            )
+        if isinstance(text, TextEncoderFile):
             fp8 = "stored" if fp8 == "matmul" else fp8  # as ComfyUI multiplies text encoders
-            text_handle, text = load(place, lambda: found.path, same, dtype, fp8, encoder_memory, part=TEXT_ENCODER)
-            assert isinstance(text, TextEncoderFile)
+            # On the same ranks, also where they were chosen for the transformer.
+            config = replace(handle.config, part=TEXT_ENCODER, fp8=fp8, encoder_memory=encoder_memory)
+            text_handle = ModelHandle(config)
+            show(place, lambda: f"{state_of(handle.config)}\ntext encoder {state_of(config)}")
+            text_handle.get()
             clip = family_of(text).clip_of_file(text_handle, text)
-            show(place, lambda: f"{state_of(handle.config)}\ntext encoder {state_of(text_handle.config)}")
         elif found.keys(TEXT_ENCODERS):
             clip = own_clip(found)
         return io.NodeOutput(model, clip, own_vae(found))
@@ -121,8 +125,11 @@ def _check(found: AllInOne) -> None:
 
 
 def own_vae(found: AllInOne) -> comfy.sd.VAE:
-    """ComfyUI's own VAE of a checkpoint; of one without a VAE, one that says so when it is used, as ComfyUI's loader
-    gives it."""
+    """ComfyUI's own VAE of a checkpoint; where there is none, one that says so when it is used, as from its own loader.
+
+    Raises:
+        ValueError: ComfyUI does not know it.
+    """
     tensors = {key.removeprefix(VAE): tensor for key, tensor in found.read(found.keys(VAE)).items()}
     vae = comfy.sd.VAE(sd=tensors, metadata=read_metadata(found.path))
     if tensors and vae.first_stage_model is None:

@@ -308,7 +308,6 @@ def load(
     fp8: str = "cast",
     encoder_memory: str = "auto",
     check: Callable[[Checkpoint], None] = lambda _: None,
-    part: str = "",
 ) -> tuple[ModelHandle, Checkpoint]:
     """Have the workers of a layout hold a checkpoint, and show on the loader how that model is from then on.
 
@@ -318,12 +317,11 @@ def load(
         layout: None: one process.
         dtype, fp8, encoder_memory: see `ModelConfig.create`.
         check: raises ValueError for a checkpoint that the loader does not take, before workers start.
-        part: see `open_checkpoint`.
     """
     layout = layout or Layout(ParallelismConfig(), "auto")
     show(place, no_text)  # of an earlier run, until this one knows its model
     path = find()
-    source = open_checkpoint(path, part)
+    source = open_checkpoint(path)
     check(source)
     degrees, speed, devices, choice = layout.degrees, layout.speed, layout.devices, None
     prepare(source)  # beside what is imported and looked at here
@@ -334,7 +332,7 @@ def load(
         log.info("Parallel Layout, automatic: %s%s", choice.reason, f"\n{choice.table()}" if choice.options else "")
         degrees, speed = choice.layout, replace(speed, copy_engines=speed.copy_engines or choice.copies)
         devices = choice.devices or devices
-    config = ModelConfig.create(path, degrees, devices, dtype, fp8, encoder_memory, layout.hosts, speed, part)
+    config = ModelConfig.create(path, degrees, devices, dtype, fp8, encoder_memory, layout.hosts, speed)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
         show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
     show(place, lambda: state_of(config))

@@ -95,6 +95,13 @@ def supported_models() -> str:
     return f"supported are: {models} (python -m parallel_backend families says more)"
 
 
+def files_instead(component: str) -> str:
+    """Names of files to take in the place of one that is not read: of the ``transformer`` or the ``text_encoder``."""
+    index = COMPONENTS.index(component)
+    files = (family.reference_model.fp8_files for family in FAMILIES)
+    return " or ".join(names[index] for names in files if len(names) > index)
+
+
 def _supported() -> str:
     return "; ".join(
         f"{family.title} ({', '.join((*family.pipeline_classes, family.transformer.class_name))})"
@@ -119,5 +126,6 @@ __all__ = [
     "family_of_text_file",
     "family_of_transformer",
     "family_of_vae_file",
+    "files_instead",
     "supported_models",
 ]

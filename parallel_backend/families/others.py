@@ -129,9 +129,10 @@ class Look(NamedTuple):
     name: str
     remedy: str = ""
 
-    def refusal(self, where: object, supported: str) -> str:
-        """The message: this file is not read, and what is."""
+    def refusal(self, where: object, supported: str, files: str) -> str:
+        """The message: this file is not read, and what is; ``files`` names some whose numbers are."""
         remedy = f": {self.remedy}" if self.remedy else ""
+        remedy += f", such as {files}" if self.remedy == INSTEAD else ""
         return f"{where} looks like {self.name}, which is not supported here{remedy}; {supported}"
 
 

@@ -67,8 +67,8 @@ def open_all_in_one(path: Path) -> AllInOne:
         with blamed(path):
             text_prefix = text_encoder_keys(stored)[1]
         beside = [key for key in stored if key.startswith(TEXT_ENCODERS) and not key.startswith(text_prefix)]
-        of_class = [text_prefix.removesuffix("transformer.") + name for name in _NOT_USED]
-        left += [key for key in beside if "." in key.removeprefix(TEXT_ENCODERS) and key not in of_class]
+        known = {text_prefix.removesuffix("transformer.") + name for name in _NOT_USED}
+        left += [key for key in beside if key not in known | {f"{TEXT_ENCODERS}{kind.file_tokenizer}"}]
     if left:
         some = ", ".join(sorted(left)[:3]) + (", ..." if len(left) > 3 else "")
         raise ValueError(

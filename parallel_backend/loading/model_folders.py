@@ -116,6 +116,8 @@ def _walk(root: Path, stop: Callable[[Path], bool] = lambda folder: False) -> It
                         folders.append(entry.name)
                     elif entry.is_file():
                         files.append(entry.name)
+        except FileNotFoundError:
+            continue
         except OSError as error:
             _tell(folder, error)
             continue

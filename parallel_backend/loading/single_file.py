@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
-from ..families import Family, Transformer, family_of_single_file, family_of_text_file, supported_models
+from ..families import (
+    Family,
+    Transformer,
+    family_of_single_file,
+    family_of_text_file,
+    files_instead,
+    supported_models,
+)
 from ..families.others import INSTEAD, SUFFIXES, looks_like_part, looks_like_transformer
 from .config_files import blamed
 from .model_folders import check_name, file_state
@@ -128,7 +135,7 @@ def _refusal(path: Path, stored: Collection[str]) -> str:
         return f"{path} looks like the text encoder of {family.title}, which Load CLIP (Parallel) loads"
     look = look or looks_like_transformer(stored)
     if look is not None:
-        return look.refusal(path, supported_models())
+        return look.refusal(path, supported_models(), files_instead("transformer"))
     examples = ", ".join(list(stored)[:3])
     return f"{path} holds no model that is known here ({len(stored)} tensors, such as {examples}); {supported_models()}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
-from ..families import FAMILIES, Family, Model, family_of_text_file
+from ..families import FAMILIES, Family, Model, family_of_text_file, files_instead
 from ..families.others import looks_like_part, looks_like_text_encoder
 from .all_in_one import text_encoder_keys
 from .config_files import blamed
@@ -117,7 +117,7 @@ def _refusal(path: Path, keys: Collection[str], part: str = "") -> str:
     supported = "; ".join(f"{title}: {kind.file_title}" for title, kind in encoders.items() if kind is not None)
     look = looks_like_part(keys) or looks_like_text_encoder(keys)
     if look is not None:
-        return look.refusal(f"{part}{path}", f"supported are: {supported}")
+        return look.refusal(f"{part}{path}", f"supported are: {supported}", files_instead("text_encoder"))
     return (
         f"{part}{path} has {len(keys)} tensors, which is no text encoder that is known here; supported are: {supported}"
     )

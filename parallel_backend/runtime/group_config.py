@@ -69,7 +69,6 @@ class ModelConfig:
         encoder_memory: str = "auto",
         hosts: Hosts = ALONE,
         speed: Speed = AS_IT_IS,
-        part: str = "",
     ) -> ModelConfig:
         """Check everything that can be checked without starting a process.
 
@@ -82,7 +81,6 @@ class ModelConfig:
             encoder_memory: one of `ENCODER_MEMORY`.
             hosts: that the ranks are shared out among.
             speed: how the transformer's blocks run.
-            part: which model of a file that holds several, see `open_checkpoint`.
 
         Raises:
             ValueError: a checkpoint, layout, device, dtype or speed that cannot work, with the remedy.
@@ -98,13 +96,12 @@ class ModelConfig:
                 raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         if speed.compile and (missing := missing_build_tools()):
             raise ValueError(f"compile needs {missing}, which this machine lacks; install it, or set compile to false")
-        source = open_checkpoint(Path(path), part)
+        source = open_checkpoint(Path(path))
         source.check(layout)
         resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
             dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
-        fingerprint = source.fingerprint()
-        return cls(str(source.path), layout, resolved, dtype, fingerprint, fp8, encoder_memory, hosts, speed, part)
+        return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts, speed)
 
 
 def check_devices(devices: str, layout: ParallelismConfig, hosts: Hosts) -> Devices:

@@ -175,13 +175,14 @@ def saved(qwen):
     graph = Graph()
     loader = graph.add("ReferencePipelineLoader", pipeline=PIPELINE)
     graph.add("CheckpointSave", model=(loader, 0), clip=(loader, 1), vae=(loader, 2), filename_prefix="qwen-saved")
-    run_well(qwen, graph)
+    run_well(qwen, graph, timeout=300)
     (saved,) = qwen.output.glob("qwen-saved*.safetensors")
     shutil.move(saved, checkpoints(qwen) / "qwen.safetensors")
     return "qwen.safetensors"
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(600)  # which makes the pipelines, too
 def test_the_same_edit_as_with_comfyuis_own_qwen_image(qwen, saved):
     """The text encoder looks at the picture, too, with its vision tower."""
     graph, saves = Graph(), []
@@ -197,7 +198,7 @@ def test_the_same_edit_as_with_comfyuis_own_qwen_image(qwen, saved):
         again = graph.add("VAEEncode", pixels=graph.add("VAEDecode", samples=latent, vae=(loader, 2)),
                           vae=(loader, 2))  # fmt: skip
         saves.append((save_latent(graph, latent), save_latent(graph, again)))
-    result = run_well(qwen, graph, timeout=170)
+    result = run_well(qwen, graph, timeout=400)
     for mine, other in zip(*saves, strict=True):
         expected = saved_latent(qwen, result, other)
         assert relative_error(saved_latent(qwen, result, mine), expected) <= PARITY

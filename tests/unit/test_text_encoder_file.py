@@ -110,7 +110,7 @@ class TestRefused:
     def test_who_quantized_a_supported_one_is_named(self, tmp_path, end, name):
         tensors = {**text_tensors(), f"model.layers.0.self_attn.q_proj.{end}": torch.ones(4, dtype=torch.uint8)}
         path = write(tmp_path / "other.safetensors", tensors)
-        self.refused(path, f"looks like {name}.* take the model in bf16, or in fp8 with a scale a tensor or a row")
+        self.refused(path, f"looks like {name}.* take the model in bf16, or .*, such as mistral_3_small_flux2_fp8")
 
     @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
     @pytest.mark.parametrize(
