@@ -87,9 +87,8 @@ class Launcher:
             return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo") | NO_NAME_SERVER
         address = self.address = own_address(self.hosts)
         listen_at = ("--card", self.card.to_json(), "--listen", address, str(self.hosts.port))
-        return [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)], interface_variables(
-            address
-        )
+        rendezvous = [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)]
+        return rendezvous, interface_variables(address) | NO_NAME_SERVER
 
     def all_connected(self) -> None:
         """Take the socket's address away: nobody else is to come, and a client that is killed leaves nothing behind."""
