@@ -6,6 +6,7 @@ Nothing that is there already is changed: a folder may be another program's, or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import os
 import re
@@ -72,6 +73,7 @@ def new_private_folder() -> Path:
 
     Raises:
         ValueError: there is none, with the reason.
+        OSError: no more sockets can be opened at all.
     """
     reasons = []
     for parent in [*_temporary_folders(), *_homes()]:
@@ -85,6 +87,8 @@ def new_private_folder() -> Path:
             _try_socket(folder / SOCKET_NAME)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the folder's fault
+                raise
             reasons.append(f"{parent}: {_reason(error)}")
         else:
             return folder

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 IMPORT_PATH = "HYBRID_DIT_IMPORT_PATH"
 """Variable with the import path of the client, for its workers."""
+LIBRARIES = ("torch", "numpy", "safetensors", "transformers", "diffusers")
+"""What workers compute with."""
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -35,8 +37,9 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
 def import_path() -> str:
     """What `IMPORT_PATH` has to be for workers of this process.
 
-    It is this process's own, but for its current folder, and Python's own modules come first: a node pack that has put
-    its folder in front, with a module ``queue`` in it, has done so after ComfyUI had imported Python's.
+    It is this process's own, but for its current folder, and in another order: first come Python's own modules, then
+    where this process has found its `LIBRARIES`. A node pack that has put its folder in front, with a module ``queue``
+    or ``utils`` in it, has mostly done so when they had been imported.
     """
     import sysconfig
 
@@ -44,8 +47,19 @@ def import_path() -> str:
     own |= {os.path.join(folder, "lib-dynload") for folder in own}
     entries = [_absolute(entry) for entry in sys.path if isinstance(entry, str) and entry not in ("", ".")]
     first = [entry for entry in entries if os.path.realpath(entry) in own]
+    libraries = {os.path.realpath(os.path.dirname(folder)) for folder in map(_folder_of, LIBRARIES) if folder}
+    first += [entry for entry in entries if os.path.realpath(entry) in libraries]
     # Last comes where this package is: only processes that ranks start in turn look there for it.
     return json.dumps(list(dict.fromkeys([*first, *entries, os.path.dirname(os.path.realpath(_PACKAGE))])))
+
+
+def _folder_of(package: str) -> str:
+    """Where this process has imported a package from, or would; empty where it is not there."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # somebody has put something else in its place
+        return ""
+    return next(iter(spec.submodule_search_locations or ()), "") if spec is not None else ""
 
 
 def _absolute(entry: str) -> str:

@@ -1,6 +1,7 @@
 """Worker groups of real processes: what they compute is what diffusers computes, whatever happens to them."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -20,13 +21,14 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 
-from parallel_backend import ParallelismConfig
+from parallel_backend import ParallelismConfig, paths
 from parallel_backend.cache.config import PRESETS
 from parallel_backend.cache.run import CacheRun
 from parallel_backend.drawing.sampling import ImageRequest, draw
 from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.planning.devices import Devices
+from parallel_backend.runtime.client import launcher as launching
 from parallel_backend.runtime.client import remote_model
 from parallel_backend.runtime.client.groups import acquire_model, close_groups, find_model
 from parallel_backend.runtime.client.launcher import Launcher
@@ -575,6 +577,33 @@ class TestEnvironment:
         launcher.stop()
         assert not launcher.private.exists()
 
+    @pytest.mark.parametrize(
+        ("number", "says"),
+        [
+            (errno.EMFILE, "raise the limit where it is started"),
+            (errno.EAGAIN, "raise the limit of processes"),
+            (errno.ENOSPC, "the disk is full"),
+            (errno.EIO, "see what else runs here"),
+        ],
+    )
+    def test_a_system_that_has_no_more_of_something(self, number, says, single_config, monkeypatch):
+        def refused(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(launching.fork_server, "fork", refused)
+        group = WorkerGroup(single_config.group)
+        with pytest.raises(ValueError, match=f"the workers cannot be started: .*{os.strerror(number)}; .*{says}"):
+            group.start()
+        assert not group._launcher.private.exists()
+
+    def test_no_more_open_files(self, single_config, monkeypatch):
+        def refused(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(paths, "_try_socket", refused)
+        with pytest.raises(ValueError, match="Too many open files; ComfyUI has as many files open as it may"):
+            WorkerGroup(single_config.group).start()
+
     def test_the_ranks_logs_are_in_the_projects_home(self, group, own_home):
         assert own_home in group.group._launcher.logs.parents
         for rank in range(4):
@@ -730,7 +759,7 @@ class TestDeath:
 CLIENT = """
 import json, os, signal, sys
 import torch
-from parallel_backend import ParallelismConfig
+from parallel_backend import ParallelismConfig, paths
 from parallel_backend.families import Conditioning
 from parallel_backend.runtime.group_config import ModelConfig
 from parallel_backend.runtime.client.groups import acquire_model, find_group

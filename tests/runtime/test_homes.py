@@ -28,6 +28,7 @@ def open_folder(tmp_path_factory) -> Path:
     shutil.rmtree(folder)
 
 
+@pytest.mark.thorough
 def test_without_a_home(open_folder):
     found = start_ranks(environment={"HOME": "/proc", "HYBRID_DIT_HOME": None, "TMPDIR": str(open_folder)})
     assert "error" not in found
@@ -56,6 +57,7 @@ def test_a_home_that_cannot_be_used_is_an_error_with_a_remedy():
     assert found["error"].startswith("ValueError: the folder '/proc/none' of HYBRID_DIT_HOME cannot be used")
 
 
+@pytest.mark.thorough
 def test_a_temporary_folder_with_letters_of_many_bytes(open_folder):
     deep = open_folder / ("画" * 40)
     deep.mkdir()
@@ -76,6 +78,7 @@ def test_another_comfyui_leaves_the_logs_of_a_running_group(own_home):
         running.stop(0.1)
 
 
+@pytest.mark.thorough
 def test_a_home_that_other_programs_use(tmp_path):
     (tmp_path / "logs" / "0-experiment").mkdir(parents=True)
     tmp_path.joinpath("logs").chmod(0o755)
@@ -88,6 +91,7 @@ def test_a_home_that_other_programs_use(tmp_path):
     assert stat.S_IMODE((tmp_path / "logs").stat().st_mode) == 0o755
 
 
+@pytest.mark.thorough
 def test_umask(tmp_path):
     found = start_ranks(environment={"HYBRID_DIT_HOME": str(tmp_path / "new" / "home")}, umask=0)
     folders = [tmp_path / "new", tmp_path / "new" / "home", Path(found["logs"])]
@@ -106,20 +110,20 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["my nodes/a:b", "画 é"])
-def test_a_pack_in_a_folder_of_any_name(name, tmp_path):
-    pack = copied(tmp_path / name)
-    code = f"import sys; sys.path.insert(0, {str(pack)!r}); sys.path.insert(1, {str(ROOT)!r})\n"
+def test_a_pack_in_a_folder_of_any_name(tmp_path):
+    pack = copied(tmp_path / "my nodes" / "a:b 画 é")
+    code = f"import sys; sys.path[:0] = [{str(pack)!r}, {str(ROOT)!r}]"
     found = start_ranks(code=code)
     assert "error" not in found
     worker = pack / "parallel_backend" / "runtime" / "rank" / "worker.py"
     assert f"a rank is {str(worker)!a}" in (Path(found["logs"]) / AGENT_LOG).read_text()
 
 
+@pytest.mark.thorough
 def test_a_locale_without_letters(tmp_path):
-    """Paths have others all the same, and so have the words of messages."""
-    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    """Paths have others all the same."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     home = tmp_path / "日本 é"
-    found = start_ranks(environment=settings | {"HYBRID_DIT_HOME": str(home)})
+    found = start_ranks(environment=locale | {"HYBRID_DIT_HOME": str(home)})
     assert "error" not in found
     assert list((home / "logs").iterdir())

@@ -97,13 +97,15 @@ def test_the_user_site_is_as_the_clients(tmp_path):
 
 
 def test_workers_see_what_the_client_sees(tmp_path):
-    """Libraries that a launcher has put on the path while it ran, in its order, and Python's own before all."""
+    """What a launcher has put on the path while it ran, in its order, but Python's and libraries that it has first."""
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
         (folder / "tokenizers_of_ours.py").write_text(f"WHERE = {folder.name!r}\n")
-    (first / "queue.py").write_text(ENDS)  # a node pack's, that came when Python's had been imported
-    code = f"import queue\n{KNOWN}\nsys.path[:0] = [{str(first)!r}, {str(second)!r}]"
+    for name in ("queue", "packaging"):  # a node pack's, that came when others of the name had been imported
+        (first / f"{name}.py").write_text(ENDS)
+    front = [str(first), str(second)]
+    code = f"import queue, packaging.version, torch, transformers, diffusers\n{KNOWN}\nsys.path[:0] = {front!r}"
     found = start_ranks(code=code, call="reveal(['tokenizers_of_ours'])")
     assert "error" not in found
     order = found["path"].index

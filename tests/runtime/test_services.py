@@ -127,6 +127,7 @@ def test_little_shared_memory(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.thorough
 def test_few_open_files():
     """A shell's limit of open files, far below what eight ranks hold together, is raised as far as it may be."""
     script = 'ulimit -Sn 40; ulimit -Hn 4096; exec "$@"'
@@ -142,6 +143,7 @@ def test_as_a_containers_first_process():
     assert zombies == {"fork server": [], "agent": [], "rank": []}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kill_mode", ["control-group", "process"])
 def test_systemd_ends_it(kill_mode):
     """With KillMode=control-group each process is told to end, with KillMode=process ComfyUI's alone."""

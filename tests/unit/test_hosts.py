@@ -14,6 +14,7 @@ from parallel_backend.cli.worker import node_rank
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.planning.devices import Devices
 from parallel_backend.runtime.client import other_hosts
+from parallel_backend.runtime.client.launcher import Launcher
 from parallel_backend.runtime.client.other_hosts import OtherHosts
 from parallel_backend.runtime.group_config import GroupConfig, check_devices
 from parallel_backend.runtime.host_address import ALONE, Hosts
@@ -315,3 +316,11 @@ def test_relayed_tensors():
         assert torch.equal(received[name], tensor)
     message, received = _unpack(_pack(Keep(4, "m"), {}))
     assert (message, received) == (Keep(4, "m"), {})
+
+
+@pytest.mark.parametrize("hosts", [ALONE, Hosts(2, "localhost:29517")], ids=["one host", "two hosts"])
+def test_ranks_ask_no_name_server(hosts):
+    """The first host's name is looked up once; what ranks connect to are numbers."""
+    arguments, environment = Launcher(1, Devices("cpu"), hosts=hosts)._rendezvous()
+    assert environment["RES_OPTIONS"] == "attempts:0"
+    assert not any("localhost" in argument for argument in arguments)

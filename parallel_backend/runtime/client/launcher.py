@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -31,6 +32,13 @@ from ..rank.rank_log import log_file
 from . import fork_server
 from .fork_server import Forked
 
+_REMEDIES = {
+    errno.EMFILE: "ComfyUI has as many files open as it may: raise the limit where it is started (ulimit -n 65536)",
+    errno.ENFILE: "the machine has as many files open as it may: raise fs.file-max",
+    errno.EAGAIN: "raise the limit of processes, of the user (ulimit -u) or the container (--pids-limit)",
+    errno.ENOMEM: "there is no memory left: end other programs, or give the container more",
+    errno.ENOSPC: "the disk is full: free space on it, or set HYBRID_DIT_HOME and TMPDIR to folders on another",
+}
 AGENT = "parallel_backend.runtime.hosts.agent"
 
 
@@ -48,6 +56,8 @@ class Launcher:
         self.ranks, self.devices, self.port, self.hosts = ranks, devices, port, hosts
         self.card = Card.create(hosts, ranks * hosts.count, devices.kind) if hosts.several else None
         self.process: Forked | None = None
+        self.private: Path | None = None
+        """Folder of the socket."""
         self.address = ""
         """Of this host, where the others find it."""
 
@@ -58,15 +68,23 @@ class Launcher:
             imports: modules that the ranks are going to need, imported once for all.
 
         Raises:
-            ValueError: the port is taken, or the endpoint is no address of this host.
+            ValueError: the port is taken, the endpoint is no address of this host, or this process or its user has no
+                right to what is needed, or no more of it.
         """
+        try:
+            self._start(imports)
+        except (OSError, ValueError) as error:
+            if self.private is not None:
+                shutil.rmtree(self.private, ignore_errors=True)
+            if isinstance(error, ValueError):
+                raise
+            remedy = _REMEDIES.get(error.errno or 0, "see what else runs here")
+            raise ValueError(f"the workers cannot be started: {error}; {remedy}") from error
+
+    def _start(self, imports: Sequence[str]) -> None:
         rendezvous, environment = self._rendezvous()
         self.private = new_private_folder()
-        try:
-            self.logs = new_log_folder()
-        except ValueError:
-            shutil.rmtree(self.private, ignore_errors=True)
-            raise
+        self.logs = new_log_folder()
         self.listener = listen(self.private, self.ranks)
         arguments = [
             *("--private", str(self.private)),
@@ -87,14 +105,14 @@ class Launcher:
             return [f"--loopback-port={self.port}", "--"], dict.fromkeys(IFNAME_VARIABLES, "lo") | NO_NAME_SERVER
         address = self.address = own_address(self.hosts)
         listen_at = ("--card", self.card.to_json(), "--listen", address, str(self.hosts.port))
-        return [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)], interface_variables(
-            address
-        )
+        rendezvous = [*listen_at, "--", *static_rendezvous(self.card, 0, address, self.hosts.port)]
+        return rendezvous, interface_variables(address) | NO_NAME_SERVER
 
     def all_connected(self) -> None:
         """Take the socket's address away: nobody else is to come, and a client that is killed leaves nothing behind."""
         self.listener.close()
-        shutil.rmtree(self.private, ignore_errors=True)
+        if self.private is not None:
+            shutil.rmtree(self.private, ignore_errors=True)
 
     def running(self) -> bool:
         """Whether torchrun has not ended."""

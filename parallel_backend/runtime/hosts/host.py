@@ -30,7 +30,7 @@ from ..wire.handshake import Handshakes
 from ..wire.messages import Failed, Progress
 from .agent import kill_ranks, watch_client
 from .joining import Joined, Offer, Say, in_time, join
-from .network import interface_variables
+from .network import NO_NAME_SERVER, interface_variables
 from .notice_store import NoticeStore, connect
 from .notices import HostNotice
 from .rank_forks import RankForks
@@ -231,6 +231,7 @@ def main(forked: bool = False) -> None:
     which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     say(f"joined a group of {joined.card.ranks} ranks: {which} on {where}; logs in {logs}")
     environment = {**inherited_environment(len(ranks), joined.devices), **interface_variables(joined.address)}
+    environment |= NO_NAME_SERVER  # the first host's address is a number by now
     os.environ.clear()
     os.environ.update(environment)
     try:
