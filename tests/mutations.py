@@ -131,14 +131,14 @@ MUTATIONS = (
         "parallel_backend/loading/weight_loader.py",
         "factor = torch.tensor(scale, dtype=torch.float64).to(self.dtype).item()  # rounded first, as ComfyUI does",
         "factor = None",
-        "tests/unit",
+        "tests/unit/test_single_file.py",
     ),
     Mutation(
         "a wrong node input",
         "nodes/layout.py",
         "degrees = ParallelismConfig(ulysses_size=ulysses, ring_size=ring, tp_size=tp)",
         "degrees = ParallelismConfig(ulysses_size=ring, ring_size=ulysses, tp_size=tp)",
-        "tests/comfyui",
+        "tests/comfyui/test_errors.py",
     ),
     Mutation(
         "a cache that each rank decides about alone",
@@ -187,14 +187,14 @@ MUTATIONS = (
         "parallel_backend/runtime/rank/rank_log.py",
         "os.O_APPEND, 0o600)",
         "os.O_APPEND, 0o644)",
-        "tests/unit",
+        "tests/unit/test_rank_log.py",
     ),
     Mutation(
         "workers that outlive their client",
         "parallel_backend/runtime/rank/worker.py",
         "    poll.poll()\n    os._exit(0)\n",
         "    poll.poll()\n",
-        "tests/runtime/test_group.py",
+        "tests/unit/test_end_of_client.py",
     ),
     Mutation(
         "blocks that are to be compiled are not",
