@@ -170,14 +170,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the text encoder's layers are one off",
-        "parallel_backend/families/flux2/transformer.py",
-        'return tuple(config.get("text_encoder_out_layers", (10, 20, 30)))',
-        'return tuple(layer - 1 for layer in config.get("text_encoder_out_layers", (10, 20, 30)))',
+        "parallel_backend/families/text_encoders/mistral3.py",
+        'return tuple(config.get("text_encoder_out_layers", LAYERS))',
+        'return tuple(layer - 1 for layer in config.get("text_encoder_out_layers", LAYERS))',
         "tests/runtime/test_group.py",
     ),
     Mutation(
         "a latent's statistics are left out",
-        "parallel_backend/families/flux2/transformer.py",
+        "parallel_backend/families/vaes/flux2.py",
         "return vae.decode(Flux2Pipeline._unpatchify_latents(latent * std + mean), return_dict=False)[0]",
         "return vae.decode(Flux2Pipeline._unpatchify_latents(latent), return_dict=False)[0]",
         "tests/runtime/test_group.py",
