@@ -271,6 +271,11 @@ class TestOtherHosts:
         self.until(others.trouble)
         assert others.trouble() == "host 1 (a, 10.0.0.2; ranks 2 to 3): rank 2 ended"
 
+    def test_refusal(self, notices, others):
+        self.join(notices, "refused", text="--nproc-per-node is 2 here")
+        self.until(others.trouble)
+        assert others.trouble() == "host 1 (a, 10.0.0.2; ranks 2 to 3) cannot take part: --nproc-per-node is 2 here"
+
     def test_host_that_left_is_not_the_cause_at_first(self, notices, others):
         self.join(notices, "left", text="they have lost the others")
         self.until(others.broken)
