@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.config import ParallelismConfig
 from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME
+from ..parallel_backend.families import FAMILIES
 from ..parallel_backend.loading.checkpoint import Checkpoint, open_checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder, open_pipeline_folder
 from ..parallel_backend.loading.single_file import SingleFile, file_fingerprint, open_single_file
@@ -37,6 +38,12 @@ WEIGHT_DTYPES = {
 """Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
 
 
+def _titles(pipelines: bool = False) -> list[str]:
+    """What users may search for: families, or those whose pipeline folders are read."""
+    found = [family for family in FAMILIES if family.pipeline_classes or not pipelines]
+    return [f"{family.title.lower().replace('-', ' ')} parallel" for family in found]
+
+
 class LoadPipeline(io.ComfyNode):
     """Starts the workers of a layout and loads a pipeline into them; with equal settings it finds them up already."""
 
@@ -50,7 +57,7 @@ class LoadPipeline(io.ComfyNode):
                 "Loads a diffusers pipeline folder from models/diffusers into worker processes, split as the layout "
                 "says. MODEL, CLIP and VAE go to the stock nodes."
             ),
-            search_aliases=["diffusers loader", "multi gpu loader", "flux.2 parallel", "qwen image parallel", *ALIASES],
+            search_aliases=["diffusers loader", "multi gpu loader", *_titles(pipelines=True), *ALIASES],
             inputs=[
                 io.Combo.Input(
                     "pipeline",
@@ -115,14 +122,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 "Loads a diffusion model file from models/diffusion_models into worker processes, split as the layout "
                 "says. Takes the place of Load Diffusion Model; the rest of the graph stays as it is."
             ),
-            search_aliases=[
-                "unet loader",
-                "multi gpu unet",
-                "flux.2 parallel",
-                "qwen image parallel",
-                "z-image parallel",
-                *ALIASES,
-            ],
+            search_aliases=["unet loader", "multi gpu unet", *_titles(), *ALIASES],
             inputs=[
                 io.Combo.Input(
                     "unet_name",

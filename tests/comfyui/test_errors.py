@@ -247,6 +247,7 @@ def test_torch_compile_is_refused(server):
     ("node", "inputs", "words"),
     [
         ("TomePatchModel", {"ratio": 0.3}, "attn1_patch"),
+        ("FluxKVCache", {}, "attn1_patch"),  # of FLUX.2 klein 9B KV
         ("ModelAttentionBackend", {"attention": "pytorch attention"}, "attention"),
         ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}, "attn1"),
         ("ScaleROPE", {f"{what}_{axis}": 1.0 for what in ("scale", "shift") for axis in "xyt"}, "rope_options"),

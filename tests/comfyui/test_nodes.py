@@ -59,6 +59,14 @@ def test_the_nodes(definitions):
     assert {node["python_module"] for node in definitions.values()} == {f"custom_nodes.{PACK_NAME}"}
 
 
+def test_loaders_are_found_by_the_families_that_they_load(definitions):
+    found = {key: set(node["search_aliases"]) for key, node in definitions.items()}
+    folders = {"flux.2 parallel", "qwen image parallel"}
+    assert folders | {"z image parallel"} <= found["HybridDiT_LoadDiffusionModel"]
+    assert folders <= found["HybridDiT_LoadPipeline"]
+    assert "z image parallel" not in found["HybridDiT_LoadPipeline"]
+
+
 @pytest.mark.parametrize("node_id", NODES)
 def test_everything_is_described(node_id, definitions):
     node = definitions[node_id]

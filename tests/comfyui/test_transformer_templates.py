@@ -73,7 +73,11 @@ def frontend(server: ComfyServer) -> Iterator[Frontend]:
         yield frontend
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+# FLUX.2 klein's are FLUX.2-dev's but for the guider; test_templates draws our workflow of it.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.thorough] if "klein" in name else []) for name in TEMPLATES],
+)
 def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Frontend) -> Edited:
     name: str = request.param
     template, workflow = TEMPLATES[name], fetch_template(server, name)

@@ -113,13 +113,14 @@ def test_models_that_cannot_be_imported_fail_without_a_traceback(examine, monkey
 def test_families_that_there_are_not_fail(examine):
     status, out = examine(with_gpus(2), "--model", "flux9")
     assert status == 1
-    assert "FAIL there is no model 'flux9'; there are: flux2 (FLUX.2-dev), qwen_image (Qwen-Image, " in out
+    assert "FAIL there is no model 'flux9'; there are: flux2 (FLUX.2-dev, FLUX.2-klein-4B, " in out
 
 
 @pytest.mark.parametrize(
     ("name", "family"),
     [("flux2", "flux2"), ("FLUX.2-dev", "flux2"), ("flux", "flux2"), ("qwen", "qwen_image"), ("edit", "qwen_image"),
-     ("qwen-image", "qwen_image"), ("Qwen-Image-Edit-2511", "qwen_image"), ("2512", "qwen_image")],
+     ("qwen-image", "qwen_image"), ("Qwen-Image-Edit-2511", "qwen_image"), ("2512", "qwen_image"),
+     ("klein-4b", "flux2"), ("z-image", "z_image"), ("Z-Image-Turbo", "z_image"), ("turbo", "z_image")],
 )  # fmt: skip
 def test_short_names(name, family):
     assert family_of_name(name).name == family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 
+from parallel_backend.families import family_of_name
 from parallel_backend.families.flux2.drawing import conversation, tokenizer_of_tekken
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.loading.vae_file import VaeFile
@@ -96,3 +98,15 @@ def test_tokenizer():
     assert said[-1] == names["[/INST]"]
     assert tokenizer.decode(said[start + 1 : -1]) == "a red circle"
     assert len(said[start + 1 : -1]) < len("a red circle")  # merged
+
+
+@pytest.mark.parametrize("kind", ["Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"])
+def test_a_folder_of_klein(tmp_path, kind):
+    """Its text encoder is not one that the workers hold; its transformer's file is loaded like FLUX.2-dev's."""
+    assert family_of_name("klein-base-9b").transformer.title == "FLUX.2"
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    message = (
+        rf"{kind} are not read: .*its file with Load Diffusion Model \(Parallel\), and text encoder and VAE with Com"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path)

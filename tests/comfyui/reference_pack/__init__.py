@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from .qwen_image import load_qwen_pipeline
 from .stock_model import stock_model
-from .text_encoders import ReferenceTextEncoder
+from .text_encoders import ReferenceTextEncoder, ReferenceTokenizerOption
 from .z_image import ReferenceZImage
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
@@ -249,23 +249,6 @@ class ReferencePipelineLoader:
         folder = find_pipeline(pipeline)
         kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
         return load_qwen_pipeline(folder) if kind.startswith("QwenImage") else load_pipeline(folder)
-
-
-class ReferenceTokenizerOption:
-    """A CLIP that pads short prompts, as nodes with tokenizer options ask for."""
-
-    RETURN_TYPES = ("CLIP",)
-    FUNCTION = "set_option"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"clip": ("CLIP",), "name": ("STRING", {}), "value": ("INT", {})}}
-
-    def set_option(self, clip: Any, name: str, value: int) -> tuple[Any]:
-        clip = clip.clone()
-        clip.set_tokenizer_option(name, value)
-        return (clip,)
 
 
 class ReferenceEncodeTogether:

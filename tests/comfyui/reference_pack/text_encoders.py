@@ -53,3 +53,20 @@ class ReferenceTextEncoder:
 
     def load(self, clip_name: str, config: str, type: str = "flux2") -> tuple[Any]:
         return (_load(clip_name, type, config),)
+
+
+class ReferenceTokenizerOption:
+    """A CLIP that pads short prompts, as nodes with tokenizer options ask for."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "set_option"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",), "name": ("STRING", {}), "value": ("INT", {})}}
+
+    def set_option(self, clip: Any, name: str, value: int) -> tuple[Any]:
+        clip = clip.clone()
+        clip.set_tokenizer_option(name, value)
+        return (clip,)
