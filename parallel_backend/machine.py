@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
-REQUIRED = {"torch": "2.10", "diffusers": "0.40", "transformers": "5.0", "safetensors": "0.5"}
-"""Least versions, as in pyproject.toml."""
+from .requirements import REQUIRED, installed
+
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -69,7 +68,7 @@ def collect() -> Machine:
     return Machine(
         system=platform.platform(),
         python=platform.python_version(),
-        versions={name: _version(name) for name in REQUIRED},
+        versions={name: installed(name) for name in REQUIRED},
         driver_gpus=len(topology),
         cores=cores,
         memory_total=total,
@@ -129,13 +128,6 @@ def _nvidia_smi(*arguments: str) -> str:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def missing_build_tools() -> str:

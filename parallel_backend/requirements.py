@@ -1,0 +1,81 @@
+"""Least versions of what the project runs on, and what is too old or missing. Imports nothing but Python's own.
+
+They are those of pyproject.toml, for the command line and scripts. Inside ComfyUI all but diffusers is ComfyUI's: nothing
+there is ever changed by installing the pack (``install.py``), so what is too old is said, with the remedy, and no more.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+REQUIRED = {
+    "torch": "2.10",
+    "diffusers": "0.37",
+    "transformers": "5.0",
+    "safetensors": "0.5",
+    "pillow": "10",
+    "numpy": "1.25",
+    "tqdm": "4.60",
+}
+"""Least versions, as in pyproject.toml."""
+COMFYUI = "0.14.0"
+"""Least version of ComfyUI, as in pyproject.toml."""
+CHECKOUT = Path(__file__).resolve().parents[1]
+TORCH = "https://pytorch.org/get-started"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and what the user can do about it; each is part of one line."""
+
+    text: str
+    remedy: str
+
+
+def installed(name: str) -> str | None:
+    """The version of a package that this Python would import; None where it has none, or cannot tell."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def problems(versions: Mapping[str, str | None], python: str = sys.executable) -> list[Problem]:
+    """What is too old or missing among the installed ``versions`` (all of `REQUIRED`), with commands for ``python``."""
+    found = []
+    for name, least in REQUIRED.items():
+        version = versions.get(name)
+        if version is None or older(version, least):
+            what = "is not installed" if version is None else f"{version} is too old"
+            found.append(Problem(f"{name} {what}; at least {least} is needed", _remedy(name, python)))
+    return found
+
+
+def comfyui_problem(version: str | None) -> Problem | None:
+    """What is wrong with a ComfyUI of this version; None for one that does not say which it is, as old ones do not."""
+    if version is not None and not older(version, COMFYUI):
+        return None
+    what = f"ComfyUI {version}" if version else "this ComfyUI, which does not say its version,"
+    return Problem(f"{what} is too old; at least {COMFYUI} is needed", "update ComfyUI")
+
+
+def older(version: str, least: str) -> bool:
+    """Whether ``version`` comes before ``least``, as far as ``least`` is given: 2.10.0a0+git is not older than 2.10."""
+    numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in (version, least)]
+    return numbers[0][: len(numbers[1])] < numbers[1]
+
+
+def _remedy(name: str, python: str) -> str:
+    if name == "torch":
+        # torchvision and torchaudio fit one release of torch: by itself, torch would leave ComfyUI broken.
+        return f"install torch, torchvision and torchaudio of one newer release together: {TORCH}"
+    if name == "diffusers" and (CHECKOUT / "install.py").is_file():
+        return f"{python} {CHECKOUT / 'install.py'}"
+    # With diffusers named too, pip keeps to what both of them can do with.
+    names = dict.fromkeys((name, "diffusers"))
+    return f"{python} -m pip install " + " ".join(f"'{name}>={REQUIRED[name]}'" for name in names)
