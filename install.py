@@ -1,8 +1,8 @@
 """Adds diffusers to the Python that runs this, ComfyUI's own, and changes nothing that is installed there.
 
-ComfyUI-Manager runs it after it has fetched the pack; by hand: ``python install.py``. A line of requirements.txt could not
-do that: pip, asked for diffusers alone, takes the newest one and with it other versions of safetensors and
-huggingface_hub, with which an older transformers, and so ComfyUI, no longer starts.
+ComfyUI-Manager runs it after it has fetched the pack; by hand: ``python install.py``. A line of requirements.txt could
+not do that: pip, asked for diffusers alone, takes the newest one and with it other versions of safetensors and
+huggingface_hub, with which an older transformers, and so ComfyUI, no longer starts. Arguments are handed to pip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parallel_backend.requirements import REQUIRED, installed, older
+from parallel_backend.requirements import REQUIRED, installed, older, one_line, problems
 
 NAME = "diffusers"
 COMFYUI_OWNS = (
@@ -44,6 +44,9 @@ def main() -> int:
         # What the owned ones need counts as well, so that none of them is left without it.
         print("hybrid-dit: none fits all that is installed; keeping what ComfyUI brings")
         status = _install(owned, [f"{name}=={version}" for name, version in owned.items()])
+    if status:
+        wrong = one_line(problems({name: installed(name) for name in REQUIRED}))
+        print(f"hybrid-dit: nothing was installed; {wrong}")
     return status
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .parallel_backend.requirements import REQUIRED, Problem, comfyui_problem, installed, problems
+from .parallel_backend.requirements import REQUIRED, Problem, comfyui_problem, installed, one_line, problems
 
 HELP = Path(__file__).resolve().parent / "web" / "docs"
 """A page a node, called as the node's id is, and headed by its name."""
@@ -25,7 +25,7 @@ def what_is_wrong() -> str:
         problem = comfyui_problem(getattr(sys.modules.get("comfyui_version"), "__version__", None))
         found += [problem] if problem else []
     found += problems({name: installed(name) for name in REQUIRED})
-    return "; ".join(f"{problem.text}: {problem.remedy}" for problem in found)
+    return one_line(found)
 
 
 def stand_ins(wrong: str) -> tuple[dict[str, type], dict[str, str]]:
