@@ -6,15 +6,19 @@ Before, and where a package of ComfyUI's is too old, one line in the log and the
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from parallel_backend.requirements import COMFYUI, REQUIRED
+from tests.text_encoder_file import write_text
 
+from .graphs import Graph, add_layout
 from .releases import release
 from .server import CHECKOUT, PACK_NAME, ComfyServer
+from .test_errors import failure
 from .test_nodes import NODES
 
 DEMO = json.loads((CHECKOUT / "workflows" / "api" / "01_demo_text_to_image.json").read_text())
@@ -82,3 +86,19 @@ def test_each_comfyui_that_is_promised_draws(comfyui, releases, version):
         assert result.error is None, result.error
         (picture,) = result.files()
         assert np.asarray(server.image(**picture).convert("RGB"), dtype=float).std() > 20  # shapes on a background
+
+
+@pytest.mark.thorough
+def test_a_comfyui_whose_tokenizer_needs_an_older_transformers(comfyui, releases):
+    with ComfyServer(comfyui=release(comfyui, "0.22.0", releases)) as server:
+        (server.models / "text_encoders").mkdir()
+        write_text(server.models / "text_encoders" / "tiny_mistral.safetensors")
+        graph = Graph()
+        clip = graph.add(
+            "HybridDiT_LoadCLIP", clip_name="tiny_mistral.safetensors", type="flux2", layout=add_layout(graph)
+        )
+        graph.add("PreviewAny", source=graph.add("CLIPTextEncode", text="a red circle", clip=clip))
+        message = failure(server, graph, clip)
+    assert re.search(
+        r"tokenizer of FLUX\.2 does not work with transformers [\d.]+ \(.*\); update ComfyUI to 0\.32", message
+    )
