@@ -39,10 +39,11 @@ def main() -> int:
     versions = _versions()
     versions.pop(NAME, None)
     owned = {name: versions[name] for name in COMFYUI_OWNS if name in versions}
-    print(f"hybrid-dit: adding {NAME}, and changing nothing else")
-    if status := _install(versions, []):
+    print(f"hybrid-dit: adding {NAME}, and changing nothing else", flush=True)
+    # Its errors are not the last word; those of the network come again below.
+    if status := _install(versions, [], subprocess.DEVNULL):
         # What the owned ones need counts as well, so that none of them is left without it.
-        print("hybrid-dit: none fits all that is installed; keeping what ComfyUI brings")
+        print("hybrid-dit: none fits all that is installed; keeping what ComfyUI brings", flush=True)
         status = _install(owned, [f"{name}=={version}" for name, version in owned.items()])
     if status:
         wrong = one_line(problems({name: installed(name) for name in REQUIRED}))
@@ -50,12 +51,12 @@ def main() -> int:
     return status
 
 
-def _install(kept: dict[str, str], asked: list[str]) -> int:
+def _install(kept: dict[str, str], asked: list[str], errors: int | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "installed.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in kept.items()))
         command = [sys.executable, "-m", "pip", "install", f"{NAME}>={REQUIRED[NAME]}", *asked, "-c", str(constraints)]
-        return subprocess.run([*command, *sys.argv[1:]], check=False).returncode
+        return subprocess.run([*command, *sys.argv[1:]], stderr=errors, check=False).returncode
 
 
 def _versions() -> dict[str, str]:

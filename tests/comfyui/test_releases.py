@@ -42,7 +42,8 @@ def said(server: ComfyServer) -> list[str]:
     """What the pack said in the log when it was loaded; ComfyUI had no trouble with it, and there is no traceback."""
     lines = server.log_text().splitlines()
     troubles = ("IMPORT FAILED", "Cannot import", "Error while calling", "Skip /")
-    assert not [line for line in lines if any(trouble in line for trouble in troubles)], server.log_tail()
+    own = [line for line in lines if f"custom_nodes/{PACK_NAME}" in line]
+    assert not [line for line in own if any(trouble in line for trouble in troubles)], own
     assert not [line for line in lines if line.lstrip().startswith("File ") and f"/{PACK_NAME}/" in line]
     return [line for line in lines if "Hybrid DiT" in line]
 
@@ -68,7 +69,7 @@ def test_an_older_comfyui_and_an_older_package_are_named_and_comfyui_goes_on(com
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("version", ["0.3.45", "0.9.2", "0.13.0"])
+@pytest.mark.parametrize("version", ["0.3.75", "0.9.2", "0.13.0"])
 def test_each_kind_of_older_comfyui_says_what_is_needed(comfyui, releases, version):
     with ComfyServer(comfyui=release(comfyui, version, releases)) as server:
         (line,) = said(server)
