@@ -42,9 +42,9 @@ def main() -> int:
     print(f"hybrid-dit: adding {NAME}, and changing nothing else", flush=True)
     # Its errors are not the last word; those of the network come again below.
     if status := _install(versions, [], subprocess.DEVNULL):
-        # What the owned ones need counts as well, so that none of them is left without it.
+        # What transformers needs counts as well, so that it is not left without it.
         print("hybrid-dit: none fits all that is installed; keeping what ComfyUI brings", flush=True)
-        status = _install(owned, [f"{name}=={version}" for name, version in owned.items()])
+        status = _install(owned, [f"transformers=={owned['transformers']}"] if "transformers" in owned else [])
     if status:
         wrong = one_line(problems({name: installed(name) for name in REQUIRED}))
         print(f"hybrid-dit: nothing was installed; {wrong}")
