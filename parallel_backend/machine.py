@@ -10,13 +10,11 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 from . import limits
+from .requirements import REQUIRED, installed
 
-REQUIRED = {"torch": "2.10", "diffusers": "0.40", "transformers": "5.0", "safetensors": "0.5"}
-"""Least versions, as in pyproject.toml."""
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -71,7 +69,7 @@ def collect() -> Machine:
     return Machine(
         system=platform.platform(),
         python=platform.python_version(),
-        versions={name: _version(name) for name in REQUIRED},
+        versions={name: installed(name) for name in REQUIRED},
         driver_gpus=len(topology),
         cores=limits.cores(),
         memory_total=memory.total,
@@ -131,13 +129,6 @@ def _nvidia_smi(*arguments: str) -> str:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def missing_system() -> str:

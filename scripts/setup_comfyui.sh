@@ -51,7 +51,7 @@ rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT
 grep -vE '^(torch|torchvision|torchaudio|kornia|spandrel)([<>=~! ]|$)' "$dest/requirements.txt" >"$rest"
 "${pip[@]}" -c "$constraints" -r "$rest"
-"${pip[@]}" -c "$constraints" -r "$pack/requirements.txt"
+"$dest/venv/bin/python" "$pack/install.py" --quiet --disable-pip-version-check
 
 link="$dest/custom_nodes/hybrid-dit"
 if [ "$(readlink "$link" 2>/dev/null || true)" != "$pack" ]; then

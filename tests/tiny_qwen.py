@@ -18,7 +18,11 @@ from diffusers import (
 )
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+try:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ImportError:  # transformers 5.0, where the one that needs no torchvision has the plain name
+    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
 
 from .tiny_pipeline import CORPUS, init_unit_variance, sharpen_attention
 

@@ -19,6 +19,7 @@ from ...parallel_backend.families.flux2.drawing import conversation
 from ...parallel_backend.loading.checkpoint import Checkpoint
 from ...parallel_backend.loading.pipeline_folder import PipelineFolder
 from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
+from ...parallel_backend.requirements import installed
 from ..comfy_chat import make_chat_clip
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
 from ..group import ModelHandle
@@ -76,6 +77,11 @@ class Flux2(ComfyFamily):
         try:
             tokenizer = _Tokenizer(folder_paths.get_folder_paths("embeddings"), {"tekken_model": data})
         except (ValueError, LookupError, TypeError) as error:
+            if "MistralConverter" in str(error):  # ComfyUI before 0.32 makes it with a class of transformers
+                raise ValueError(
+                    "this ComfyUI's own tokenizer of FLUX.2 does not work with transformers "
+                    f"{installed('transformers')} ({error}); update ComfyUI to 0.32 or newer"
+                ) from error
             raise ValueError(
                 f"the tokenizer in {source.path} cannot be read ({error!r}); download the file again"
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,9 +52,10 @@ def missing_package(error: ModuleNotFoundError) -> str:
     checkout = Path(__file__).resolve().parents[2]
     python = checkout / ".venv" / "bin" / "python"
     there = f"run it with {python}, or " if python.is_file() and Path(sys.executable) != python else ""
-    requirements = checkout / "requirements.txt"
-    what = f"-r {requirements}" if requirements.is_file() else "hybrid-dit"
+    script = checkout / "install.py"
+    what = shlex.quote(str(checkout)) if script.is_file() else "hybrid-dit"
+    of_comfyui = f" (if it is ComfyUI's: {sys.executable} {shlex.quote(str(script))})" if script.is_file() else ""
     return (
         f"the Python that runs this ({sys.executable}) has no package {error.name!r}; {there}install what is needed: "
-        f"{sys.executable} -m pip install {what}"
+        f"{sys.executable} -m pip install {what}{of_comfyui}"
     )

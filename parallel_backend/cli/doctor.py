@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
+import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..config import ParallelismConfig
-from ..machine import REQUIRED, Gpu, Link, Machine, collect
+from ..machine import Gpu, Link, Machine, collect
+from ..requirements import REQUIRED, problems
+from .doctor_comfyui import check_comfyui, in_its_python
 from .surroundings import surroundings
 
 if TYPE_CHECKING:
@@ -43,14 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, help="check one layout: its degree of tensor parallelism")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or GPUs such as 0,1 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--comfyui",
+        metavar="PATH",
+        help="check the ComfyUI in this folder too, and all else in the Python that runs it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; exit status 0 if this machine, and the layout if one is given, can run."""
+    if args.comfyui:
+        status = in_its_python(args)
+        if status is not None:
+            return status
     degrees = (args.ulysses, args.ring, args.tp)
     layout = ParallelismConfig(*degrees) if any(degree is not None for degree in degrees) else None
     machine = collect()
     findings = [*check_machine(machine), *(Finding(*found) for found in surroundings(machine))]
+    if args.comfyui:
+        findings += [Finding(*found) for found in check_comfyui(args.comfyui)]
     rows: list[LayoutFit] = []
     model = ""
     choice: Choice | None = None
@@ -92,13 +105,10 @@ def run(args: argparse.Namespace) -> int:
 def check_machine(machine: Machine) -> list[Finding]:
     """Whether workers can run here at all, whatever the layout."""
     found = []
-    for name, least in REQUIRED.items():
-        version = machine.versions.get(name)
-        if version is None or _numbers(version) < _numbers(least):
-            is_what = "is not installed" if version is None else f"{version} is too old"
-            found.append(Finding("FAIL", f"{name} {is_what}; at least {least} is needed", _install(name)))
+    for problem in problems(machine.versions):
+        found.append(Finding("FAIL", problem.text, problem.remedy))
     if not found:
-        found.append(Finding("ok", "versions of torch, diffusers, transformers and safetensors"))
+        found.append(Finding("ok", f"versions of {', '.join(REQUIRED)}"))
     if not machine.memfd:
         remedy = "run ComfyUI on Linux (WSL 2 will do)"
         found.append(Finding("FAIL", "this system has no memfd_create, which tensors are passed through", remedy))
@@ -265,7 +275,7 @@ def check_companions() -> Finding | None:
 
 def not_imported(error: Exception) -> Finding:
     """What an old or broken diffusers or transformers raises when it is imported."""
-    remedy = _install("torch", "diffusers", "transformers")
+    remedy = f"see which packages do not fit together: {sys.executable} -m pip check"
     return Finding("FAIL", f"the models cannot be imported: {_short(error)}", remedy)
 
 
@@ -280,14 +290,6 @@ def _hidden_gpus(machine: Machine) -> Finding:
     if machine.cuda is None:
         return Finding("warn", text, "install a CUDA build of torch: https://pytorch.org/get-started")
     return Finding("warn", text, f"update the NVIDIA driver to one for CUDA {machine.cuda}")
-
-
-def _install(*names: str) -> str:
-    return "python -m pip install " + " ".join(f"'{name}>={REQUIRED[name]}'" for name in names)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 # The report.

@@ -238,7 +238,8 @@ def test_a_missing_package_is_named_with_a_way_out(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env={"PYTHONPATH": ROOT})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert re.search(r"has no package '\w+'; .*pip install -r .*requirements.txt$", line), line
+    assert re.search(rf"has no package '\w+'; .*pip install {re.escape(ROOT)} \(if it is ", line), line
+    assert line.endswith(f"{ROOT}/install.py)")
 
 
 @pytest.mark.usefixtures("kept_group")

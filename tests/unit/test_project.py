@@ -28,9 +28,9 @@ def imported_modules(file: Path) -> set[str]:
     return names
 
 
-def test_requirements_are_those_of_pyproject():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if line and not line.startswith("#")] == PROJECT["project"]["dependencies"]
+def test_requirements_name_nothing_that_pip_could_change():
+    # One line of it would do: ComfyUI-Manager hands them to pip one by one.
+    assert all(line.startswith("#") for line in (ROOT / "requirements.txt").read_text().splitlines())
 
 
 def test_versions_agree():
@@ -43,9 +43,7 @@ def test_every_dependency_is_used_and_every_import_declared():
     # torch brings Triton along wherever it has a GPU to compile for, and only then is it imported.
     provided = {"PIL": "pillow", "tokenizers": "transformers", "yaml": "pyyaml", "triton": "torch"}
     foreign = {provided.get(name, name) for name in used - set(sys.stdlib_module_names) - {"parallel_backend"}}
-    assert foreign <= declared, f"imported but not declared: {foreign - declared}"
-    # The frontend package is what the nodes' help and widgets are made for; Python never imports it.
-    assert declared - foreign == {"comfyui_frontend_package"}
+    assert foreign == declared
 
 
 def test_the_library_does_not_know_comfyui():
@@ -78,7 +76,12 @@ FORBIDDEN_CALLS = {
 
 def python_files() -> list[Path]:
     """All of the pack's own code."""
-    return [ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / "parallel_backend").rglob("*.py")]
+    return [
+        ROOT / "__init__.py",
+        ROOT / "stand_ins.py",
+        *(ROOT / "nodes").rglob("*.py"),
+        *(ROOT / "parallel_backend").rglob("*.py"),
+    ]
 
 
 def test_what_security_md_promises():

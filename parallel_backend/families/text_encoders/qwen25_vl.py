@@ -158,7 +158,9 @@ def _build_vision(config: Mapping[str, Any]) -> Model:
     vision = Qwen2_5_VLConfig(**config).vision_config
     with torch.device("meta"):
         model = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision, attn_implementation=ATTENTION)
-    model.rotary_pos_emb = type(model.rotary_pos_emb)(vision)
+    frequencies = model.rotary_pos_emb
+    # transformers before 5.18 made them for a width.
+    model.rotary_pos_emb = type(frequencies)(frequencies.dim if hasattr(frequencies, "dim") else vision)
     return model
 
 
