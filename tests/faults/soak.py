@@ -76,7 +76,8 @@ class Findings:
         """As JSON has it, with the growth of the memory beside its figures."""
         figures = asdict(self)
         for name in ("server_kib", "worker_kib"):
-            figures[f"{name}_a_prompt"] = round(growth(figures[name]) / self.round, 1)
+            # After the first round, which still fills what is filled once.
+            figures[f"{name}_a_prompt"] = round(growth(figures[name][1:]) / self.round, 1)
         return figures | {"faults": dict(self.faults), "injected": self.faults.total()}
 
 
