@@ -15,6 +15,7 @@ from ..config import ParallelismConfig
 from ..machine import Gpu, Link, Machine, collect
 from ..requirements import REQUIRED, problems
 from .doctor_comfyui import check_comfyui, in_its_python
+from .doctor_models import check_models
 from .surroundings import surroundings
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     machine = collect()
     findings = [*check_machine(machine), *(Finding(*found) for found in surroundings(machine))]
     if args.comfyui:
-        findings += [Finding(*found) for found in check_comfyui(args.comfyui)]
+        of_comfyui = (*check_comfyui(args.comfyui), *check_models(args.comfyui))
+        findings += [Finding(*found) for found in of_comfyui]
     rows: list[LayoutFit] = []
     model = ""
     choice: Choice | None = None
