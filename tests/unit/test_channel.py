@@ -14,7 +14,7 @@ import torch
 
 from parallel_backend.runtime.wire import messages
 from parallel_backend.runtime.wire.channel import MAX_PACKET, Channel, ChannelClosedError, ChannelStuckError, peer
-from parallel_backend.runtime.wire.messages import Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
+from parallel_backend.runtime.wire.messages import Adapt, Done, EncodeText, Failed, Hello, Keep, Load, Predict, Progress
 from parallel_backend.runtime.wire.shared_tensors import Buffer, pack
 
 EVERY_MESSAGE = [
@@ -22,6 +22,7 @@ EVERY_MESSAGE = [
     Load(id=1, model="m1", path="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
     EncodeText(id=2, model="m1"),
     Keep(id=3, model="m1", forget=["t1", "t2"]),
+    Adapt(id=3, model="m1", set="of today", forget=["a1"]),
     Predict(
         id=4, model="m1", context="t5", references=["t6", "t7"], cache={"settings": {}, "evaluation": {"position": 0.5}}
     ),
