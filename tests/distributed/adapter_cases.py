@@ -93,8 +93,13 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
     """The largest error of what stands beside a slice in 8 bits, and whether nothing does in the end."""
     lora = patches()
     kept = AdapterSet("lora", {key: of for key, of in lora.patches.items() if all(p.kind == "lora" for p in of)})
-    part = component(mesh, layout, path, "stored")
-    part.adapt(kept)
+    part, asked = component(mesh, layout, path, "stored"), []
+    before = part.nbytes
+    part.adapt(kept, asked.append)
+    held = [m.adapter for m in part.module.modules() if getattr(m, "adapter", None) is not None]
+    size = sum(tensor.nbytes for pair in held for tensor in pair)
+    assert [size] == asked
+    assert part.nbytes == before + size
     full = {key: torch.zeros(shape) for key, shape in flux2_shapes(**SIZE).items()}
     deltas, worst, count = patched(full), 0.0, 0
     for name, parameter in part.module.named_parameters():
@@ -109,6 +114,7 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         assert parameter.shape == wanted.shape
         worst = max(worst, float((up @ down - wanted).abs().max() / wanted.abs().max()))
     part.adapt(NO_ADAPTERS)
+    assert part.nbytes == before
     left = any(getattr(module, "adapter", None) is not None for module in part.module.modules())
     return {"error": worst, "count": count, "left": left}
 

@@ -56,6 +56,16 @@ class AdaptedWeights:
             and any(key in adapters.patches for _, key, _, _ in self._pieces(name, parameter))
         )
 
+    def beside_bytes(self, adapters: AdapterSet) -> int:
+        """Memory that stands beside this rank's weights in 8 bits."""
+        size = 0
+        for name, parameter in self.module.named_parameters():
+            if self._in_8_bits(name):
+                keys = {key for _, key, _, _ in self._pieces(name, parameter)} & adapters.patches.keys()
+                rank = sum(patch.tensors[0].shape[1] for key in keys for patch in adapters.patches[key])
+                size += rank * sum(parameter.shape) * self.dtype.itemsize
+        return size
+
     def apply(self, adapters: AdapterSet) -> None:
         """Change the weights, which are as the file has them."""
         for name, parameter in list(self.module.named_parameters()):

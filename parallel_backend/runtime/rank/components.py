@@ -170,6 +170,8 @@ class TransformerComponent(Component):
     """What the weights are changed by."""
     merged: frozenset[str] = frozenset()
     """Parameters that are not as the file has them."""
+    beside = 0
+    """Bytes that stand beside weights in 8 bits; they count among `nbytes`."""
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         settings = self.settings
@@ -195,14 +197,19 @@ class TransformerComponent(Component):
     def load(self, on_bytes: Callable[[int], None]) -> None:
         super().load(on_bytes)
         adapters, self.adapters, self.merged = self.adapters, NO_ADAPTERS, frozenset()
+        self.beside = 0
         self.adapt(adapters)
 
-    def adapt(self, adapters: AdapterSet) -> None:
+    def adapt(self, adapters: AdapterSet, make_room: Callable[[int], object] = lambda size: None) -> None:
         """Have the weights be those of the file with a set of patches, and with no others. Collective.
 
         Plain weights are patched in place, and read again from the file before other patches; beside those that stay in
         8 bits stands a product of two thin matrices. The weights stay where they are, so compiled code and CUDA graphs
         stay valid.
+
+        Args:
+            adapters: the set.
+            make_room: for so many bytes beside the weights; collective.
 
         Raises:
             ValueError: a patch that these weights cannot have, before anything is changed; or the file cannot be read
@@ -218,6 +225,8 @@ class TransformerComponent(Component):
         except ValueError as found:
             error = found
         raise_together(error, settings.mesh.world)
+        beside = weights.beside_bytes(adapters)
+        make_room(beside)
         again, now = self.merged, weights.merged(adapters)
         self.merged, self.adapters = again | now, AdapterSet("unknown")
         self.host = None  # has other weights
@@ -232,6 +241,7 @@ class TransformerComponent(Component):
             error = found
         raise_together(error, settings.mesh.world)
         self.merged, self.adapters = now, adapters
+        self.nbytes, self.beside = self.nbytes + beside - self.beside, beside
         forget_graphs(self.module)  # those of linears that had nothing beside them before
 
     def workspace(self, tokens: int) -> int:

@@ -227,7 +227,9 @@ class Engine:
         for old in forget:
             tensors.pop(old, None)
         self.residents.bring(name, part, 0)
-        part.adapt(from_description(set_name, description, tensors))
+        adapters = from_description(set_name, description, tensors)
+        part.adapt(adapters, lambda size: self.residents.make_room(part, size, 0))
+        self.residents.make_room_anew()
 
     @torch.no_grad()
     def predict(
