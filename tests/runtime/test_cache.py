@@ -17,7 +17,7 @@ from parallel_backend.runtime.group_config import ModelConfig
 
 pytestmark = pytest.mark.timeout(180)
 
-REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 128, 128, steps=12, seed=3)
+REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 256, 256, steps=20, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_presets_trade_quality_for_speed(group, plain):
         psnr[name], cached[name] = peak_signal_noise_ratio(plain, picture), report["cache"]["cached"]
         assert report["cache"]["computed"] + cached[name] == REQUEST.steps
         assert report["cache"]["settings"] == settings.to_dict()
-        assert report["cache"]["seconds_saved"] >= 0  # so small a picture costs as much either way
+        assert report["cache"]["seconds_saved"] > 0
         assert [rank["cache_bytes"] for rank in report["ranks"]] == [0, 0]  # freed at the end of the run
     assert psnr["quality"] >= 30
     assert psnr["speed"] >= 22

@@ -51,6 +51,8 @@ def predictions(config: ModelConfig) -> list[torch.Tensor]:
     ids=["compiled", "copies", "everything at once"],
 )
 def test_what_is_asked_for(pipeline, caplog, layout, speed):
+    if speed.copy_engines:
+        close_groups()  # one that has ranks exchange so says once that they cannot
     plain = ModelConfig.create(pipeline, layout, "cpu")
     fast = ModelConfig.create(pipeline, layout, "cpu", speed=speed)
     assert plain != fast

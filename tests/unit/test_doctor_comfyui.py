@@ -50,7 +50,7 @@ def test_the_whole_command(tmp_path):
     assert done.returncode == 1
     report = json.loads(done.stdout)  # of one doctor, with the options of the first
     assert report["layout"] == "single"
-    (finding,) = [finding for finding in report["findings"] if "ComfyUI" in finding["text"]]
+    (finding,) = [finding for finding in report["findings"] if finding["text"].startswith("ComfyUI")]
     assert finding["level"] == "FAIL"
     assert finding["text"] == f"ComfyUI 0.12.1 is too old (0.14.0 or newer is needed), in {folder}"
     assert finding["remedy"] == "update ComfyUI"
