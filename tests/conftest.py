@@ -43,8 +43,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFolder(config, log)
 
 
+def _is_of_comfyui(report: object) -> bool:
+    return isinstance(report, pytest.TestReport) and folder_of(report.nodeid) == "tests/comfyui"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Seconds by folder, fixtures included, and the slowest tests."""
+    """Which tests of a real ComfyUI ran, seconds by folder, fixtures included, and the slowest tests."""
+    ran, skipped = (
+        {report.nodeid for name in names for report in terminalreporter.stats.get(name, ()) if _is_of_comfyui(report)}
+        for names in (("passed", "failed", "error"), ("skipped",))
+    )
+    if ran or skipped:
+        terminalreporter.write_line(f"ComfyUI tests: {len(ran)} ran, {len(skipped)} skipped")
     folders: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():

@@ -30,20 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    prefix = HERE.relative_to(config.rootpath).as_posix() + "/"
-    ran: set[str] = set()
-    skipped: set[str] = set()
-    for outcome, reports in terminalreporter.stats.items():
-        mine = {r.nodeid for r in reports if isinstance(r, pytest.TestReport) and r.nodeid.startswith(prefix)}
-        if outcome == "skipped":
-            skipped |= mine
-        elif outcome in ("passed", "failed", "error", "xfailed", "xpassed"):
-            ran |= mine
-    why = "" if find_comfyui() is not None or not skipped else f" ({HOW_TO_GET})"
-    terminalreporter.write_line(f"ComfyUI tests: {len(ran)} ran, {len(skipped)} skipped{why}")
-
-
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """The ComfyUI folder; without one, the tests that need a server are skipped."""
