@@ -156,7 +156,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a part that left is taken to be there",
-        "parallel_backend/runtime/rank/components.py",
+        "parallel_backend/runtime/rank/component.py",
         "        self.module = self.host = self._built = None\n        self.place = Place.FILE\n",
         "        self.host = self._built = None\n",
         "tests/unit/test_eviction.py",

@@ -11,7 +11,8 @@ from parallel_backend.config import AS_IT_IS, ParallelismConfig
 from parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
-from parallel_backend.runtime.rank.components import ModelSettings, TransformerComponent
+from parallel_backend.runtime.rank.component import ModelSettings
+from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.single_file import flux2_shapes
 
 HEADS, RANK = 4, 3

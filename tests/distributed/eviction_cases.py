@@ -12,8 +12,10 @@ import torch
 from parallel_backend.config import AS_IT_IS, ParallelismConfig
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh, raise_together
-from parallel_backend.runtime.rank.components import COMPONENTS, ModelSettings, Place, VisionComponent
+from parallel_backend.runtime.rank.component import ModelSettings, Place
+from parallel_backend.runtime.rank.components import COMPONENTS
 from parallel_backend.runtime.rank.eviction import Eviction
+from parallel_backend.runtime.rank.text_component import VisionComponent
 
 
 def make_room(mesh: ParallelMesh, layout: ParallelismConfig, size: int, fullest: int) -> tuple[list[str], str, int]:
@@ -58,7 +60,7 @@ def load_without_memory(mesh: ParallelMesh, layout: ParallelismConfig, path: str
                 raise MemoryError("none left")
 
             patch.setattr(type(settings.family.needs_vae()), "load", refuse)
-            patch.setattr("parallel_backend.runtime.rank.components.load_weights", refuse)
+            patch.setattr("parallel_backend.runtime.rank.component.load_weights", refuse)
         try:
             part.load(lambda count: None)
         except Exception as found:

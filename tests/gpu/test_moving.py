@@ -9,7 +9,7 @@ import torch
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.mesh import SINGLE
-from parallel_backend.runtime.rank.components import Place
+from parallel_backend.runtime.rank.component import Place
 from parallel_backend.runtime.rank.engine import Engine
 from parallel_backend.runtime.rank.eviction import Eviction
 from parallel_backend.runtime.rank.host_copy import HostCopy

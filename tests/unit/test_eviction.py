@@ -12,9 +12,10 @@ from parallel_backend.cache.config import CacheSettings
 from parallel_backend.cache.decision import Decision, Evaluation
 from parallel_backend.mesh import SINGLE
 from parallel_backend.runtime.errors import BatchTooLargeError
-from parallel_backend.runtime.rank.components import Component, Place, TransformerComponent
+from parallel_backend.runtime.rank.component import Component, Place
 from parallel_backend.runtime.rank.engine import Engine
 from parallel_backend.runtime.rank.eviction import Eviction
+from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import resource
-import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -27,35 +24,20 @@ from ...parallel import copies
 from ...planning.memory import GIB
 from ..errors import BatchTooLargeError
 from .byte_counter import ByteCounter, OnProgress
-from .components import (
-    COMPONENTS,
-    Component,
-    ModelSettings,
-    Place,
-    TextEncoderComponent,
-    TransformerComponent,
-    VAEComponent,
-    VisionComponent,
-)
+from .component import Component, ModelSettings, Place
+from .components import COMPONENTS
 from .eviction import Eviction
+from .hosted_model import HostedModel
 from .residents import Residents
+from .text_component import TextEncoderComponent, VisionComponent
+from .transformer_component import TransformerComponent
+from .vae_component import VAEComponent
 
 LOADING_BYTES = GIB
 """Device memory that loading takes beside the weights."""
 ENCODER_RESERVE = 6 * GIB
 """What has to stay free on each GPU for a text encoder to stay there under ``auto``: a step's activations, and what
 ComfyUI does on the first GPU (its VAE takes 4.9 GiB for 1024 x 1024 in fp32)."""
-
-
-@dataclass
-class HostedModel:
-    """A model of this rank: its components by name, and the conditioning that is kept for it."""
-
-    settings: ModelSettings
-    encoder_memory: str
-    components: dict[str, Component] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    adapter_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -336,26 +318,7 @@ class Engine:
     def stats(self, name: str) -> dict[str, object]:
         """This rank's figures of a model, under the names that docs/report.md explains."""
         self.alone = True
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) + copies.held_bytes()
-            device = torch.cuda.get_device_name(self.device)
-        else:
-            peak, device = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cpu"
-        components = self._model(name).components
-        held = {kind: component for kind, component in components.items() if component.nbytes}
-        transformer = components.get("transformer")
-        return {
-            "rank": self.rank,
-            "host": socket.gethostname(),
-            "device": str(self.device),
-            "device_name": device,
-            "weight_bytes": {kind: component.nbytes for kind, component in held.items()},
-            "places": {kind: component.place.value for kind, component in held.items()},
-            "peak_bytes": peak,
-            "cache_bytes": transformer.cache.kept_bytes()
-            if isinstance(transformer, TransformerComponent) and transformer.place is not Place.FILE
-            else 0,
-        }
+        return {"rank": self.rank, **self._model(name).stats()}
 
     def _model(self, name: str) -> HostedModel:
         if name not in self.models:

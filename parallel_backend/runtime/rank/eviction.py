@@ -12,7 +12,7 @@ from ...limits import memory
 from ...mesh import Axis
 from ...parallel import graphs
 from ...planning.memory import GIB
-from .components import Component, Place
+from .component import Component, Place
 
 HOST_RESERVE = 2 * GIB
 """Host memory that stays free when parts move there."""

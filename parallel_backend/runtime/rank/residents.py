@@ -6,8 +6,9 @@ from collections import OrderedDict
 
 from ...cache.block_cache import BlockCache
 from .byte_counter import ByteCounter, OnProgress
-from .components import Component, Place, TransformerComponent
+from .component import Component, Place
 from .eviction import Eviction
+from .transformer_component import TransformerComponent
 
 
 class Residents:

@@ -1,0 +1,152 @@
+"""One module of a model as a rank holds it: loaded, moved and freed alone, and the same on all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...config import ParallelismConfig, Speed
+from ...families import Family, Model
+from ...loading.checkpoint import Checkpoint
+from ...loading.model_folders import model_name
+from ...loading.safetensors_reader import Weight
+from ...loading.weight_loader import load_weights, shard_bytes
+from ...mesh import SINGLE, Axis, ParallelMesh, raise_together
+from ...parallel.tensor import ParamShard
+from .host_copy import HostCopy
+
+
+class Place(Enum):
+    """Where a part's weights are. The same on all ranks: parts move together."""
+
+    DEVICE = "device"
+    HOST = "host"
+    FILE = "file"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the parts of one model have in common."""
+
+    source: Checkpoint
+    layout: ParallelismConfig
+    mesh: ParallelMesh
+    device: torch.device
+    dtype: torch.dtype
+    fp8: str
+    speed: Speed
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+
+class Component(ABC):
+    """One module of a model. It is built at once, on the meta device; `load` gives it its weights.
+
+    Args:
+        settings: of the model.
+    """
+
+    name: str
+    replicas: Axis = SINGLE
+    """Ranks that hold the same slices, which share the reading."""
+    on_demand = False
+    """Whether it is loaded when it is first used, not with the model."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+        self.place = Place.FILE
+        self.module: Model = None
+        self.host: HostCopy | None = None
+        self._built: tuple[Model, Mapping[str, ParamShard]] | None = self.build()
+        self.nbytes = self._count(*self._built)
+        """Bytes of this rank's weights, wherever they are."""
+
+    @cached_property
+    def _weights(self) -> dict[str, Weight]:
+        """What each parameter is made of; a folder reads its files' headers for it."""
+        return self.settings.source.weights(self.name)
+
+    def _count(self, module: Model, table: Mapping[str, ParamShard]) -> int:
+        """Bytes that the weights of a built module will take."""
+        return shard_bytes(module, self._weights, table, self.settings.dtype, self.settings.fp8)
+
+    @abstractmethod
+    def workspace(self, size: int) -> int:
+        """About the bytes that this rank needs beside the weights for work of a size."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.name.replace('_', ' ')} of {model_name(self.settings.source.path)}"
+
+    @abstractmethod
+    def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
+        """The rank-local module on the meta device, and the slices that it is made of."""
+
+    def load(self, on_bytes: Callable[[int], None]) -> None:
+        """Read the weights onto the device. Collective over all ranks of the model.
+
+        Raises:
+            ValueError: the checkpoint is damaged; on every rank the same, and the part is not there.
+            Exception: something else; on every rank one, unless replicas were waiting for each other.
+        """
+        settings = self.settings
+        module, table = self._built or self.build()
+        self._built = None
+        error: Exception | None = None
+        try:
+            self.nbytes = load_weights(
+                module, self._weights, table,
+                device=settings.device, dtype=settings.dtype, replicas=self.replicas,
+                fp8=settings.fp8, on_bytes=on_bytes,
+            )  # fmt: skip
+        except ValueError as found:
+            error = found
+        except Exception as found:
+            if self.replicas.is_split:  # the other replicas are waiting for what this one reads
+                raise
+            error = found
+        raise_together(error, settings.mesh.world)
+        module.to(settings.device)  # buffers
+        self.module, self.place = module, Place.DEVICE
+
+    def to_host(self) -> None:
+        """Move the weights to host memory. The copy there is kept: weights do not change, so it is made once."""
+        parameters = self._parameters()
+        if self.host is None:
+            self.host = HostCopy(parameters)
+        for parameter, copy in zip(parameters, self.host.tensors, strict=True):
+            parameter.data = copy
+        self.place = Place.HOST
+
+    def to_device(self) -> None:
+        """Bring the weights back from host memory."""
+        assert self.host is not None
+        device = self.settings.device
+        for parameter, copy in zip(self._parameters(), self.host.tensors, strict=True):
+            parameter.data = torch.empty_like(copy, device=device, pin_memory=False).copy_(copy, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.place = Place.DEVICE
+
+    def drop(self) -> None:
+        """Free the weights; `load` reads them again."""
+        self.module = self.host = self._built = None
+        self.place = Place.FILE
+        gc.collect()  # modules, their hooks and caches refer to each other
+        with contextlib.suppress(AttributeError, OSError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)  # or glibc keeps what was freed for itself
+
+    def _parameters(self) -> list[Any]:
+        return [] if self.module is None else list(self.module.parameters())
