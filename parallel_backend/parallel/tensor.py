@@ -38,7 +38,7 @@ class Shard:
 
     Args:
         style: ``"column"`` (output features are split), ``"row"`` (input features are split, outputs are summed),
-            or ``"embedding"`` (hidden features are split and gathered).
+            ``"embedding"`` (hidden features are split and gathered), or ``"local_embedding"`` (they stay split).
         blocks: sizes of the blocks that are fused in the split dim, each split by itself; empty for one block.
         units: number of indivisible units (such as kv heads) in a block; 0 if any equal split will do. Where there are
             more ranks than units, neighbouring ranks hold the same unit.
@@ -193,15 +193,16 @@ class ScaledLinear(nn.Module):
 
 
 class ColumnParallelEmbedding(nn.Module):
-    """Embedding whose hidden features are split: ids ``[...] -> [..., hidden]``, gathered over the axis."""
+    """Embedding whose hidden features are split: ids ``[...] -> [..., hidden]``, or ``[..., hidden_local]``."""
 
-    def __init__(self, weight: Tensor, axis: Axis) -> None:
+    def __init__(self, weight: Tensor, axis: Axis, gather_output: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.axis = axis
+        self.axis, self.gather_output = axis, gather_output
 
     def forward(self, ids: Tensor) -> Tensor:
-        return all_gather_last_dim(F.embedding(ids, self.weight), self.axis)
+        local = F.embedding(ids, self.weight)
+        return all_gather_last_dim(local, self.axis) if self.gather_output else local
 
 
 def all_gather_last_dim(x: Tensor, axis: Axis) -> Tensor:
@@ -250,7 +251,7 @@ def _shard_module(
     table[f"{name}.weight"] = weight_shard
     weight = _own(weight_shard.take(full.detach()))
     if isinstance(module, nn.Embedding):
-        return ColumnParallelEmbedding(weight, axis)
+        return ColumnParallelEmbedding(weight, axis, shard.style == "embedding")
     bias = None if module.bias is None else module.bias.detach()
     if shard.style == "row":
         return RowParallelLinear(weight, bias, axis)
