@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parallel import exchange, long_mlp
 from ..parallel.attention import Lengths, ShardedAttention
@@ -20,7 +20,8 @@ from ..parallel.elementwise import (
     swiglu,
 )
 from ..parallel.long_mlp import Mlp, is_long, mlp_in_pieces, mlp_in_place
-from ..parallel.tensor import ColumnParallelLinear, Model, RowParallelLinear
+from ..parallel.products import product_of
+from ..parallel.tensor import Model, RowParallelLinear
 
 Kept = list[list[Tensor]] | None
 TILE = 128
@@ -140,15 +141,8 @@ def joined(pieces: Pieces) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=pieces.dim)
 
 
-def is_plain(linear: Model) -> bool:
-    """Whether a module multiplies with its weight as it is, so that parts of the weight can be used by themselves."""
-    if type(linear) not in (nn.Linear, ColumnParallelLinear, RowParallelLinear):
-        return False
-    return getattr(linear, "weight_scale", None) is None
-
-
 def own_bias(linear: Model) -> Tensor | None:
-    """What this rank adds to a plain linear's product: of sums over tp one rank adds the bias."""
+    """What this rank adds to a linear's product: of sums over tp one rank adds the bias."""
     return linear.partial_bias() if type(linear) is RowParallelLinear else linear.bias
 
 
@@ -184,10 +178,11 @@ def head_norms(query_norm: Model, key_norm: Model, dtype: torch.dtype) -> tuple[
 
 def _mlp_output(stream: Stream, activation: Callable[[Tensor], Tensor], x: Tensor) -> Pieces:
     """The output of a stream's MLP, as of `row_output` in two pieces; ``x`` is used up."""
-    if activation is not swiglu or not is_long(x) or not (is_plain(stream.mlp_in) and is_plain(stream.mlp_out)):
+    into, out = product_of(stream.mlp_in), product_of(stream.mlp_out)
+    if activation is not swiglu or not is_long(x) or into.kind is None or out.kind is None:
         return row_output(stream.mlp_out, activation(stream.mlp_in(x)), True)
     summed = type(stream.mlp_out) is RowParallelLinear
-    mlp = Mlp(stream.mlp_in.weight, stream.mlp_in.bias, stream.mlp_out.weight, own_bias(stream.mlp_out))
+    mlp = Mlp(into, stream.mlp_in.bias, out, own_bias(stream.mlp_out)).repeated(x.dtype)
     if not summed:
         mlp_in_place(x, 0, x.shape[0] * x.shape[1], long_mlp.PIECE, mlp)
         return Pieces((x,))

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel import exchange, long_mlp
 from ..parallel.elementwise import Pieces
 from ..parallel.long_mlp import Mlp, mlp_in_pieces, mlp_in_place
-from ..parallel.products import add_product
+from ..parallel.products import Product, product_of
 from ..parallel.tensor import Model, RowParallelLinear
-from .double_stream import halves, is_plain, own_bias, row_output
+from .double_stream import halves, own_bias
 
 
 class Early(NamedTuple):
@@ -26,37 +25,37 @@ class Early(NamedTuple):
 
     outputs: Sequence[Callable[[], Tensor]]
     """Compute a piece each, as memory that may be written to."""
+    late: Product
+    """What the other inputs are multiplied with."""
     dim: int = 1
-    inputs: Tensor | None = None
-    """Instead of outputs, where the linear's weight cannot be used in parts."""
 
 
 def early_output(linear: Model, x: Tensor) -> Early:
     """The half of a linear's output that is of ``x`` ``[B, S, early]``, its last input features."""
-    if not is_plain(linear):
-        return Early([], inputs=x)
-    weight, bias = _early_half(linear, x.shape[-1])
+    late, early = _halves(linear, x.shape[-1])
     parts, dim = halves(x) if type(linear) is RowParallelLinear else ((x,), 1)
-    return Early([functools.partial(F.linear, part, weight, bias) for part in parts], dim)
+    bias = own_bias(linear)
+    return Early([functools.partial(early.product, part, bias) for part in parts], late, dim)
 
 
-def early_output_of_long(linear: Model, normed: Tensor, into: Tensor, into_bias: Tensor | None, waits: bool) -> Early:
+def early_output_of_long(linear: Model, normed: Tensor, into: Product, into_bias: Tensor | None, waits: bool) -> Early:
     """As `early_output`, for what an MLP makes of many tokens: a piece of them at a time.
 
     Args:
-        linear: plain; the MLP's output is the last of its input features.
+        linear: the MLP's output is the last of its input features.
         normed: the MLP's input, contiguous ``[B, S, C]``; it is used up.
-        into, into_bias: what the MLP begins with, ``[2 F, C]``.
+        into, into_bias: what the MLP begins with, of ``[2 F, C]``.
         waits: whether attention waits for an exchange: a part of the tokens is computed now.
     """
-    mlp = Mlp(into, into_bias, *_early_half(linear, into.shape[0] // 2))
+    late, out = _halves(linear, into.shape[0] // 2)
+    mlp = Mlp(into, into_bias, out, own_bias(linear)).repeated(normed.dtype)
     if type(linear) is RowParallelLinear:
         parts, dim = halves(normed)
         outputs: list[Callable[[], Tensor]] = [functools.partial(mlp_in_pieces, part, mlp) for part in parts]
         if waits:
             first = outputs[0]()
             outputs[0] = lambda: first
-        return Early(outputs, dim)
+        return Early(outputs, late, dim)
     now = long_mlp.PIECE if waits else 0
     # What is sent and what arrives are there at the same time as this part of the MLP.
     mlp_in_place(normed, 0, now, long_mlp.PIECE // 2, mlp)
@@ -65,7 +64,7 @@ def early_output_of_long(linear: Model, normed: Tensor, into: Tensor, into_bias:
         mlp_in_place(normed, now, normed.shape[0] * normed.shape[1], long_mlp.PIECE, mlp)
         return normed
 
-    return Early([rest])
+    return Early([rest], late)
 
 
 def two_part_output(linear: Model, early: Early, late: Callable[[], Tensor], waits: bool) -> Pieces:
@@ -77,12 +76,9 @@ def two_part_output(linear: Model, early: Early, late: Callable[[], Tensor], wai
         late: gives ``[B, S, late]``.
         waits: whether ``late`` waits for an exchange; all of ``early`` is computed before it is asked for.
     """
-    if early.inputs is not None:
-        return row_output(linear, torch.cat([late(), early.inputs], dim=-1), True)
     summed = type(linear) is RowParallelLinear
     done = [output() for output in early.outputs] if waits else []
     inputs = late()
-    weight = linear.weight[:, : inputs.shape[-1]]
     pieces, first = [], 0
     for index, output in enumerate(early.outputs):
         y = done[index] if waits else output()
@@ -90,12 +86,13 @@ def two_part_output(linear: Model, early: Early, late: Callable[[], Tensor], wai
         x = inputs.narrow(early.dim, first, size)
         # Where nothing is summed the compiler makes the product one with the gated sum that comes next.
         apart = summed or not torch.compiler.is_compiling()
-        y = add_product(y, x, weight) if apart else y + F.linear(x, weight)
+        y = early.late.add_to(y, x) if apart else early.late.added(y, x)
         pieces.append(exchange.all_reduce(y, linear.axis) if summed else y)
         first += size
     return Pieces(pieces, early.dim)
 
 
-def _early_half(linear: Model, features: int) -> tuple[Tensor, Tensor | None]:
-    """What a linear multiplies its last features with, and its bias on this rank."""
-    return linear.weight[:, linear.weight.shape[1] - features :], own_bias(linear)
+def _halves(linear: Model, early: int) -> tuple[Product, Product]:
+    """What a linear multiplies its first features with, and its last."""
+    product = product_of(linear)
+    return product.split_columns(product.shape[1] - early)

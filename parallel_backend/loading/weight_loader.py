@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..mesh import SINGLE, Axis
-from ..parallel.fp8 import can_multiply, has_fp8_units
-from ..parallel.tensor import ColumnParallelLinear, ParamShard, RowParallelLinear, ScaledLinear
+from ..parallel.fp8 import Fp8, can_multiply, has_fp8_units
+from ..parallel.products import Multiplier
+from ..parallel.tensor import ParamShard, WholeLinear
 from .file_reader import FileReader, Slice
 from .safetensors_reader import DTYPES, FP8_DTYPES, StoredTensor, Weight, find_weight
 from .staging import BUFFER_BYTES, Job, Ring
 
-LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+LINEARS = (nn.Linear, Multiplier)
 FP8_MODES = ("matmul", "stored", "cast")
 """What becomes of weights that are stored in fp8; see `load_weights`."""
 _FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -289,21 +290,24 @@ def _is_finite(tensor: Tensor) -> Tensor:
 
 
 def _install(model: nn.Module, target: _Target, scale: float | Tensor | None, input_scale: float | None) -> None:
-    """Put a parameter in its place; with it, on a linear that stays in 8 bits, its scales (1 for None)."""
+    """Put a parameter in its place; on a linear that stays in 8 bits a product, with its scales (1 for None)."""
     owner, _, leaf = target.name.rpartition(".")
-    module, tensor = model.get_submodule(owner), target.allocate()
+    module, parameter = model.get_submodule(owner), nn.Parameter(target.allocate(), requires_grad=False)
     if not target.in_fp8:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(module, leaf, parameter)
         return
 
     def on_device(value: float) -> Tensor:
         return torch.full((), value, dtype=torch.float32, device=target.device)  # without waiting for a copy
 
-    weight_scale = scale.to(target.device) if isinstance(scale, Tensor) else on_device(1.0 if scale is None else scale)
     inputs = None if input_scale is None else on_device(input_scale)
-    if isinstance(module, nn.Linear):
-        parent, _, name = owner.rpartition(".")
-        setattr(model.get_submodule(parent), name, ScaledLinear(tensor, module.bias, weight_scale, inputs))
+    if isinstance(scale, Tensor):
+        product = Fp8(parameter, scale.to(target.device), None, inputs)
     else:
-        module.weight = nn.Parameter(tensor, requires_grad=False)
-        module.weight_scale, module.input_scale = weight_scale, inputs  # type: ignore[assignment]
+        alpha = 1.0 if scale is None else scale
+        product = Fp8(parameter, on_device(alpha), alpha, inputs)
+    if isinstance(module, Multiplier):
+        module.hold(product)
+    else:
+        parent, _, name = owner.rpartition(".")
+        setattr(model.get_submodule(parent), name, WholeLinear(product, module.bias))  # type: ignore[arg-type]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .products import KINDS, Plain, Product
 
 MULTIPLE = 16
 """Both sides of a weight have to be multiples of it for cuBLAS's fp8 products."""
@@ -28,33 +32,87 @@ def can_multiply(weight: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, input_scale: Tensor | None
-) -> Tensor:
-    """``[..., in] -> [..., out]`` in the dtype of ``x``, with a weight ``[out, in]`` as it is or in 8 bits.
+class Fp8(Product):
+    """A weight in 8 bits, times a scale.
 
     Args:
-        x, weight, bias: as of `torch.nn.functional.linear`.
-        weight_scale: what an 8-bit weight is multiplied by, a scalar or ``[out, 1]``; None for a weight that is not in
-            8 bits.
-        input_scale: scalar that inputs are divided by to be multiplied in 8 bits (both scales are fp32 scalars then);
-            None to multiply in their dtype.
+        weight: ``[out, in]``.
+        scale: fp32, a scalar or ``[out, 1]``.
+        alpha: the scalar's value where it is known on the host: then it costs no pass over the weight.
+        input_scale: fp32 scalar that inputs are divided by to be multiplied in 8 bits, where fp8 units can; None to
+            multiply in their dtype.
     """
-    if weight_scale is None:
-        return F.linear(x, weight, bias)
-    if input_scale is None or not x.numel() or not can_multiply(weight, x.dtype):
-        return F.linear(x, scaled(weight, weight_scale, x.dtype), bias)
-    rows = quantized(x, input_scale, weight.dtype).reshape(-1, x.shape[-1]).contiguous()
-    y = torch._scaled_mm(rows, weight.t(), input_scale, weight_scale, bias, out_dtype=x.dtype)
-    return y.view(*x.shape[:-1], -1)
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, alpha: float | None = None, input_scale: Tensor | None = None
+    ) -> None:
+        self.weight, self.scale, self.alpha, self.input_scale = weight, scale, alpha, input_scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def kind(self) -> str:
+        return "fp8" if self.input_scale is None else "fp8 units"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.input_scale is not None and x.numel() and can_multiply(self.weight, x.dtype):
+            rows = quantized(x, self.input_scale, self.weight.dtype).reshape(-1, x.shape[-1]).contiguous()
+            y = torch._scaled_mm(rows, self.weight.t(), self.input_scale, self.scale, bias, out_dtype=x.dtype)
+            return y.view(*x.shape[:-1], -1)
+        if self.alpha is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            # The compiler makes one pass of both; and one number a layer would be one graph a layer.
+            return F.linear(x, self.dense(x.dtype), bias)
+        inputs, weight = x.reshape(-1, x.shape[-1]), self.weight.to(x.dtype).t()
+        if bias is None:
+            y = torch.addmm(x.new_empty(1), inputs, weight, beta=0, alpha=self.alpha)
+        else:
+            y = torch.addmm(bias, inputs, weight, alpha=self.alpha)
+        return y.view(*x.shape[:-1], -1)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.input_scale is not None or self.alpha is None or torch.compiler.is_compiling():
+            return super().add_to(y, x)
+        if torch.is_grad_enabled():
+            return y + self.product(x)
+        weight = self.weight.to(x.dtype).t()
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight, alpha=self.alpha)
+        return y
+
+    def rows(self, first: int, end: int) -> Fp8:
+        scale = self.scale if self.scale.ndim == 0 else self.scale[first:end]
+        return Fp8(self.weight[first:end], scale, self.alpha, self.input_scale)
+
+    def columns(self, first: int, end: int) -> Fp8:
+        return Fp8(self.weight[:, first:end], self.scale, self.alpha, self.input_scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight times its scale, both rounded to ``dtype`` first, as ComfyUI does."""
+        weight = self.weight.to(dtype)
+        scale = self.scale.to(dtype)
+        return weight * scale if torch.compiler.is_compiling() or dtype == self.dtype else weight.mul_(scale)
+
+    def repeated(self, dtype: torch.dtype) -> Product:
+        return self if self.input_scale is not None and can_multiply(self.weight, dtype) else Plain(self.dense(dtype))
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.weight, self.scale) if self.input_scale is None else (self.weight, self.scale, self.input_scale)
+
+
+def _restored(options: str, tensors: Sequence[Tensor]) -> Fp8:
+    weight, scale, *inputs = tensors
+    return Fp8(weight, scale, None, *inputs)
+
+
+KINDS["fp8"] = _restored
 
 
 def quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` over a scale, cut off at the ends of an 8-bit format and rounded to it; in the same steps as ComfyUI."""
     limit = torch.finfo(dtype).max
     return (x * scale.reciprocal().to(x.dtype)).clamp_(-limit, limit).to(dtype)
-
-
-def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """An 8-bit weight times its scale, both rounded to ``dtype`` first, as ComfyUI does."""
-    return weight.to(dtype).mul_(scale.to(dtype))

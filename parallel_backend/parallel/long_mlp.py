@@ -6,13 +6,13 @@ FLUX.2's middle is nine times as wide as its tokens. In pieces that are large en
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .elementwise import swiglu_in_place
+from .products import Product, restored
 
 PIECE = 2816
 """Tokens of a piece: with widths that are multiples of 3072, its products' tiles of 128 x 256 are whole waves on the
@@ -22,12 +22,16 @@ _library = torch.library.Library("hybrid_dit", "FRAGMENT")
 
 
 class Mlp(NamedTuple):
-    """Weights of an MLP: ``[2 F, C]``, gate before up, and ``[C, F]``, and their biases."""
+    """Weights of an MLP: of ``[2 F, C]``, gate before up, and of ``[C, F]``, and their biases."""
 
-    into: Tensor
+    into: Product
     into_bias: Tensor | None
-    out: Tensor
+    out: Product
     out_bias: Tensor | None
+
+    def repeated(self, dtype: torch.dtype) -> Mlp:
+        """For many pieces: see `Product.repeated`."""
+        return self._replace(into=self.into.repeated(dtype), out=self.out.repeated(dtype))
 
 
 def is_long(x: Tensor) -> bool:
@@ -37,7 +41,11 @@ def is_long(x: Tensor) -> bool:
 
 def mlp_in_pieces(x: Tensor, mlp: Mlp) -> Tensor:
     """The output ``[B, S, C]`` for contiguous ``x`` ``[B, S, C]``."""
-    return (torch.ops.hybrid_dit.mlp_in_pieces if torch.compiler.is_compiling() else _in_pieces)(x, *mlp)
+    if torch.compiler.is_compiling():
+        return torch.ops.hybrid_dit.mlp_in_pieces(x, *_flat(mlp))
+    y = torch.empty_like(x)
+    _compute(x, y, 0, x.shape[0] * x.shape[1], PIECE, mlp)
+    return y
 
 
 def mlp_in_place(x: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
@@ -49,30 +57,40 @@ def mlp_in_place(x: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
         piece: how many at a time, about.
         mlp: weights.
     """
-    (torch.ops.hybrid_dit.mlp_in_place if torch.compiler.is_compiling() else _in_place)(x, first, end, piece, *mlp)
+    if torch.compiler.is_compiling():
+        torch.ops.hybrid_dit.mlp_in_place(x, first, end, piece, *_flat(mlp))
+    else:
+        _compute(x, x, first, end, piece, mlp)
 
 
-def _in_pieces(x: Tensor, into: Tensor, into_bias: Tensor | None, out: Tensor, out_bias: Tensor | None) -> Tensor:
-    y = torch.empty_like(x)
-    _compute(x, y, 0, x.shape[0] * x.shape[1], PIECE, Mlp(into, into_bias, out, out_bias))
-    return y
+def _flat(mlp: Mlp) -> tuple[Any, ...]:
+    """As operators take it."""
+    assert mlp.into.kind is not None
+    assert mlp.out.kind is not None
+    into, out = list(mlp.into.tensors()), list(mlp.out.tensors())
+    return mlp.into.kind, into, mlp.into_bias, mlp.out.kind, out, mlp.out_bias
 
 
-def _in_place(
-    x: Tensor, first: int, end: int, piece: int,
-    into: Tensor, into_bias: Tensor | None, out: Tensor, out_bias: Tensor | None,
-) -> None:  # fmt: skip
-    _compute(x, x, first, end, piece, Mlp(into, into_bias, out, out_bias))
+def _unflattened(
+    into_kind: str, into: list[Tensor], into_bias: Tensor | None,
+    out_kind: str, out: list[Tensor], out_bias: Tensor | None,
+) -> Mlp:  # fmt: skip
+    return Mlp(restored(into_kind, into), into_bias, restored(out_kind, out), out_bias)
+
+
+def _in_pieces(x: Tensor, *flat: Any) -> Tensor:
+    return mlp_in_pieces(x, _unflattened(*flat))
+
+
+def _in_place(x: Tensor, first: int, end: int, piece: int, *flat: Any) -> None:
+    mlp_in_place(x, first, end, piece, _unflattened(*flat))
 
 
 def _compute(x: Tensor, y: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
     x, y = (tensor.view(-1, tensor.shape[-1]) for tensor in (x, y))
     for a, b in _pieces(first, end, piece):
-        hidden = swiglu_in_place(F.linear(x[a:b], mlp.into, mlp.into_bias))
-        if mlp.out_bias is None:
-            torch.mm(hidden, mlp.out.t(), out=y[a:b])
-        else:
-            torch.addmm(mlp.out_bias, hidden, mlp.out.t(), out=y[a:b])
+        hidden = swiglu_in_place(mlp.into.product(x[a:b], mlp.into_bias))
+        mlp.out.product_in(y[a:b], hidden, mlp.out_bias)
         del hidden  # before the next is made
 
 
@@ -85,11 +103,9 @@ def _pieces(first: int, end: int, piece: int) -> Iterator[tuple[int, int]]:
         yield first, end
 
 
-_library.define("mlp_in_pieces(Tensor x, Tensor into, Tensor? into_bias, Tensor out, Tensor? out_bias) -> Tensor")
-_library.define(
-    "mlp_in_place(Tensor(a!) x, SymInt first, SymInt end, SymInt piece, "
-    "Tensor into, Tensor? into_bias, Tensor out, Tensor? out_bias) -> ()"
-)
+_MLP = "str into_kind, Tensor[] into, Tensor? into_bias, str out_kind, Tensor[] out, Tensor? out_bias"
+_library.define(f"mlp_in_pieces(Tensor x, {_MLP}) -> Tensor")
+_library.define(f"mlp_in_place(Tensor(a!) x, SymInt first, SymInt end, SymInt piece, {_MLP}) -> ()")
 for _device in ("CPU", "CUDA"):
     _library.impl("mlp_in_pieces", _in_pieces, _device)
     _library.impl("mlp_in_place", _in_place, _device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mesh import Axis, all_gather
-from .fp8 import linear
+from .products import Multiplier, Product, product_of
 from .sequence import split_sizes
 
 Model = Any
@@ -115,18 +115,8 @@ class ParamShard:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
 
-def _beside(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Tensor:
-    """A product with what a low-rank adapter ``(down [r, in], up [out, r])`` adds to it."""
-    return y if adapter is None else y + F.linear(F.linear(x, adapter[0]), adapter[1])
-
-
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Multiplier):
     """Linear whose output features are split: ``[..., in] -> [..., out_local]``, or ``[..., out]`` when gathered."""
-
-    weight_scale: Tensor | None = None
-    input_scale: Tensor | None = None
-    adapter: tuple[Tensor, Tensor] | None = None
-    """What stands beside a weight in 8 bits; others have it merged in."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis, gather_output: bool) -> None:
         super().__init__()
@@ -138,8 +128,7 @@ class ColumnParallelLinear(nn.Module):
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's features."""
-        y = linear(x, self.weight, self.bias, self.weight_scale, self.input_scale)
-        return _beside(y, x, self.adapter)
+        return product_of(self).product(x, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.together is not None:
@@ -148,12 +137,8 @@ class ColumnParallelLinear(nn.Module):
         return all_gather_last_dim(y, self.axis) if self.gather_output else y
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Multiplier):
     """Linear whose input features are split: ``[..., in_local] -> [..., out]``, summed over the axis."""
-
-    weight_scale: Tensor | None = None
-    input_scale: Tensor | None = None
-    adapter: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, axis: Axis) -> None:
         super().__init__()
@@ -167,8 +152,7 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: Tensor) -> Tensor:
         """What this rank adds to the sum."""
-        y = linear(x, self.weight, self.partial_bias(), self.weight_scale, self.input_scale)
-        return _beside(y, x, self.adapter)
+        return product_of(self).product(x, self.partial_bias())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.partial(x)
@@ -176,20 +160,16 @@ class RowParallelLinear(nn.Module):
         return y
 
 
-class ScaledLinear(nn.Module):
-    """Linear on one rank whose weight is stored in 8 bits with a scale: ``[..., in] -> [..., out]``."""
+class WholeLinear(Multiplier):
+    """Linear on one rank with a `Product`: ``[..., in] -> [..., out]``."""
 
-    adapter: tuple[Tensor, Tensor] | None = None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, input_scale: Tensor | None) -> None:
+    def __init__(self, product: Product, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = weight_scale
-        self.input_scale = input_scale
+        self.product = product
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _beside(linear(x, self.weight, self.bias, self.weight_scale, self.input_scale), x, self.adapter)
+        return product_of(self).product(x, self.bias)
 
 
 class ColumnParallelEmbedding(nn.Module):

@@ -11,6 +11,7 @@ from parallel_backend.config import AS_IT_IS, ParallelismConfig
 from parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
+from parallel_backend.parallel.products import Adapted, named_weights
 from parallel_backend.runtime.rank.component import ModelSettings
 from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.single_file import flux2_shapes
@@ -97,27 +98,26 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
     part, asked = component(mesh, layout, path, "stored"), []
     before = part.nbytes
     part.adapt(kept, asked.append)
-    held = [m.adapter for m in part.module.modules() if getattr(m, "adapter", None) is not None]
-    size = sum(tensor.nbytes for pair in held for tensor in pair)
+    held = adapted(part.module)
+    size = sum(product.down.nbytes + product.up.nbytes for product in held.values())
     assert [size] == asked
     assert part.nbytes == before + size
     full = {key: torch.zeros(shape) for key, shape in flux2_shapes(**SIZE).items()}
     deltas, worst, count = patched(full), 0.0, 0
-    for name, parameter in part.module.named_parameters():
-        owner = part.module.get_submodule(name.rpartition(".")[0])
-        if getattr(owner, "adapter", None) is None:
-            continue
+    for name, product in held.items():
         count += 1
         whole = torch.cat([rows_of(deltas, *piece) for piece in part.settings.family.transformer.file_rows(name)])
         shard = part.table.get(name)
         wanted = whole if shard is None else shard.take(whole)
-        down, up = owner.adapter
-        assert parameter.shape == wanted.shape
-        worst = max(worst, float((up @ down - wanted).abs().max() / wanted.abs().max()))
+        assert product.shape == tuple(wanted.shape)
+        worst = max(worst, float((product.up @ product.down - wanted).abs().max() / wanted.abs().max()))
     part.adapt(NO_ADAPTERS)
     assert part.nbytes == before
-    left = any(getattr(module, "adapter", None) is not None for module in part.module.modules())
-    return {"error": worst, "count": count, "left": left}
+    return {"error": worst, "count": count, "left": bool(adapted(part.module))}
+
+
+def adapted(module: torch.nn.Module) -> dict[str, Adapted]:
+    return {name: held for name, held in named_weights(module).items() if isinstance(held, Adapted)}
 
 
 def rows_of(tensors: dict[str, Tensor], key: str, part: int, parts: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from parallel_backend import ParallelismConfig
 from parallel_backend.mesh import SINGLE
+from parallel_backend.parallel.products import stored_tensors
 from parallel_backend.runtime.rank.component import Place
 from parallel_backend.runtime.rank.engine import Engine
 from parallel_backend.runtime.rank.eviction import Eviction
@@ -63,7 +64,7 @@ def test_a_transformer_leaves_and_comes_back(engine, notices, tmp_path, kind):
         engine.offload("large", "transformer")
         assert part.place is Place.HOST
         assert torch.cuda.memory_allocated() - before < 0.05 * held
-        assert all(p.is_pinned() for p in part.module.parameters())
+        assert all(p.is_pinned() for p in stored_tensors(part.module))
         assert torch.equal(predict(engine, "large"), expected)
         assert part.place is Place.DEVICE
     assert len(notices) == 2

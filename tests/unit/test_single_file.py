@@ -13,6 +13,7 @@ from parallel_backend.loading.all_in_one import open_all_in_one
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
+from parallel_backend.parallel.products import Product, named_weights
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
@@ -100,10 +101,10 @@ def test_fp8_stays_fp8_and_computes_the_same(tmp_path, layout):
     path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
     model, _ = load(path, fp8="stored")
     dense, _ = load(path)
-    weights, whole = dict(model.named_parameters()), dict(dense.named_parameters())
+    weights, whole = named_weights(model), named_weights(dense)
     assert weights.keys() == whole.keys()
     in_fp8 = {name for name, weight in weights.items() if weight.dtype == torch.float8_e4m3fn}
-    assert in_fp8 == {name for name, weight in weights.items() if "blocks" in name and weight.ndim == 2}
+    assert in_fp8 == {name for name, weight in weights.items() if "blocks" in name and len(weight.shape) == 2}
     inputs = {
         "hidden_states": torch.randn(1, 12, 128), "encoder_hidden_states": torch.randn(1, 5, 192),
         "timestep": torch.tensor([0.5]), "guidance": torch.tensor([4.0]),
@@ -133,20 +134,13 @@ def test_a_rank_keeps_its_slices_in_fp8(tmp_path, rank):
     module = model.single_transformer_blocks[1].attn.to_qkv_mlp_proj
     key = "single_blocks.1.linear1"
     expected = table["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"].take(stored[f"{key}.weight"].float())
-    assert module.weight.dtype == torch.float8_e4m3fn
-    assert torch.equal(module.weight.float(), expected)
-    assert torch.equal(module.weight_scale, stored[f"{key}.weight_scale"])
+    assert module.product.dtype == torch.float8_e4m3fn
+    assert torch.equal(module.product.weight.float(), expected)
+    assert torch.equal(module.product.scale, stored[f"{key}.weight_scale"])
 
 
 class TestScalesOfRows:
     """fp8 with a scale for each row, as LightX2V writes it: rows follow the weight's, however it is cut."""
-
-    @staticmethod
-    def held(model, name):
-        """A weight as it counts."""
-        parameter = model.get_parameter(name).data
-        scale = getattr(model.get_submodule(name.rpartition(".")[0]), "weight_scale", None)
-        return parameter if scale is None else parameter.float() * scale
 
     @pytest.mark.parametrize("fp8", ["cast", "stored", "matmul"])
     @pytest.mark.parametrize("degree", [1, 2, 4])
@@ -159,10 +153,10 @@ class TestScalesOfRows:
             model, table = load(path, Axis(None, degree, rank) if degree > 1 else None, fp8=fp8)
             cut = {shard.dim for shard in table.values()}
             assert cut == ({0, 1} if degree > 1 else set())
-            for name, parameter in list(model.named_parameters()):
-                assert (parameter.dtype == torch.float8_e4m3fn) == (fp8 != "cast" and parameter.ndim == 2), name
+            for name, held in named_weights(model).items():
+                assert (held.dtype == torch.float8_e4m3fn) == (fp8 != "cast" and len(held.shape) == 2), name
                 expected = table[name].take(whole[name]) if name in table else whole[name]
-                assert torch.equal(self.held(model, name), expected), name
+                assert torch.equal(held.dense(torch.float32) if isinstance(held, Product) else held, expected), name
 
     def test_no_units_multiply_them(self, tmp_path, monkeypatch):
         monkeypatch.setattr("parallel_backend.loading.weight_loader.has_fp8_units", lambda device: True)
@@ -171,9 +165,9 @@ class TestScalesOfRows:
         metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
         path = write(tmp_path / "model.safetensors", stored, metadata=metadata)
         model, _ = load(path, dtype=torch.bfloat16, fp8="matmul")
-        linears = [module for module in model.modules() if getattr(module, "weight_scale", None) is not None]
-        assert linears
-        assert all(linear.input_scale is None for linear in linears)
+        held = [product for product in named_weights(model).values() if isinstance(product, Product)]
+        assert held
+        assert all(product.input_scale is None for product in held)
 
     @pytest.mark.parametrize("fp8", ["cast", "stored"])
     def test_a_scale_that_is_no_number(self, tmp_path, fp8):

@@ -16,6 +16,7 @@ from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.safetensors_reader import Weight, read_header, whole
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
+from parallel_backend.parallel.products import Product, named_weights
 from parallel_backend.parallel.tensor import Shard, apply_tensor_parallel
 
 CPU = torch.device("cpu")
@@ -66,7 +67,8 @@ def load(weights, degree=1, rank=0, dtype=torch.float32, device=CPU, **options):
         model = Model()
     table = apply_tensor_parallel(model, PLAN, Axis(None, degree, rank))
     held = load_weights(model, weights, table, device=device, dtype=dtype, **options)
-    assert held == sum(parameter.nbytes for parameter in model.parameters())
+    weights_held = named_weights(model).values()
+    assert held == sum((one.weight if isinstance(one, Product) else one).nbytes for one in weights_held)
     return model, table
 
 
@@ -140,12 +142,13 @@ def test_8_bits_stay_as_they_are_in_linears_and_are_cast_elsewhere(tmp_path, deg
     weights = stored(random_model(), tmp_path, lambda name, tensor: tensor.to(dtype) if tensor.ndim == 2 else tensor)
     for rank in range(degree):
         model, table = load(weights, degree, rank, torch.bfloat16, fp8="stored")
-        for name, parameter in model.named_parameters():
+        for name, held in named_weights(model).items():
             tensor = weights[name].pieces[0][0]
             with safe_open(tensor.file, "pt") as own:
                 full = own.get_tensor(name)
             linear = name in ("up.weight", "fused.weight", "down.weight", "split.weight")
-            assert parameter.dtype == (dtype if linear else torch.bfloat16)
+            assert held.dtype == (dtype if linear else torch.bfloat16)
+            parameter = held.dense(torch.bfloat16) if linear else held
             full = full.bfloat16()  # which has room for all of them
             assert torch.equal(parameter.bfloat16(), table[name].take(full) if name in table else full), (rank, name)
 

@@ -14,6 +14,7 @@ from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.text_encoder_file import open_text_encoder_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
+from parallel_backend.parallel.products import product_of
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from tests.single_file import to_fp8, write
 from tests.z_image_file import z_image_model, z_image_tensors
@@ -82,7 +83,7 @@ def test_fp8(tmp_path, model, tensors, layout, fp8):
         assert (1e-3 if in_fp8 else 0) <= error < (0.05 if in_fp8 else 0.01), name
     # A third of the heads. The MLP's 256 features do not divide over three: this rank has 80 of them.
     part = load(path, fp8=fp8, axis=Axis(None, 3, 1)).layers[1]
-    assert part.attention.to_q.weight.dtype == (torch.float32 if fp8 == "cast" else torch.float8_e4m3fn)
+    assert product_of(part.attention.to_q).dtype == (torch.float32 if fp8 == "cast" else torch.float8_e4m3fn)
     x = torch.randn(2, 96)
     for ours, theirs, rows in (
         (part.attention.to_q, whole.layers[1].attention.to_q, slice(32, 64)),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...blocks.double_stream import Kept, clipped, double_block, head_norms, is_plain, streams_of, table_of
+from ...blocks.double_stream import Kept, clipped, double_block, head_norms, streams_of, table_of
 from ...blocks.embedding import ExactTime, KeptRotary
 from ...blocks.forwards import BlockForwards, refuse
 from ...blocks.two_part_output import early_output, early_output_of_long, two_part_output
@@ -15,6 +14,7 @@ from ...config import Speed
 from ...parallel.attention import Lengths, ShardedAttention
 from ...parallel.elementwise import gated_add, modulated_norm, swiglu
 from ...parallel.long_mlp import is_long
+from ...parallel.products import product_of
 from ...parallel.sequence import Entrance, SequenceShards
 from ...parallel.tensor import Model
 
@@ -151,15 +151,13 @@ def _single(
     normed = modulated_norm(x, table, block.norm.eps)
     # Each fused block is sharded by itself, so the local widths stand in the ratio of the full ones.
     full = 3 * attn.inner_dim + attn.mlp_mult_factor * attn.mlp_hidden_dim
-    into, whole = attn.to_qkv_mlp_proj, None
-    local = attn.inner_dim * into.weight.shape[0] // full
-    bias: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not is_plain(into):
-        whole = into(normed)
-    elif into.bias is not None:
-        bias = into.bias[: 3 * local], into.bias[3 * local :]
+    into = product_of(attn.to_qkv_mlp_proj)
+    local = attn.inner_dim * into.shape[0] // full
+    qkv, gate_up = into.split_rows(3 * local)
+    whole = attn.to_qkv_mlp_proj.bias
+    qkv_bias, gate_up_bias = (None, None) if whole is None else (whole[: 3 * local], whole[3 * local :])
     packed = attention.pack_fused(
-        F.linear(normed, into.weight[: 3 * local], bias[0]) if whole is None else whole[..., : 3 * local],
+        qkv.product(normed, qkv_bias),
         *head_norms(attn.norm_q, attn.norm_k, x.dtype),
         cos,
         sin,
@@ -167,14 +165,12 @@ def _single(
     begun = [attention.begin(packed, lengths)]
     del packed
     # The MLP runs on the same input as attention: its first half under the way there, its second under the way back.
-    if whole is None and is_plain(attn.to_out) and is_long(normed):
+    if is_long(normed) and gate_up.kind is not None and product_of(attn.to_out).kind is not None:
         waits = attention.ulysses.is_split or attention.ring.is_split
-        early = early_output_of_long(attn.to_out, normed, into.weight[3 * local :], bias[1], waits)
+        early = early_output_of_long(attn.to_out, normed, gate_up, gate_up_bias, waits)
     else:
-        gate_up = F.linear(normed, into.weight[3 * local :], bias[1]) if whole is None else whole[..., 3 * local :]
-        early = early_output(attn.to_out, swiglu(gate_up))
-        del gate_up
-    del normed, whole
+        early = early_output(attn.to_out, swiglu(gate_up.product(normed, gate_up_bias)))
+    del normed, qkv, gate_up
     out = attention.attend(begun.pop(), lengths, kept)  # which frees what was sent
     pieces = two_part_output(attn.to_out, early, lambda: attention.collect(out), attention.ulysses.is_split)
     return clipped(gated_add(x, table, pieces))

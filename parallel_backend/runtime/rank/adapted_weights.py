@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ...families import Transformer
 from ...loading.adapters import AdapterSet, Ranges, branch_of, patch_rows
+from ...parallel.products import Adapted, Product, named_weights
 from ...parallel.tensor import Model, ParamShard
 
 
@@ -30,10 +31,10 @@ class AdaptedWeights:
     def check(self, adapters: AdapterSet) -> None:
         """Raise ValueError for a set that these weights cannot have: with how many of how many, and the first."""
         left, stuck = set(adapters.patches), []
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in named_weights(self.module).items():
             keys = {key for _, key, _, _ in self._pieces(name, parameter)} & adapters.patches.keys()
             left -= keys
-            if self._in_8_bits(name):
+            if isinstance(parameter, Product):
                 stuck += [key for key in keys if not all(patch.low_rank() for patch in adapters.patches[key])]
         if left:
             raise ValueError(
@@ -51,16 +52,16 @@ class AdaptedWeights:
         """The parameters that a set changes themselves."""
         return frozenset(
             name
-            for name, parameter in self.module.named_parameters()
-            if not self._in_8_bits(name)
+            for name, parameter in named_weights(self.module).items()
+            if not isinstance(parameter, Product)
             and any(key in adapters.patches for _, key, _, _ in self._pieces(name, parameter))
         )
 
     def beside_bytes(self, adapters: AdapterSet) -> int:
         """Memory that stands beside this rank's weights in 8 bits."""
         size = 0
-        for name, parameter in self.module.named_parameters():
-            if self._in_8_bits(name):
+        for name, parameter in named_weights(self.module).items():
+            if isinstance(parameter, Product):
                 keys = {key for _, key, _, _ in self._pieces(name, parameter)} & adapters.patches.keys()
                 rank = sum(patch.tensors[0].shape[1] for key in keys for patch in adapters.patches[key])
                 size += rank * sum(parameter.shape) * self.dtype.itemsize
@@ -68,9 +69,9 @@ class AdaptedWeights:
 
     def apply(self, adapters: AdapterSet) -> None:
         """Change the weights, which are as the file has them."""
-        for name, parameter in list(self.module.named_parameters()):
+        for name, parameter in named_weights(self.module).items():
             pieces = [piece for piece in self._pieces(name, parameter) if piece[1] in adapters.patches]
-            if self._in_8_bits(name):
+            if isinstance(parameter, Product):
                 self._stand_beside(name, parameter, pieces, adapters)
             else:
                 for local, key, row, count in pieces:
@@ -78,31 +79,29 @@ class AdaptedWeights:
                     patch_rows(rows, row, self._columns(name, parameter), adapters.patches[key])
 
     def _stand_beside(
-        self, name: str, parameter: nn.Parameter, pieces: list[tuple[int, str, int, int]], adapters: AdapterSet
+        self, name: str, product: Product, pieces: list[tuple[int, str, int, int]], adapters: AdapterSet
     ) -> None:
         linear = self.module.get_submodule(name.rpartition(".")[0])
         patches: dict[str, list[tuple[int, int, int]]] = {}
         for local, key, row, count in pieces:
             patches.setdefault(key, []).append((local, row, count))
-        columns, rows = self._columns(name, parameter), parameter.shape[0]
+        base = product.base if isinstance(product, Adapted) else product
+        columns, rows = self._columns(name, base), base.shape[0]
         found = [branch_of(adapters.patches[key], of, rows, columns, self.dtype) for key, of in patches.items()]
         if not found:
-            linear.adapter = None
+            linear.hold(base)
             return
+        device = base.tensors()[0].device
         down, up = torch.cat([a for a, _ in found]), torch.cat([b for _, b in found], dim=1)
-        linear.adapter = down.to(parameter.device), up.to(parameter.device)
+        linear.hold(Adapted(base, down.to(device), up.to(device)))
 
-    def _in_8_bits(self, name: str) -> bool:
-        owner, _, leaf = name.rpartition(".")
-        return leaf == "weight" and getattr(self.module.get_submodule(owner), "weight_scale", None) is not None
-
-    def _columns(self, name: str, parameter: nn.Parameter) -> Ranges:
+    def _columns(self, name: str, parameter: Tensor | Product) -> Ranges:
         shard = self.table.get(name)
         if shard is not None and shard.dim == 1:
             return shard.ranges
-        return ((0, parameter.shape[1]),) if parameter.ndim > 1 else ()
+        return ((0, parameter.shape[1]),) if len(parameter.shape) > 1 else ()
 
-    def _pieces(self, name: str, parameter: nn.Parameter) -> Iterator[tuple[int, str, int, int]]:
+    def _pieces(self, name: str, parameter: Tensor | Product) -> Iterator[tuple[int, str, int, int]]:
         """Where rows of a parameter are in the file: ``(row here, key, row there, count)``."""
         shard, parts = self.table.get(name), self.kind.file_rows(name)
         rows = shard.size if shard is not None and shard.dim == 0 else parameter.shape[0]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from ...loading.model_folders import model_name
 from ...loading.safetensors_reader import Weight
 from ...loading.weight_loader import load_weights, shard_bytes
 from ...mesh import SINGLE, Axis, ParallelMesh, raise_together
+from ...parallel.products import stored_tensors
 from ...parallel.tensor import ParamShard
 from .host_copy import HostCopy
 
@@ -148,5 +148,5 @@ class Component(ABC):
         with contextlib.suppress(AttributeError, OSError):  # not every C library has it
             ctypes.CDLL(None).malloc_trim(0)  # or glibc keeps what was freed for itself
 
-    def _parameters(self) -> list[Any]:
-        return [] if self.module is None else list(self.module.parameters())
+    def _parameters(self) -> list[torch.Tensor]:
+        return [] if self.module is None else stored_tensors(self.module)
