@@ -8,10 +8,11 @@ import torch
 
 from parallel_backend.bench.model import fill, transformer_config
 from parallel_backend.bench.rank import Task
-from parallel_backend.bench.shapes import shape_of
+from parallel_backend.bench.shapes import Shape, shape_of
 from parallel_backend.cache.config import CacheSettings, parse_cache
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.families import Model
+from parallel_backend.families import Family, Model
+from parallel_backend.mesh import ParallelMesh
 
 
 def peer_cache(settings: CacheSettings) -> Any:
@@ -95,3 +96,22 @@ def build_peer(task: Task, attention: str, inputs: dict[str, Any], x: torch.Tens
     if task.compile:
         model.compile_repeated_blocks()
     return model
+
+
+def build_peer_text_model(shape: Shape, mesh: ParallelMesh, dtype: torch.dtype) -> tuple[Model, Family, Any] | None:
+    """The peer's part of a shape's text encoder, sharded over all ranks in its public way; None where there is none."""
+    if shape.text_config is None:
+        return None
+    family, _ = transformer_config(shape)
+    config = shape.text_config or family.reference_model.text_config
+    model = family.needs_text_encoder().build(config)
+    fill(model, torch.device(mesh.device_type), dtype)
+    if mesh.world.is_split:
+        import cache_dit
+        from cache_dit.distributed.text_encoders import parallelize_text_encoder
+
+        # What its `extra_parallel_modules` does, which takes a transformer along.
+        parallelize_text_encoder(
+            text_encoder=model, parallelism_config=cache_dit.ParallelismConfig(tp_size=mesh.world.degree)
+        )
+    return model, family, config

@@ -6,16 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.against_cache_dit import layout_of, measured, to_markdown
+from benchmarks import eight_gpus
+from benchmarks.against_cache_dit import cache_of, layout_of, measured, to_markdown
+from benchmarks.eight_gpus import MASKS, Row, rows_of
 from parallel_backend.bench.alone import start_alone
 from parallel_backend.bench.model import build_transformer, fill, make_inputs, transformer_config
 from parallel_backend.bench.profile import Work, shares, union
 from parallel_backend.bench.rank import Task
 from parallel_backend.bench.shapes import SHAPES, shape_of
+from parallel_backend.cache.config import parse_cache
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.mesh import Axis, build_mesh
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from parallel_backend.planning.workload import count_workload
+from tests.distributed.layouts import REFERENCE_TABLE
 
 TINY = SHAPES["tiny"]
 
@@ -44,6 +48,63 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     assert measured(file, report) == rows[:1]
     with pytest.raises(ValueError, match=r"of another measurement .*'steps': 10.*name another file"):
         measured(file, {"device": "a GPU", "task": {"steps": 12}})
+
+
+def test_rows_of_the_reference_table():
+    assert [row.name for row in rows_of("flux2-dev", 2)] == ["single", "TP-2", "Ulysses-2", "Ring-2"]
+    names = [row.name for row in rows_of("flux2-dev", 8)]
+    assert names[1:15] == list(eight_gpus.LAYOUTS)
+    assert set(names[1:15]) == set(REFERENCE_TABLE)
+    assert names[15:] == ["Ulysses-2-TP-4 + cache", "Ulysses-4-TP-2 + cache"]
+    for steps, mask in MASKS.items():
+        assert len(mask) == len(eight_gpus.mask_of(steps)) == steps
+        assert parse_cache(cache_of(mask))
+
+
+def row_of(layout, side, ms, *, cached=False, **figures):
+    runs = {"28": [ms] * 28, "50": [ms] * 50}
+    return {
+        "layout": layout, "cached": cached, "side": side, "run_ms": runs, "text_s": 0.5, "peak_bytes": 2**30,
+        "finite": True, "device": "a GPU", "relative_error": 1e-3, **figures,
+    }  # fmt: skip
+
+
+def test_a_line_of_the_reference_table():
+    rows = [row_of("single", "ours", 400.0), row_of("TP-2", "ours", 200.0), row_of("TP-2", "cache-dit", 250.0)]
+    rows += [{"layout": "Ring-2", "cached": False, "side": "cache-dit", "failed": "RuntimeError: no"}]
+    said = eight_gpus.to_markdown(rows, [Row("single"), Row("TP-2"), Row("Ring-2")], [28, 50]).splitlines()
+    single, tp, ring = ([cell.strip() for cell in line.split("|")[1:-1]] for line in said[2:])
+    assert len(single) == len(tp) == len(ring) == len(said[0].split("|")[1:-1])
+    assert tp[:7] == ["TP-2", "6.10", "7.50", "0.813", "10.50", "13.00", "0.808"]
+    assert tp[7:11] == ["200.0", "250.0", "0.800", "2.00"]
+    assert tp[11:] == ["1.00", "1.00", "1.0e-03", "1.0e-03", ""]
+    assert ring[-1] == "cache-dit: RuntimeError: no"
+    assert not any(ring[1:-1])
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Rows that are there are not measured again, those that failed are, and one GPU's always: others need it."""
+    file, wanted = tmp_path / "rows.json", rows_of("tiny", 2)
+    asked = []
+
+    def run_job(task, side, rows, arguments, until):
+        asked.extend((side, row.name) for row in rows)
+        (arguments.folder / "prediction.pt").touch()
+        return [row_of(row.layout, side, 1.0) for row in rows]
+
+    monkeypatch.setattr(eight_gpus, "run_job", run_job)
+    monkeypatch.setattr("sys.argv", ["eight_gpus.py", "--shape", "tiny", "--device", "cpu", "--gpus", "2", "--json",
+                                     str(file)])  # fmt: skip
+    eight_gpus.main()
+    assert set(asked) == {(side, row.name) for side in ("ours", "cache-dit") for row in wanted}
+    asked.clear()
+    eight_gpus.main()
+    assert not asked
+    said = json.loads(file.read_text())
+    said["rows"][-1] = {"layout": "Ring-2", "cached": False, "side": "cache-dit", "failed": "it did"}
+    file.write_text(json.dumps(said))
+    eight_gpus.main()
+    assert asked == [("ours", "single"), ("cache-dit", "Ring-2")]
 
 
 def test_kinds_of_operators_on_the_cpu():
