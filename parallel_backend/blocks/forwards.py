@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from ..config import Speed
-from ..parallel import exchange
+from ..parallel import exchange, signs
 from ..parallel.attention import Lengths, ShardedAttention
 from ..parallel.graphs import BlockGraphs
 from ..parallel.tensor import Model
@@ -99,6 +99,7 @@ class _Runner:
             self.compiled = torch.compile(core, fullgraph=True, dynamic=True, options=options)
 
     def __call__(self, block: Model, *tensors: Any) -> Any:
+        signs.block(tensors[0].device)
         graphs, lengths, kept = self.forwards.graphs, self.attention.lengths(), self.attention.shards.kept_keys
         if graphs is None or kept is not None:
             return self._run(block, tensors, lengths, kept)

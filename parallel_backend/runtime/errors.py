@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _SHOWN_AS = "builtins"
 """ComfyUI and Python put the module's name before a text that users read, and leave out this one's."""
 
@@ -41,3 +43,24 @@ class OutOfMemoryError(WorkersFailedError, RequestFailedError):
 
 class BatchTooLargeError(ValueError):
     """A batch that can be divided does not fit beside the weights on some device; nothing was computed."""
+
+
+def out_of_reach(devices: Sequence[str], several_hosts: bool) -> str:
+    """What to try where ranks do not reach each other.
+
+    Args:
+        devices: theirs, as ranks describe them.
+        several_hosts: whether the ranks are on several hosts.
+    """
+    remedies = []
+    if any(device.startswith("GPU") for device in devices):
+        remedies += [
+            "start ComfyUI with NCCL_P2P_DISABLE=1, so that exchanges go over host memory (with it, set copy_engines "
+            "to false and the layout by hand)",
+            "turn the IOMMU off, or PCIe ACS, in the BIOS or for this virtual machine",
+            "update the driver ('nvidia-smi topo -p2p r' shows which GPUs reach each other, 'dmesg' what went wrong)",
+            "name other GPUs in the layout's 'devices'",
+        ]
+    if several_hosts:
+        remedies += ["let all ports through between the hosts", "on networks without InfiniBand set NCCL_IB_DISABLE=1"]
+    return "What would help: " + "; or ".join(remedies or ["see what else keeps this machine busy"])

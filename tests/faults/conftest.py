@@ -29,6 +29,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 TEST_SECONDS = 180
 STEP_DEADLINE = 8.0
 """Seconds; the tiny model's steps take a few hundredths of one."""
+MESH_DEADLINE = 4.0
+"""Seconds; the exchanges when a mesh is built take milliseconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +59,7 @@ def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # 
         environment={
             "HYBRID_DIT_HOME": str(home),
             "HYBRID_DIT_STEP_DEADLINE": str(STEP_DEADLINE),
+            "HYBRID_DIT_MESH_DEADLINE": str(MESH_DEADLINE),
             "HYBRID_DIT_TEST_HOOKS": os.pathsep.join([injection.__file__, file_audit.__file__]),
             injection.FOLDER: str(orders.folder),
             file_audit.LOG: str(orders.folder / "files.log"),

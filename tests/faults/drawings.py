@@ -106,6 +106,7 @@ def node_of(drawing: Drawing, moment: str) -> set[NodeId]:
         "encode_text": {drawing.prompt},
         "decode": {drawing.picture},
         "predict": {drawing.sampler},
+        "in step": {drawing.sampler},
         "between": {drawing.sampler},
         "collective": {drawing.prompt, drawing.sampler},
     }.get(moment, {drawing.loader, drawing.prompt})

@@ -22,6 +22,8 @@ FOLDER = "HYBRID_DIT_TEST_FAULTS"
 """Environment variable: the folder of orders; without it nothing is done."""
 LEAK = "HYBRID_DIT_SOAK_LEAK"
 """Environment variable: KiB that rank 0 keeps of each picture, to see that the soak finds it."""
+MESH_AXES = ("ulysses", "ring", "tp", "ring and ulysses", "all ranks")
+"""Axes on which ranks exchange something tiny when a mesh is built; "mesh tp" is the moment before."""
 ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runtime.rank.worker"
 IMPORTER = "parallel_backend.runtime.hosts.fork_server"
 METHODS = ("load", "encode_text", "keep", "predict", "end_run", "decode", "encode", "offload")
@@ -32,12 +34,15 @@ COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "batch_isend_ire
 EXCHANGES = ("spread_heads", "gather_heads", "shift", "all_reduce")
 """Those of `parallel_backend.parallel.exchange`, within blocks."""
 START, RENDEZVOUS, COLLECTIVE, BETWEEN = "start", "rendezvous", "collective", "between"
-KINDS = ("kill", "raise", "oom", "exit", "stop", "sleep")
+IN_STEP = "in step"
+"""A collective within an evaluation of the transformer."""
+KINDS = ("kill", "raise", "oom", "exit", "stop", "sleep", "work", "cuda")
 INJECTED = "a fault that was asked for"
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 GiB is "
     "free. Process 1 has 77.85 GiB memory in use."
 )
+CUDA_ERROR = "CUDA error: unspecified launch failure"
 EXIT_CODE = 3
 
 
@@ -48,11 +53,11 @@ class Order:
     Args:
         rank: who carries it out.
         moment: `START` (before the rank connects or has a log of its own), `RENDEZVOUS` (it has, and meets the others),
-            one of `METHODS` or `ALONE`, `COLLECTIVE`, or `BETWEEN` (it has evaluated the transformer and waits for what
-            is next).
+            one of `METHODS` or `ALONE`, ``mesh`` and one of `MESH_AXES`, `COLLECTIVE`, `IN_STEP`, or `BETWEEN` (it has
+            evaluated the transformer and waits for what is next).
         kind: one of `KINDS`.
         nth: at which occurrence of the moment, counted from when the order is there.
-        seconds: how long ``sleep`` takes at most; it ends when orders are withdrawn.
+        seconds: how long ``sleep``, or ``work``, takes at most; it ends when orders are withdrawn.
     """
 
     rank: int
@@ -123,6 +128,8 @@ class _Rank:
         except FileNotFoundError:
             return
         order = Order(**json.loads(text))
+        if moment == COLLECTIVE and order.moment == IN_STEP and self._latest == "predict":
+            moment = IN_STEP
         if order.moment != moment or (moment == BETWEEN and self._latest != "predict"):
             return
         count = self._counted[1] + 1 if self._counted[0] == text else 1
@@ -142,14 +149,18 @@ def _carry_out(order: Order, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif order.kind == "exit":
         os._exit(EXIT_CODE)
-    elif order.kind == "sleep":
+    elif order.kind in ("sleep", "work"):
         until = time.monotonic() + order.seconds
         while time.monotonic() < until and _done_file(folder).exists():
-            time.sleep(0.02)
+            time.sleep(0.02 if order.kind == "sleep" else 0.0)
     elif order.kind == "oom":
         import torch
 
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+    elif order.kind == "cuda":
+        import torch
+
+        raise torch.AcceleratorError(CUDA_ERROR)
     else:
         raise RuntimeError(INJECTED)
 
@@ -171,6 +182,7 @@ class _Loader(importlib.abc.Loader):
         import torch.distributed as dist
 
         from parallel_backend.parallel import exchange
+        from parallel_backend.runtime.rank import mesh_check
         from parallel_backend.runtime.wire.channel import Channel
 
         for name in METHODS:
@@ -183,6 +195,7 @@ class _Loader(importlib.abc.Loader):
         for name in EXCHANGES:
             setattr(exchange, name, self._announced(getattr(exchange, name), COLLECTIVE))
         dist.init_process_group = self._announced(dist.init_process_group, RENDEZVOUS)
+        mesh_check.reached = lambda axis: self.rank.reached(f"mesh {axis}")
         Channel.receive = self._announced(Channel.receive, BETWEEN)
 
     def _announced(self, function, moment: str):

@@ -35,6 +35,7 @@ WORDS = {
     "exit": [rf"rank {{rank}} ended with exit code {EXIT_CODE}"],
     "raise": [rf"rank {{rank}} failed: RuntimeError: {INJECTED}", "Traceback"],
     "oom": [r"rank {rank} ran out of memory: it asked for 2\.50 GiB where 1\.25 GiB were free", "What would help: "],
+    "cuda": [r"^the CPU of rank {rank} failed: AcceleratorError: CUDA error: unspecified launch failure"],
     "stop": [r"rank {rank} is stopped \(SIGSTOP\), and the group did not answer within 8 s"],
 }
 NO_REQUEST = ("start", "rendezvous", "between")
@@ -48,6 +49,7 @@ CASES = [
     Order(1, "encode_text", "raise"),
     Order(0, "predict", "oom", nth=2),
     Order(1, "predict", "stop", nth=3),
+    Order(1, "in step", "cuda", nth=3),
     Order(0, "collective", "kill", nth=30),
     Order(1, "between", "kill", nth=2),
     Order(0, "decode", "raise"),

@@ -14,11 +14,11 @@ from torch import Tensor
 from parallel_backend import ParallelismConfig
 from parallel_backend.config import Speed
 from parallel_backend.families import Conditioning
-from parallel_backend.runtime.client.deadlines import VARIABLE
 from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.client.remote_model import RemoteModel
 from parallel_backend.runtime.errors import OutOfMemoryError, WorkersFailedError
 from parallel_backend.runtime.group_config import ModelConfig
+from parallel_backend.runtime.patience import STEP_VARIABLE as VARIABLE
 from tests.tiny_pipeline import make_tiny_pipeline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

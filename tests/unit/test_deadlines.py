@@ -2,16 +2,21 @@
 
 import pytest
 
-from parallel_backend.runtime.client.deadlines import LEAST_SECONDS, VARIABLE, Owed, StepTimes, Stopped, least_seconds
+from parallel_backend.runtime.client.deadlines import Owed, StepTimes, Stopped
+from parallel_backend.runtime.patience import MESH_SECONDS, MESH_VARIABLE, mesh_seconds, step_seconds
+from parallel_backend.runtime.patience import STEP_SECONDS as LEAST_SECONDS
+from parallel_backend.runtime.patience import STEP_VARIABLE as VARIABLE
 
 
 class TestStepTimes:
-    def test_the_first_step_of_a_shape_may_take_any_time(self):
+    def test_the_first_step_of_a_shape_may_take_any_time_while_it_gets_on(self):
         times = StepTimes()
-        assert times.limit("small") is None
+        assert times.is_first("small")
+        assert times.limit("small") == LEAST_SECONDS  # without a sign of that
         times.add("small", 1.0)
+        assert not times.is_first("small")
         assert times.limit("small") == LEAST_SECONDS
-        assert times.limit("large") is None
+        assert times.is_first("large")
 
     def test_twenty_times_the_median(self):
         times = StepTimes()
@@ -24,20 +29,30 @@ class TestStepTimes:
         times.add("small", 0.1)
         monkeypatch.setenv(VARIABLE, "7.5")
         assert times.limit("small") == 7.5
+        assert times.limit("large") == 7.5
         monkeypatch.setenv(VARIABLE, "0")
         assert times.limit("small") is None
+        assert times.limit("large") is None
 
     @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan", ""])
     def test_a_deadline_that_is_no_number(self, text, monkeypatch):
         monkeypatch.setenv(VARIABLE, text)
         with pytest.raises(ValueError, match=f"{VARIABLE} is '{text}'; it takes seconds"):
-            least_seconds()
+            step_seconds()
+        monkeypatch.setenv(MESH_VARIABLE, text)
+        with pytest.raises(ValueError, match=f"{MESH_VARIABLE} is '{text}'; it takes seconds, such as 30"):
+            mesh_seconds()
+
+    def test_the_deadline_of_a_mesh(self, monkeypatch):
+        assert mesh_seconds() == MESH_SECONDS == 30.0
+        monkeypatch.setenv(MESH_VARIABLE, "2.5")
+        assert mesh_seconds() == 2.5
 
     def test_only_so_many_shapes_are_remembered(self):
         times = StepTimes()
         for shape in range(100):
             times.add(shape, 1.0)
-        assert times.limit(0) is None
+        assert times.is_first(0)
         assert times.limit(99) == LEAST_SECONDS
 
 

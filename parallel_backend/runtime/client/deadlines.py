@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import OrderedDict, deque
@@ -10,35 +9,16 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-VARIABLE = "HYBRID_DIT_STEP_DEADLINE"
-LEAST_SECONDS = 60.0
+from ..patience import step_seconds
+
 TIMES_MEDIAN = 20
 SILENCE_SECONDS = 600.0
-"""How long the ranks may say nothing while they load, encode or decode; what is being read reports its progress."""
+"""How long the ranks may show no sign of getting on while they load, encode or decode."""
 CHECK_SECONDS = 1.0
 GAP_SECONDS = 5.0
 """Where nobody looked at processes for so long, nothing is known of the time between."""
 KEPT_SHAPES = 32
 KEPT_STEPS = 50
-
-
-def least_seconds() -> float:
-    """The shortest deadline of a step, from the environment; 0: none at all.
-
-    Raises:
-        ValueError: the variable holds no number of seconds.
-    """
-    text = os.environ.get(VARIABLE, str(LEAST_SECONDS))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(
-            f"{VARIABLE} is {text!r}; it takes seconds, such as {LEAST_SECONDS:.0f}, after which a step counts as hung "
-            "(0: never)"
-        )
-    return seconds
 
 
 class StepTimes:
@@ -54,11 +34,17 @@ class StepTimes:
         if len(self._seconds) > KEPT_SHAPES:
             self._seconds.popitem(last=False)
 
+    def is_first(self, shape: Hashable) -> bool:
+        """Whether no step of a shape is known, so that the next one may take any time as long as it gets on."""
+        return shape not in self._seconds
+
     def limit(self, shape: Hashable) -> float | None:
-        """Seconds that a step may take; None for the first one of its shape, which may compile."""
-        least = least_seconds()
-        if not least or shape not in self._seconds:
+        """Seconds that a step may take, or the first one of its shape without a sign of getting on; None: any time."""
+        least = step_seconds()
+        if not least:
             return None
+        if self.is_first(shape):
+            return least
         return max(least, TIMES_MEDIAN * statistics.median(self._seconds[shape]))
 
 
@@ -134,7 +120,7 @@ class Stopped:
         Args:
             pids: of the ranks on this machine. It is looked at once a second, however often this is called.
         """
-        least, now = least_seconds(), self._clock()
+        least, now = step_seconds(), self._clock()
         if not least or now - self._looked < CHECK_SECONDS:
             return None
         if now - self._looked > GAP_SECONDS:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...planning.memory import GIB
-from ..errors import OutOfMemoryError, RequestFailedError, WorkersFailedError
+from ..errors import OutOfMemoryError, RequestFailedError, WorkersFailedError, out_of_reach
 from ..wire.messages import Failed
 
 FRESH = "The workers were stopped; the next run starts a fresh group."
 
+BROKEN = (
+    "No work is possible there for the process that had it. Where the same GPU fails again, name others in the "
+    "layout's 'devices', and look at what 'dmesg' says of it (Xid)."
+)
 
-def failure(failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str]) -> tuple[Exception, bool]:
+
+def failure(
+    failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str], several_hosts: bool = False
+) -> tuple[Exception, bool]:
     """What the failures of some ranks amount to: the first that ran out of memory, or else the first.
 
     Args:
@@ -19,10 +26,18 @@ def failure(failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str]
         ranks: of the group; those that have not failed have answered where all failures were ``alone``, else they may
             be waiting for the others in a collective.
         log_of: where the log of a rank is.
+        several_hosts: whether the ranks are on several hosts.
 
     Returns:
         The error, and whether the group is as good as before; the error's text says so too.
     """
+    if unreached := [failed for failed in failures if failed.axis]:
+        text = f"{_out_of_reach(unreached)}. {out_of_reach([f.device for f in unreached], several_hosts)}"
+        return WorkersFailedError(f"{text}\n(log: {log_of(unreached[0].rank)})\n{FRESH}"), False
+    if broken := [failed for failed in failures if failed.device_failed]:
+        first = min(broken, key=lambda failed: failed.rank)
+        text = f"{first.device} of rank {first.rank} failed: {first.error}\n{BROKEN}"
+        return WorkersFailedError(f"{text}\n(log: {log_of(first.rank)})\n{FRESH}\n{first.traceback}"), False
     all_failed = len(failures) == ranks
     alone = all(failed.alone for failed in failures)
     first = min(failures, key=lambda failed: (failed.out_of_memory is None, failed.bad_input, failed.rank))
@@ -43,6 +58,28 @@ def failure(failures: Sequence[Failed], ranks: int, log_of: Callable[[int], str]
     if first.out_of_memory is not None:
         return OutOfMemoryError(text, details, same_place), same_place
     return (RequestFailedError(text + details) if same_place else WorkersFailedError(text + details)), same_place
+
+
+def _out_of_reach(failures: Sequence[Failed]) -> str:
+    """Which ranks do not reach each other, of those that waited in vain."""
+    devices = {failed.rank: f"rank {failed.rank} ({failed.device})" for failed in failures}
+    told = {failed.rank: failed for failed in failures}
+
+    def mutual(failed: Failed, other: int) -> bool:
+        # Who waits for a rank that waits for yet another one has no part in the fault.
+        back = told.get(other)
+        return back is None or (failed.rank in back.unreached and failed.axis == back.axis)
+
+    pairs = sorted({tuple(sorted((f.rank, other))) for f in failures for other in f.unreached if mutual(f, other)})
+    ranks = sorted({rank for pair in pairs for rank in pair} or devices.keys())
+    names = [devices.get(rank, f"rank {rank}") for rank in ranks]
+    first = min(failures, key=lambda failed: (failed.rank not in ranks, failed.rank))
+    how = f"did not reach each other within {first.seconds:.0f} s" if first.seconds else "get other data than was sent"
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} {how}, on the axis {first.axis}"
+        if names[1:]
+        else (f"{names[0]} does not reach rank {_listed(first.unreached)}, on the axis {first.axis}")
+    )
 
 
 def silence(ranks: set[int], states: Mapping[int, str], limit: float) -> tuple[str, int]:

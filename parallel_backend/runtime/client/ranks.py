@@ -172,7 +172,7 @@ class Ranks:
 
         def progressed(message: Progress) -> None:
             self._owed.progressed()
-            if message.rank in range(self.config.ranks):
+            if message.total and message.rank in range(self.config.ranks):
                 on_progress(message)
 
         with selectors.DefaultSelector() as selector:
@@ -263,7 +263,7 @@ class Ranks:
 
     def _failed(self, failures: list[Failed]) -> NoReturn:
         """Raise what ranks failed of; the group goes unless they agree."""
-        error, usable = failure(failures, self.config.ranks, self._log_of)
+        error, usable = failure(failures, self.config.ranks, self._log_of, self.config.hosts.several)
         if not usable:
             self.close(state="failed", wait=False)
         raise error

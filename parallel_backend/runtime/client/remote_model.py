@@ -163,11 +163,12 @@ class RemoteModel:
 
             def request(names: Sequence[str]) -> Predict:
                 options = dict(conditioning.options)
-                return Predict(self.group.next_id(), self.name, names[0], list(names[1:]), options, plan, divisible)
+                references = list(names[1:])
+                return Predict(self.group.next_id(), self.name, names[0], references, options, plan, divisible, first)
 
             names, guesses = self._names(given, check)
             wrong: list[str] = []
-            limit = self._step_times.limit(shape)
+            limit, first = self._step_times.limit(shape), self._step_times.is_first(shape)
             began = time.perf_counter()
             answers, results = self._use(
                 "transformer", request(names), tensors, check, limit, lambda: wrong.extend(self._wrong(guesses))

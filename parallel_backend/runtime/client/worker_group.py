@@ -15,6 +15,7 @@ from ...loading.checkpoint import open_checkpoint
 from ...loading.content import content_digest
 from ..errors import RequestFailedError, WorkersFailedError
 from ..group_config import GroupConfig, ModelConfig
+from ..patience import mesh_seconds, step_seconds
 from ..wire.handshake import Handshakes
 from ..wire.messages import Load, Progress, Unload
 from .ranks import POLL_SECONDS, Check, Ranks
@@ -46,11 +47,12 @@ class WorkerGroup(Ranks):
 
         Raises:
             WorkersFailedError: a rank ended, or another host cannot take part or has not joined.
-            ValueError: the port is taken, or the endpoint is no address of this host.
+            ValueError: the port is taken, the endpoint is no address of this host, or a deadline is no number.
         """
         with self.held(check):
             try:
                 if self.state == "new":
+                    mesh_seconds(), step_seconds()
                     self._launcher.start(imports)
                     self.state = "starting"
                     self._handshakes = Handshakes(self._launcher.listener, self._local)

@@ -28,6 +28,7 @@ from .component import Component, ModelSettings, Place
 from .components import COMPONENTS
 from .eviction import Eviction
 from .hosted_model import HostedModel
+from .mesh_check import MeshCheck
 from .residents import Residents
 from .text_component import TextEncoderComponent, VisionComponent
 from .transformer_component import TransformerComponent
@@ -48,6 +49,7 @@ class Engine:
         notify: told what users should find in the log.
         eviction: for tests, one with another view of the memory that there is.
         on_progress: told of the reading of parts that come back.
+        check: of meshes that are built, whether their ranks reach each other.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Engine:
         notify: Callable[[str], None] = print,
         eviction: Eviction | None = None,
         on_progress: OnProgress = lambda *_: None,
+        check: MeshCheck | None = None,
     ) -> None:
         self.device = device
+        self.check = check or MeshCheck(device, 0.0, lambda _: None)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         world = Axis(dist.group.WORLD, ranks, self.rank) if ranks > 1 else SINGLE
@@ -135,12 +139,7 @@ class Engine:
         speed: Speed = AS_IT_IS,
         file_part: str = "",
     ) -> HostedModel:
-        key = layout, speed.copy_engines
-        if key not in self._meshes:
-            self._meshes[key] = build_mesh(
-                layout, self.device.type, copies.usable(speed.copy_engines, self.eviction.notify)
-            )
-        mesh = self._meshes[key]
+        mesh = self._mesh(layout, speed.copy_engines)
         source: Checkpoint | ValueError
         try:
             source = open_same_checkpoint(Path(path), content, file_part)
@@ -150,6 +149,21 @@ class Engine:
         assert not isinstance(source, ValueError)
         settings = ModelSettings(source, layout, mesh, self.device, dtype, fp8, speed)
         return HostedModel(settings, encoder_memory, {part: COMPONENTS[part](settings) for part in source.components})
+
+    def _mesh(self, layout: ParallelismConfig, copy_engines: bool) -> ParallelMesh:
+        """The mesh of a layout, over which ranks were seen to reach each other. Collective where it is a new one.
+
+        Raises:
+            UnreachedError: they do not.
+        """
+        key = layout, copy_engines
+        if key not in self._meshes:
+            self.check.meet()
+            with self.check.within("all ranks", range(layout.world_size)):
+                mesh = build_mesh(layout, self.device.type, copies.usable(copy_engines, self.eviction.notify))
+            self.check.run(mesh)
+            self._meshes[key] = mesh
+        return self._meshes[key]
 
     def unload(self, name: str) -> None:
         """Free a model for good; nothing where there is none of that name."""

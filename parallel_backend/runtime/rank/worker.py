@@ -7,6 +7,7 @@ On another host than the client's, the socket is that of the process that looks 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from torch.distributed import PrefixStore, TCPStore
 
 from ...config import ParallelismConfig, Speed
 from ...families import VisionImage
-from ..errors import BatchTooLargeError
+from ..errors import BatchTooLargeError, out_of_reach
 from ..forking import end_with_parent, take_name
+from ..patience import STEP_SECONDS, mesh_seconds, step_seconds
 from ..wire.channel import Channel, ChannelClosedError
 from ..wire.messages import (
     Adapt,
@@ -49,10 +52,19 @@ from ..wire.messages import (
     Unload,
 )
 from ..wire.shared_tensors import Buffer
+from .device_failure import describe_device, device_failed
 from .engine import Engine
+from .mesh_check import MeshCheck, Unreached, UnreachedError
 from .out_of_memory import out_of_memory
+from .pulse import Pulse
 from .rank_log import end_at_once, log_file, log_to
 from .relay import Relay
+
+JOIN_SECONDS = 300.0
+"""How long ranks may take to come up: some hosts import from a slow disk."""
+JOIN_TIMES = 2
+"""Meeting for the first time may take as many deadlines of an exchange: NCCL looks at the machine then."""
+PULSE_SECONDS = 5.0
 
 
 def main(forked: bool = False) -> None:
@@ -87,7 +99,9 @@ def main(forked: bool = False) -> None:
         if arguments.device == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        _join(device)
+        described = describe_device(device, local_rank)
+        check = MeshCheck(device, mesh_seconds(), lambda _: None)
+        _join(device, described)
 
         def notify(text: str) -> None:
             print(text, flush=True)
@@ -98,13 +112,14 @@ def main(forked: bool = False) -> None:
             channel.send(Progress(rank, done, total))
 
         over_hosts = int(os.environ["GROUP_WORLD_SIZE"]) > 1
-        serve(Relay(channel) if over_hosts else channel, Engine(device, notify, on_progress=on_progress))
+        engine = Engine(device, notify, on_progress=on_progress, check=check)
+        serve(Relay(channel) if over_hosts else channel, engine, described, channel)
     except ChannelClosedError:
         os._exit(0)
 
 
-def _join(device: torch.device) -> None:
-    """Make the default process group.
+def _join(device: torch.device, described: str) -> None:
+    """Make the default process group. Once all ranks are up it has a deadline, after which this one ends.
 
     Its keys in the store are the group's own: at the endpoint of several hosts there may have been another group.
     """
@@ -114,7 +129,20 @@ def _join(device: torch.device) -> None:
         os.environ["TORCHELASTIC_RUN_ID"], TCPStore(address, port, is_master=False, wait_for_workers=False)
     )
     backend, of_device = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=of_device)
+    store.set(f"up {rank}", "")
+    store.wait([f"up {other}" for other in range(ranks)], timedelta(seconds=JOIN_SECONDS))
+
+    def end(unreached: Unreached) -> None:
+        faulthandler.dump_traceback(all_threads=True)
+        print(
+            f"rank {rank} ({described}) did not meet the other {ranks - 1} within {unreached.seconds:.0f} s\n"
+            f"{out_of_reach([described], several_hosts=int(os.environ['GROUP_WORLD_SIZE']) > 1)}",
+            flush=True,
+        )
+        os._exit(1)
+
+    with MeshCheck(device, JOIN_TIMES * mesh_seconds(), end).within("all ranks", range(ranks)):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=of_device)
 
 
 def _end_with_client(descriptor: int) -> None:
@@ -129,9 +157,32 @@ def _end_with_client(descriptor: int) -> None:
     os._exit(0)
 
 
-def serve(channel: Channel | Relay, engine: Engine) -> None:
-    """Carry out requests until the client is gone (ChannelClosedError)."""
+def serve(channel: Channel | Relay, engine: Engine, described: str = "", direct: Channel | None = None) -> None:
+    """Carry out requests until the client is gone (ChannelClosedError).
+
+    Args:
+        channel: requests come from, and answers go to.
+        engine: carries them out.
+        described: this rank's device.
+        direct: to who listens on this host, for what a thread has to say while this one is busy; by default none.
+    """
     buffer = Buffer()
+    request_id = -1
+    beats = 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+        if direct is not None:
+            direct.try_to_send(Progress(engine.rank, beats, 0))
+
+    def stuck(unreached: Unreached) -> None:
+        faulthandler.dump_traceback(all_threads=True)
+        if direct is not None:
+            direct.send(_unreached(request_id, engine.rank, described, unreached))
+
+    engine.check.tell = stuck
+    pulse = Pulse(min(PULSE_SECONDS, (step_seconds() or STEP_SECONDS) / 4), engine.device.type == "cpu", beat)
     while True:
         request, tensors = channel.receive()
         started = time.perf_counter()
@@ -139,12 +190,19 @@ def serve(channel: Channel | Relay, engine: Engine) -> None:
         failed: Failed | None = None
         engine.alone = False
         try:
-            data, answer = perform(engine, request, tensors)
+            # What other steps of its size took is known of a step, so that it needs no pulse.
+            with pulse.watched(not isinstance(request, Predict) or request.first):
+                data, answer = perform(engine, request, tensors)
         except ChannelClosedError:
             raise
+        except UnreachedError as error:
+            failed = _unreached(request_id, engine.rank, described, error.unreached)
         except Exception as error:
-            failed = _failure(request_id, engine, error)
+            failed = _failure(request_id, engine, error, described)
         if failed is not None:
+            if failed.device_failed:  # nothing can be given back, and other ranks may wait for this one
+                (direct or channel).send(failed)
+                continue
             engine.recover(failed.alone)
             channel.send(failed)
             continue
@@ -224,16 +282,26 @@ def perform(
     raise ValueError(f"a worker does not take a {type(request).__name__}")
 
 
-def _failure(request_id: int, engine: Engine, error: Exception) -> Failed:
+def _failure(request_id: int, engine: Engine, error: Exception, device: str) -> Failed:
     text = traceback.format_exc()
     print(text, flush=True)
     memory = out_of_memory(error, engine.eviction.available)
     bad_input = isinstance(error, ValueError)
     described = str(error) if bad_input else f"{type(error).__name__}: {error}"
+    if memory is None and device_failed(error):
+        return Failed(request_id, engine.rank, described, False, text, device=device, device_failed=True)
     collectives = engine.collectives_begun()
     return Failed(
-        request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives, engine.alone
+        request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives, engine.alone, device
     )
+
+
+def _unreached(request_id: int, rank: int, device: str, found: Unreached) -> Failed:
+    text = f"ranks {list(found.ranks)} were not reached on the axis {found.axis}"
+    return Failed(
+        request_id, rank, text, False,
+        device=device, axis=found.axis, unreached=list(found.ranks), seconds=found.seconds,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

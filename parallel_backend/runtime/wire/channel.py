@@ -7,6 +7,7 @@ its tensors, is a `BadMessageError` and leaves no descriptor behind.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
@@ -18,6 +19,8 @@ from .messages import BadMessageError, Message, decode, encode
 from .shared_tensors import Buffer, SharedTensors, pack, unpack
 
 MAX_PACKET = 1 << 17
+MOST_UNREAD = 1 << 15
+"""Bytes in the buffer of an end that does not read, beyond which what may be lost is; the rest is for what may not."""
 SEND_SECONDS = 30.0
 """How long a message waits for room in the buffer of an end that does not read: a stopped process."""
 
@@ -67,6 +70,16 @@ class Channel:
             ) from None
         except OSError as error:
             raise ChannelClosedError(f"the other end is gone ({error})") from error
+
+    def try_to_send(self, message: Message) -> None:
+        """Send a short message that may as well be lost, such as where nobody reads; also in another thread."""
+        import fcntl  # not on Windows, where the pack still loads
+        import termios
+
+        with contextlib.suppress(OSError):
+            unread = struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4))[0]
+            if unread < MOST_UNREAD:
+                self.socket.send(encode(message, []), socket.MSG_DONTWAIT)
 
     def send_tensors(self, message: Message, tensors: Mapping[str, Tensor], buffer: Buffer | None = None) -> None:
         """Send one message with tensors to this one rank, in a buffer or in fresh memory; raises what `pack` and `send`

@@ -111,7 +111,8 @@ class Predict:
     ``context`` and ``references`` are names of kept tensors, ``options`` and all other tensors are those of
     `Conditioning`. ``cache`` has the cache's ``settings`` and the ``evaluation``; each rank's answer then says what was
     decided. ``divisible`` says that the client would rather have parts of the batch evaluated than too much at once:
-    then each rank may answer with ``too_large``, why, and with nothing else.
+    then each rank may answer with ``too_large``, why, and with nothing else. ``first`` says that no other of its size
+    went before: it may take any time, and ranks say meanwhile that they get on.
     """
 
     id: int
@@ -121,6 +122,7 @@ class Predict:
     options: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
     divisible: bool = False
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Progress:
-    """A rank's progress in loading, in bytes."""
+    """A rank's progress in loading, in bytes; of ``total`` 0: that it gets on with what else it does, another time."""
 
     rank: int
     done: int
@@ -189,6 +191,10 @@ class Failed:
     ``out_of_memory`` has the bytes that were asked for (0: not known) and those that were free. Ranks whose
     ``collectives`` (begun so far) are equal have stopped at the same place; None: not known. ``alone`` says that no
     other rank waits for what failed, and that nothing has changed that ranks must have alike.
+
+    ``device`` says what it runs on, and ``device_failed`` that it can do nothing there any more. ``axis`` names one on
+    which an exchange of this rank did not end within ``seconds``, in which it waited for ranks ``unreached``; in no
+    seconds, something else arrived than they had sent.
     """
 
     id: int
@@ -199,6 +205,11 @@ class Failed:
     out_of_memory: list[int] | None = None
     collectives: int | None = None
     alone: bool = False
+    device: str = ""
+    device_failed: bool = False
+    axis: str = ""
+    unreached: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 Message = (
