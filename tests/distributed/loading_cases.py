@@ -14,6 +14,7 @@ from parallel_backend.loading import weight_loader
 from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.mesh import ParallelMesh, raise_together
+from parallel_backend.parallel.products import Product, named_weights
 from parallel_backend.parallelize import parallelize_transformer
 
 
@@ -47,7 +48,7 @@ def counting_reads(path: str, cut: int = 0) -> Iterator[list[int]]:
 def load(
     mesh: ParallelMesh, layout: ParallelismConfig, path: str, fp8: str = "cast", cut: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict, int, str]:
-    """This rank's parameters, its table, the bytes that it read, and the error that it raised; see `counting_reads`."""
+    """What this rank stores of the weights, its table, the bytes that it read, and its error; see `counting_reads`."""
     source = open_single_file(path)
     model = source.family.transformer.build(source.transformer_config)
     table = parallelize_transformer(model, source.family.transformer, layout, mesh)
@@ -65,4 +66,8 @@ def load(
         raise_together(error, mesh.world)
     except ValueError as together:
         raised = str(together)
-    return {name: p.data for name, p in model.named_parameters()}, table, sum(read), raised
+    stored = {
+        name: weight.tensors()[0] if isinstance(weight, Product) else weight.data
+        for name, weight in named_weights(model).items()
+    }
+    return stored, table, sum(read), raised
