@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..parallel_backend.drawing.sampling import load_tokenizer
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
-from .comfy_clip import refuse_clip_layer, refuse_generation, wrap_clip
-from .comfy_patcher import RemotePart
+from .comfy_clip import refuse_clip_layer, refuse_generation, weight_shapes, wrap_clip
+from .comfy_patcher import RemotePart, meta_state_dict
 from .group import ModelHandle, check_interrupted
 
 TOKENS_KEY = "parallel_text_encoder"
@@ -56,13 +56,22 @@ class ChatTokenizer:
 
 
 class RemoteTextEncoder(nn.Module):
-    """Stands where ComfyUI's text encoder model stands, without parameters."""
+    """Stands where ComfyUI's text encoder model stands, without parameters.
 
-    def __init__(self, handle: ModelHandle) -> None:
+    Args:
+        handle: of the model in the workers.
+        shapes: the weights that patches may name.
+        name: what ComfyUI calls the text encoder that it has for this model.
+    """
+
+    def __init__(self, handle: ModelHandle, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
         super().__init__()
-        self.handle = handle
         self.remote_part = RemotePart(handle, "text_encoder")
         self.dtypes = {torch.float32}
+        self._shapes = {f"{name}.transformer.{key}": shape for key, shape in shapes.items()}
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        return meta_state_dict(self._shapes, destination, prefix)
 
     def reset_clip_options(self) -> None:
         pass
@@ -73,13 +82,17 @@ class RemoteTextEncoder(nn.Module):
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
         """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
         ids = torch.tensor([[entry[0] for entry in tokens[TOKENS_KEY][0]]])
-        context = self.handle.get().encode_text(ids, torch.ones_like(ids), check=check_interrupted)
+        part = self.remote_part
+        context = part.handle.get().encode_text(
+            ids, torch.ones_like(ids), check=check_interrupted, adapters=part.adapters
+        )
         return context.to(comfy.model_management.intermediate_device(), torch.float32), None
 
     def generate(self, *_: Any, **__: Any) -> None:
         refuse_generation()
 
 
-def make_chat_clip(handle: ModelHandle, source: PipelineFolder, conversation: Conversation) -> comfy.sd.CLIP:
-    """The CLIP of a pipeline whose text encoder is in the workers, for prompts of text alone."""
-    return wrap_clip(RemoteTextEncoder(handle), ChatTokenizer(source, conversation))
+def make_chat_clip(handle: ModelHandle, source: PipelineFolder, conversation: Conversation, name: str) -> comfy.sd.CLIP:
+    """The CLIP of a pipeline whose text encoder is in the workers, for prompts of text alone; name as ComfyUI's."""
+    encoder = RemoteTextEncoder(handle, weight_shapes(source), name)
+    return wrap_clip(encoder, ChatTokenizer(source, conversation))

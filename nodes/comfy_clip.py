@@ -19,7 +19,7 @@ from ..parallel_backend.families import VisionImage
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile
 from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
-from .group import ModelHandle, check_interrupted
+from .group import check_interrupted
 
 OPTION = "parallel_text_encoder"
 """Among ComfyUI's model options: the `TextModelSpec` that `RemoteClipModel` is made of."""
@@ -32,7 +32,7 @@ class TextModelSpec:
     """What ComfyUI's handling of tokens has to know of a language model in the workers.
 
     Args:
-        handle: of the model in the workers.
+        part: what it is in the workers.
         count: how many layers the language model has.
         shapes: the weights that patches may name, under ComfyUI's keys.
         layer: ``"last"`` where the context is the last hidden state, or those that stand side by side in it.
@@ -40,7 +40,7 @@ class TextModelSpec:
         image_token: placeholder for a part of an image; None: the language model does not look at images.
     """
 
-    handle: ModelHandle
+    part: RemotePart
     count: int
     shapes: Mapping[str, tuple[int, ...]]
     layer: str | list[int]
@@ -97,7 +97,10 @@ class RemoteTextModel(nn.Module):
         """
         ids = embeds[..., 0].round().long()
         images = [info["extra"] for info in embeds_info if info["type"] == "image"]
-        context = self.spec.handle.get().encode_text(ids, attention_mask.long(), images, check=check_interrupted)
+        part = self.spec.part
+        context = part.handle.get().encode_text(
+            ids, attention_mask.long(), images, check=check_interrupted, adapters=part.adapters
+        )
         if isinstance(self.spec.layer, str):
             return context, None
         return None, context.unflatten(-1, (len(self.spec.layer), -1)).movedim(2, 1)
@@ -158,7 +161,7 @@ class RemoteEncoder:
         # ComfyUI takes another class for its language model by this name.
         options = {OPTION: spec, f"{name}_class": RemoteClipModel}
         super().__init__(dtype=torch.float32, model_options=options)  # type: ignore[call-arg]
-        self.remote_part = RemotePart(spec.handle, "text_encoder")
+        self.remote_part = spec.part
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         refuse_clip_layer(options.get("layer"))

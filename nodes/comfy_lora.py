@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
+from comfy.weight_adapter.glora import GLoRAAdapter
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
+from comfy.weight_adapter.oft import OFTAdapter
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
+from ..parallel_backend.loading.adapters import NO_ADAPTERS, OF_WEIGHT, AdapterSet, Patch
 
-PREFIX = "diffusion_model."
-TAKEN = "LoRA, LoCon, LoHa, LoKr, and plain differences of weights"
+TAKEN = "LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, and plain differences of weights"
 
 
-def adapter_set(patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str) -> AdapterSet:
-    """All patches of a MODEL's diffusion model.
+def adapter_set(patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str, anchor: str) -> AdapterSet:
+    """All patches of a MODEL's diffusion model, or of a CLIP's language model.
 
     Args:
         patches: ``ModelPatcher.patches``: key -> ``(strength, value, model strength, offset, function)``, in order.
         name: tells sets apart, ``ModelPatcher.patches_uuid``.
+        anchor: what of a key stands before the names that the workers know.
 
     Raises:
         ValueError: a kind that workers do not apply; names it and the key.
@@ -32,7 +36,7 @@ def adapter_set(patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str) -> 
     if not patches:
         return NO_ADAPTERS
     found = {key: [patch for one in of for patch in patch_of(key, *one)] for key, of in patches.items()}
-    return AdapterSet(name, {key.removeprefix(PREFIX): of for key, of in found.items() if of})
+    return AdapterSet(name, {key.partition(anchor)[2]: of for key, of in found.items() if of})
 
 
 def patch_of(
@@ -46,34 +50,43 @@ def patch_of(
     if function not in (None, comfy.utils.swap_scale_shift):
         raise ValueError(f"a node changes the weight {key} by a function of its own, which workers do not have")
     swap = function is not None
-    kind, tensors, factor = _kind_of(key, value)
-    if kind != "set" and strength == 0.0:
+    one = _kind_of(key, value)
+    if one.kind != "set" and strength == 0.0:
         if model_strength == 1.0:
             return []
-        kind, tensors = "scale", ()
-    return [Patch(kind, tensors, strength * factor, model_strength, offset, swap)]
+        one = Patch("scale", ())
+    if swap and one.kind in OF_WEIGHT:
+        raise _refused(key, f"{one.kind.upper()} on a weight whose halves ComfyUI has in another order")
+    # ComfyUI turns by what strength makes of the rotation, and adds strength of that.
+    turn = strength if one.kind == "oft" else 1.0
+    if one.dora is None:
+        changes = {"strength": strength * turn * one.alpha, "alpha": 1.0}
+    else:
+        changes = {"strength": strength, "alpha": one.alpha * turn}
+    return [replace(one, model_strength=model_strength, offset=offset, swap=swap, **changes)]
 
 
-def _kind_of(key: str, value: Any) -> tuple[str, tuple[Tensor, ...], float]:
-    """Kind and tensors of a patch's value, and what the strength is multiplied by."""
+def _kind_of(key: str, value: Any) -> Patch:
+    """A patch's value, at a strength of 1."""
     if isinstance(value, WeightAdapterBase):
-        return _kind_of_adapter(key, value)
+        return _adapter(key, value)
     if isinstance(value, tuple) and len(value) == 1:
         value = ("diff", value)
     if isinstance(value, tuple) and len(value) == 2 and value[0] in ("diff", "set"):
         kind, (tensor, *more) = value
         if tensor is None:
-            return "scale", (), 1.0
+            return Patch("scale", ())
         if more and more[0].get("pad_weight"):
             raise _refused(key, "a difference that makes a weight larger")
-        return kind, (tensor,), 1.0
+        return Patch(kind, (tensor,))
     what = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else type(value).__name__
     raise _refused(key, f"{what!r}")
 
 
-def _kind_of_adapter(key: str, adapter: WeightAdapterBase) -> tuple[str, tuple[Tensor, ...], float]:
+def _adapter(key: str, adapter: WeightAdapterBase) -> Patch:
     weights: Any = adapter.weights
     tensors: tuple[Tensor, ...]
+    of_convolution, rank = False, None
     if isinstance(adapter, LoRAAdapter):
         up, down, alpha, middle, dora, reshape = weights
         if reshape is not None:
@@ -90,27 +103,60 @@ def _kind_of_adapter(key: str, adapter: WeightAdapterBase) -> tuple[str, tuple[T
         # The rank of the last factor that is decomposed; whole factors have no alpha. As ComfyUI has it.
         rank = b2.shape[0] if w2 is None else b1.shape[0] if w1 is None else None
         tensors = (_product(a1, b1) if w1 is None else w1, _product(a2, b2) if w2 is None else w2)
+    elif isinstance(adapter, GLoRAAdapter):
+        *matrices, alpha, dora = weights
+        a1, a2, b1, b2 = (matrix.flatten(1) for matrix in matrices)
+        kind, of_convolution = "glora", any(matrix.ndim > 2 for matrix in matrices)
+        if _is_old_glora(a1, a2, b1, b2):
+            a1, a2, b1, b2 = a2, a1, b2, b1
+        tensors, rank = (b1, b2, a1, a2), a2.shape[0]
+    elif isinstance(adapter, OFTAdapter):
+        blocks, _, alpha, dora = weights  # ComfyUI, too, has no use for the second
+        kind, tensors = "oft", (_rotation(blocks, alpha),)
+        if dora is not None:
+            rank, alpha = 1, alpha or 0.0  # which it multiplies by
+        else:
+            alpha = None
     else:
         raise _refused(key, type(adapter).__name__.removesuffix("Adapter"))
     if of_convolution:
         raise _refused(key, "an adapter of a convolution")
-    if dora is not None:
-        raise _refused(key, "DoRA")
-    return kind, tensors, alpha / rank if alpha is not None and rank is not None else 1.0
+    factor = float(alpha / rank) if alpha is not None and rank is not None else 1.0
+    return Patch(kind, tensors, dora=None if dora is None else dora.flatten(1) if dora.ndim > 1 else dora, alpha=factor)
 
 
-_products: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+def _is_old_glora(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> bool:
+    """Whether a GLoRA's matrices are the other way round, as older LyCORIS has them: ``W @ a2 @ a1 + b2 @ b1``."""
+    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+    # Where both can be, the weight is square, and its side is not the smaller number.
+    return old and (not new or a2.shape[0] >= a2.shape[1])
+
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What was made of tensors of a file, so that it is the same tensor each time and is sent once."""
+
+
+def _rotation(blocks: Tensor, alpha: float | None) -> Tensor:
+    """OFT's rotations ``[blocks, size, size]`` (Cayley transform), fp32."""
+    limit = float(alpha or 0.0)
+    kept = _made.get(blocks)
+    if kept is None or kept[0] != limit:
+        skew = blocks.float() - blocks.float().transpose(1, 2)
+        norm = float(skew.norm()) + 1e-8
+        if 0 < limit < norm:
+            skew = skew * limit / norm
+        one = torch.eye(skew.shape[1])
+        kept = _made[blocks] = (limit, (one + skew) @ (one - skew).inverse())
+    return kept[1]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32; the same tensor each time, so that it is sent once."""
-    key = (a.data_ptr(), b.data_ptr())
-    kept = _products.get(key)
-    if kept is None or kept[0] is not a or kept[1] is not b:
-        if len(_products) > 4096:
-            _products.clear()
-        kept = _products[key] = (a, b, torch.mm(a.float(), b.float()))
-    return kept[2]
+    """``a @ b`` in fp32."""
+    kept = _made.get(a)
+    if kept is None or kept[0] is not b:
+        kept = _made[a] = (b, torch.mm(a.float(), b.float()))
+    return kept[1]
 
 
 def _refused(key: str, what: str) -> ValueError:

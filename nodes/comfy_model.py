@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_backend.families import Conditioning
-from ..parallel_backend.loading.adapters import NO_ADAPTERS
 from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.runtime.errors import BatchTooLargeError
 from .cache_run import RUN_KEY
@@ -38,11 +37,10 @@ class RemoteDiffusionModel(nn.Module):
     def __init__(self, handle: ModelHandle, source: Checkpoint, shapes: Shapes) -> None:
         super().__init__()
         self.handle, self.source, self.family = handle, source, family_of(source)
+        self.part = RemotePart(handle, "transformer")
         self.block_count = self.family.block_count(source.transformer_config)
         self.patch_size = self.family.patch_size
         self.dtype = getattr(torch, handle.config.dtype)
-        self.adapters = NO_ADAPTERS
-        """Patches of the weights (LoRA) of the MODEL whose turn it is; `RemotePatcher` sets it."""
         self._shapes = shapes
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
@@ -111,7 +109,7 @@ class RemoteDiffusionModel(nn.Module):
         model = self.handle.get()
         try:
             return model.predict(
-                x, timestep, conditioning, check_interrupted, cache, divisible=divisible, adapters=self.adapters
+                x, timestep, conditioning, check_interrupted, cache, divisible=divisible, adapters=self.part.adapters
             )
         except BatchTooLargeError as error:
             log.info("%s; its %d conditionings are evaluated one after the other", error, len(uuids))
@@ -191,7 +189,7 @@ def _remote_class(model_class: Any) -> Any:
             # Samplers ask it about an empty latent, before they make noise of the size that it was given: seconds of
             # sound as a video's frames would be gigabytes.
             self.latent_format.fix_empty_latent = self._check_empty
-            self.remote_part = RemotePart(diffusion_model.handle, "transformer")
+            self.remote_part = diffusion_model.part
 
         def _check_empty(self, latent):
             self.diffusion_model.check_latent(latent)

@@ -10,7 +10,7 @@ import comfy.model_patcher
 import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ..parallel_backend.loading.adapters import NO_ADAPTERS
+from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet
 from .comfy_lora import adapter_set, check_patches
 from .group import ModelHandle
 
@@ -18,12 +18,20 @@ LARGEST_TIMESTEP = 1.001
 """Models take sigmas from 0 to 1, give or take what is lost in rounding."""
 
 
-@dataclass(frozen=True)
+ANCHORS = {"transformer": "diffusion_model.", "text_encoder": ".transformer."}
+"""Components that take patches of weights -> what stands in ComfyUI's keys before the names that the workers know."""
+
+
+@dataclass
 class RemotePart:
-    """What of which model in the workers an object stands for; its attribute ``remote_part``."""
+    """What of which model in the workers an object stands for; its attribute ``remote_part``.
+
+    ``adapters`` are the patches of its weights (LoRA) of the object whose turn it is; `RemotePatcher` sets them.
+    """
 
     handle: ModelHandle
     component: str
+    adapters: AdapterSet = NO_ADAPTERS
 
 
 def meta_state_dict(
@@ -59,30 +67,33 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.
-        if self._takes_patches:
-            self.model.diffusion_model.adapters = adapter_set(self.patches, str(self.patches_uuid))
+        part = self._patched_part()
+        if part is not None:
+            part.adapters = adapter_set(self.patches, str(self.patches_uuid), ANCHORS[part.component])
         elif self.patches:  # put there past `add_patches`
             _refuse_weights(len(self.patches))
         super().load(*args, **kwargs)
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
-        if unpatch_weights and self._takes_patches:
-            self.model.diffusion_model.adapters = NO_ADAPTERS
+        part = self._patched_part()
+        if unpatch_weights and part is not None:
+            part.adapters = NO_ADAPTERS
         return super().unpatch_model(device_to, unpatch_weights)
 
-    @property
-    def _takes_patches(self) -> bool:
+    def _patched_part(self) -> RemotePart | None:
+        """What patches of weights go to; None where there is none that takes them."""
         part: RemotePart | None = getattr(self.model, "remote_part", None)
-        return part is not None and part.component == "transformer"
+        return part if part is not None and part.component in ANCHORS else None
 
     # What cannot be honoured is refused by the node that asks for it, before anything is computed.
 
     def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        if not self._takes_patches:
+        part = self._patched_part()
+        if part is None:
             if patches and (strength_patch, strength_model) != (0.0, 1.0):
                 _refuse_weights(len(patches))
             return list(patches)
-        if not patches:
+        if not patches and part.component == "transformer":  # few LoRAs have something for a text encoder
             raise ValueError(
                 "the LoRA changes no weight that this model has; it is for another model, or in a form that ComfyUI "
                 "does not read (its log names the weights)"
@@ -162,8 +173,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
 def _refuse_weights(count: int) -> NoReturn:
     raise ValueError(
-        f"a LoRA loader changes {count} weights of a text encoder or VAE that lives in the parallel workers, which is "
-        "not possible in this version; use Load LoRA (Model), which changes the MODEL alone, or ComfyUI's own loader"
+        f"a node changes {count} weights of a VAE that lives in the parallel workers, which is not possible; bypass "
+        "it, or use ComfyUI's own loader"
     )
 
 

@@ -22,8 +22,12 @@ from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
 from ...parallel_backend.requirements import installed
 from ..comfy_chat import make_chat_clip
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
+from ..comfy_patcher import RemotePart
 from ..group import ModelHandle
 from .base import ComfyFamily, Shapes, VaeLook, shapes_by_table
+
+CLIP_NAME = "mistral3_24b"
+"""What ComfyUI calls the language model of the text encoder."""
 
 
 class Flux2(ComfyFamily):
@@ -86,16 +90,16 @@ class Flux2(ComfyFamily):
                 f"the tokenizer in {source.path} cannot be read ({error!r}); download the file again"
             ) from error
         spec = TextModelSpec(
-            handle,
+            RemotePart(handle, "text_encoder"),
             count=source.text_config["text_config"]["num_hidden_layers"],
             shapes=weight_shapes(source),
             layer=list(source.family.needs_text_encoder().layers(source.text_config)),
             special_tokens={"start": 1, "pad": 0},
         )
-        return wrap_clip(_TextEncoder(spec, "mistral3_24b"), tokenizer)
+        return wrap_clip(_TextEncoder(spec, CLIP_NAME), tokenizer)
 
     def clip_of_folder(self, handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
-        return make_chat_clip(handle, source, conversation)
+        return make_chat_clip(handle, source, conversation, CLIP_NAME)
 
 
 class _Tokenizer(PromptOnly, Flux2Tokenizer):

@@ -22,6 +22,7 @@ from ...parallel_backend.loading.checkpoint import Checkpoint
 from ...parallel_backend.loading.pipeline_folder import PipelineFolder
 from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
+from ..comfy_patcher import RemotePart
 from ..group import ModelHandle
 from .base import ComfyFamily, Shapes, VaeLook
 
@@ -155,7 +156,7 @@ def _language_tokenizer(folder: Path, tokenizer_data: dict[str, Any]) -> SDToken
 def _make_clip(handle: ModelHandle, source: TextEncoderFile | PipelineFolder, tokenizer: _Tokenizer) -> comfy.sd.CLIP:
     text = source.text_config.get("text_config", source.text_config)
     spec = TextModelSpec(
-        handle,
+        RemotePart(handle, "text_encoder"),
         count=text["num_hidden_layers"],
         shapes=weight_shapes(source),
         layer="last",

@@ -1,11 +1,14 @@
 """Patches of weights (LoRA and the like) as a graph gives them, and what they make of a slice of a weight.
 
-A rank never has a full weight of a sharded layer: every kind here is exact on any rows and columns of it. Formulas and
-their order are ComfyUI's (`comfy.lora.calculate_weight`).
+A rank never has a full weight of a sharded layer: most kinds are exact on any rows and columns of it, and for the
+others ranks exchange little (`wide_adapters`). Formulas and their order are ComfyUI's (`comfy.lora.calculate_weight`).
 
 * LoRA (arXiv:2106.09685): ``up @ down``; LoCon adds a middle, which is multiplied into ``down`` before.
 * LoHa (FedPara, arXiv:2108.06098): ``(a1 @ b1) * (a2 @ b2)``.
 * LoKr (arXiv:2212.10650, LyCORIS): the Kronecker product of two matrices.
+* GLoRA (arXiv:2306.07967): ``W @ a1 @ a2 + b1 @ b2``.
+* OFT (arXiv:2306.07280): blocks of rows of W are rotated.
+* DoRA (arXiv:2402.09353), on top of any of them: rows or columns of the sum get lengths of their own.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 8 * 2**20
 """Weights that are patched at a time, in fp32: 32 MiB."""
-KINDS = {"lora": 2, "loha": 4, "lokr": 2, "diff": 1, "set": 1, "scale": 0}
+KINDS = {"lora": 2, "loha": 4, "lokr": 2, "glora": 4, "oft": 1, "diff": 1, "set": 1, "scale": 0}
 """Kinds of patches, and how many tensors each has."""
+OF_WEIGHT = ("glora", "oft")
+"""Those that add something which depends on the weight."""
 ALIGNMENT = 64
 Ranges = Sequence[tuple[int, int]]
 
@@ -33,12 +38,16 @@ class Patch:
 
     Args:
         kind: one of `KINDS`; ``"scale"`` only scales.
-        tensors: ``up [rows, r], down [r, columns]``; ``a1, b1, a2, b2`` of LoHa; the two factors of LoKr; what is added
-            (``diff``) or put in its place (``set``).
+        tensors: ``up [rows, r], down [r, columns]``; ``a1, b1, a2, b2`` of LoHa; the two factors of LoKr;
+            ``b1, b2, a1, a2`` of GLoRA; the rotations ``[blocks, size, size]`` of OFT, by which rows are multiplied
+            from the right; what is added (``diff``) or put in its place (``set``).
         strength: times which what is added goes in, its alpha over its rank included.
         model_strength: what the weight is multiplied by before.
         offset: ``(dim, start, length)`` of the part that is changed; None for all of it.
         swap: whether the halves of the rows of what is added change places.
+        dora: lengths of the rows ``[rows, 1]`` or of the columns ``[1, columns]`` of the sum. The weight then goes so
+            far towards it as ``strength`` says.
+        alpha: times which what is added goes into that sum.
     """
 
     kind: str
@@ -47,6 +56,8 @@ class Patch:
     model_strength: float = 1.0
     offset: tuple[int, int, int] | None = None
     swap: bool = False
+    dora: Tensor | None = None
+    alpha: float = 1.0
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless it fits a weight of a shape, with both shapes."""
@@ -58,23 +69,39 @@ class Patch:
             changed[dim] = length
         if self.kind == "scale":
             return
-        if self.shape != tuple(changed):
+        if self.kind == "oft":
+            if len(changed) != 2 or self.shape[0] != changed[0]:
+                raise ValueError(f"rotates {self.shape[0]} rows, the model has {changed}")
+        elif self.shape != tuple(changed):
             raise ValueError(f"has the shape {list(self.shape)}, the model {changed}")
+        if self.kind == "glora" and (self.tensors[2].shape[0], self.tensors[3].shape[1]) != (changed[1], changed[1]):
+            inner = [self.tensors[2].shape[0], self.tensors[3].shape[1]]
+            raise ValueError(f"multiplies columns by {inner}, the model has {changed}")
+        if self.dora is not None and tuple(self.dora.shape) not in ((changed[0], 1), (1, *changed[1:])):
+            raise ValueError(f"has lengths {list(self.dora.shape)} (dora_scale) for rows or columns of {changed}")
+
+    @property
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        """Its `tensors`, and `dora` where it has that."""
+        return self.tensors if self.dora is None else (*self.tensors, self.dora)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what it adds."""
         first, *others = self.tensors
-        if self.kind == "lora":
+        if self.kind in ("lora", "loha", "glora"):
             return first.shape[0], others[0].shape[1]
-        if self.kind == "loha":
-            return first.shape[0], others[0].shape[1]
+        if self.kind == "oft":
+            return (first.shape[0] * first.shape[1],)
         if self.kind == "lokr":
             return first.shape[0] * others[0].shape[0], first.shape[1] * others[0].shape[1]
         return tuple(first.shape)
 
-    def part(self, rows: Tensor, columns: slice, device: torch.device) -> Tensor:
-        """What it adds to rows (by number) and columns of the weight, in fp32, without its strength."""
+    def part(self, rows: Tensor, columns: slice | Tensor, device: torch.device) -> Tensor:
+        """What it adds to rows (by number) and columns of the weight, in fp32, without its strength.
+
+        Of GLoRA what does not depend on the weight; of OFT there is none.
+        """
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, torch.float32)
@@ -83,7 +110,7 @@ class Patch:
             half = self.shape[0] // 2
             rows = torch.where(rows < half, rows + half, rows - half)
         first, *others = self.tensors
-        if self.kind == "lora":
+        if self.kind in ("lora", "glora"):
             return moved(first[rows]) @ moved(others[0][:, columns])
         if self.kind == "loha":
             b1, a2, b2 = others
@@ -91,15 +118,19 @@ class Patch:
         if self.kind == "lokr":
             (second,) = others
             height, width = second.shape
+            if isinstance(columns, slice):
+                columns = torch.arange(columns.start, columns.stop)
             outer, inner = moved(first[rows // height]), moved(second[rows % height])
-            a, b = columns.start // width, -(-columns.stop // width)
-            full = (outer[:, a:b, None] * inner[:, None, :]).flatten(1)
-            return full[:, columns.start - a * width : columns.stop - a * width]
+            return outer[:, columns // width] * inner[:, columns % width]
         return moved(first[rows] if first.ndim == 1 else first[rows][:, columns])
 
     def low_rank(self) -> bool:
         """Whether it is a product of two thin matrices, which can stand beside a weight that is not touched."""
-        return self.kind == "lora" and self.model_strength == 1.0
+        return self.kind == "lora" and self.model_strength == 1.0 and self.dora is None
+
+    def wide(self) -> bool:
+        """Whether what it does to a slice depends on more of the weight than that slice; see `wide_adapters`."""
+        return self.dora is not None or self.kind in OF_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -159,6 +190,7 @@ def _patch_chunk(chunk: Tensor, first: int, columns: Ranges, patch: Patch) -> No
 
 
 def _patch_part(part: Tensor, rows: Tensor, columns: slice, patch: Patch) -> None:
+    assert not patch.wide()
     if patch.model_strength != 1.0:
         part.mul_(patch.model_strength)
     if patch.kind == "scale":
@@ -214,7 +246,15 @@ def described(adapters: AdapterSet, name_of: Callable[[Tensor], str]) -> dict[st
     """A set as JSON can hold it, with names in the place of tensors."""
     return {
         key: [
-            [p.kind, [name_of(tensor) for tensor in p.tensors], p.strength, p.model_strength, p.offset, p.swap]
+            [
+                p.kind,
+                [name_of(tensor) for tensor in p.all_tensors],
+                p.strength,
+                p.model_strength,
+                p.offset,
+                p.swap,
+                p.alpha,
+            ]
             for p in patches
         ]
         for key, patches in adapters.patches.items()
@@ -227,12 +267,17 @@ def from_description(name: str, description: Mapping[str, Any], tensors: Mapping
         patches: dict[str, list[Patch]] = {}
         for key, stated in description.items():
             patches[key] = []
-            for kind, names, strength, model_strength, offset, swap in stated:
-                found = tuple(tensors[one] for one in names)
-                if len(found) != KINDS[kind]:
+            for one in stated:
+                if len(one) != 7:
+                    raise ValueError(f"a patch of {len(one)} fields")
+                kind, names, strength, model_strength, offset, swap, alpha = one
+                found, count = tuple(tensors[one] for one in names), KINDS[kind]
+                if len(found) not in (count, count + 1):
                     raise ValueError(f"{len(found)} tensors of a patch of kind {kind}")
                 place = None if offset is None else (int(offset[0]), int(offset[1]), int(offset[2]))
-                patches[key].append(Patch(kind, found, float(strength), float(model_strength), place, bool(swap)))
+                dora = found[count] if len(found) > count else None
+                numbers = float(strength), float(model_strength)
+                patches[key].append(Patch(kind, found[:count], *numbers, place, bool(swap), dora, float(alpha)))
         return AdapterSet(name, patches)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"what arrived describes no patches ({error!r})") from None

@@ -91,7 +91,7 @@ class Plain(Product):
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str | None:
         return "plain"
 
     @property
@@ -170,6 +170,26 @@ class Adapted(Product):
 
     def tensors(self) -> Sequence[Tensor]:
         return (*self.base.tensors(), self.down, self.up)
+
+
+class Instead(Plain):
+    """Another weight in the place of a product, which is kept to come back.
+
+    Args:
+        base: what it stands for.
+        weight: what is multiplied with.
+    """
+
+    def __init__(self, base: Product, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.base = base
+
+    @property
+    def kind(self) -> str | None:
+        return None if self.base.kind is None else f"instead {self.base.kind}"
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (*self.base.tensors(), self.weight)
 
 
 class Foreign(Product):
@@ -295,6 +315,9 @@ def restored(kind: str, tensors: Sequence[Tensor]) -> Product:
     if name == "adapted":
         *base, down, up = tensors
         return Adapted(restored(options, base), down, up)
+    if name == "instead":
+        *base, weight = tensors
+        return Instead(restored(options, base), weight)
     return KINDS[name](options, tensors)
 
 

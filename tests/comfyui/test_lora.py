@@ -85,7 +85,48 @@ def lycoris() -> dict[str, Tensor]:
     return tensors
 
 
-STYLES = {"every layer": every_layer, "diffusers": diffusers_names, "kohya": kohya, "lycoris": lycoris}
+def lengths() -> dict[str, Tensor]:
+    """DoRA of rows and of columns, of a fused weight's queries alone, too; GLoRA of both forms; OFT."""
+    tensors: dict[str, Tensor] = {}
+    row, column = "double_blocks.0.img_mlp.0", "single_blocks.1.linear2"
+    for key, axis in ((row, 0), (column, 1)):
+        rows, columns = shape = SHAPES[f"{key}.weight"]
+        tensors |= low_rank(f"diffusion_model.{key}", rows, columns)
+        of = [1, 1]
+        of[axis] = shape[axis]
+        tensors[f"diffusion_model.{key}.dora_scale"] = 1 + 0.3 * random(*of)
+        tensors[f"diffusion_model.{key}.alpha"] = torch.tensor(2.0)
+    width = SHAPES["img_in.weight"][0]
+    queries = "transformer.transformer_blocks.1.attn.to_q"
+    tensors |= low_rank(queries, width, width) | {f"{queries}.dora_scale": 1 + 0.3 * random(1, width)}
+    for key, old in (("double_blocks.1.txt_mlp.2", False), ("single_blocks.0.linear1", True)):
+        (rows, columns), base = SHAPES[f"{key}.weight"], f"diffusion_model.{key}"
+        inner, outer = random(columns, RANK) * 0.05, random(RANK, columns)
+        up, down = random(rows, RANK) * 0.05, random(RANK, columns)
+        for name, tensor in zip(("a1", "a2", "b1", "b2"), (outer, inner, down, up) if old else (inner, outer, up, down),
+                                strict=True):  # fmt: skip
+            tensors[f"{base}.{name}.weight"] = tensor
+    for key, size in (("double_blocks.1.img_attn.qkv", 48), ("double_blocks.1.img_attn.proj", 32)):
+        blocks = SHAPES[f"{key}.weight"][0] // size
+        tensors[f"diffusion_model.{key}.oft_blocks"] = random(blocks, size, size) * 0.1
+        tensors[f"diffusion_model.{key}.alpha"] = torch.tensor(3.0)
+    return tensors
+
+
+def low_rank(base: str, rows: int, columns: int) -> dict[str, Tensor]:
+    return {
+        f"{base}.lora_A.weight": random(RANK, columns) / columns**0.5,
+        f"{base}.lora_B.weight": random(rows, RANK) * 0.1,
+    }
+
+
+STYLES = {
+    "every layer": every_layer,
+    "diffusers": diffusers_names,
+    "kohya": kohya,
+    "lycoris": lycoris,
+    "lengths": lengths,
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +239,8 @@ def test_what_cannot_be_is_refused_at_the_loader(server, loras):
     key = "double_blocks.0.img_attn.proj"
     layer, (rows, columns) = f"diffusion_model.{key}", SHAPES[f"{key}.weight"]
     good = {f"{layer}.lora_A.weight": random(RANK, columns), f"{layer}.lora_B.weight": random(rows, RANK)}
-    text = refusal(server, "dora", good | {f"{layer}.dora_scale": random(rows, 1)})
-    assert f"{key}.weight is changed by DoRA" in text
+    text = refusal(server, "boft", {f"{layer}.oft_blocks": random(2, 8, 32, 32), f"{layer}.alpha": torch.ones(())})
+    assert f"{key}.weight is changed by BOFT" in text
     assert "LoRA, LoCon, LoHa, LoKr" in text
     text = refusal(server, "wide", good | {f"{layer}.lora_A.weight": random(RANK, columns + 8)})
     assert "1 of 1 weights that the LoRA changes have another size" in text

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from parallel_backend.config import AS_IT_IS, ParallelismConfig
@@ -13,6 +17,7 @@ from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
 from parallel_backend.parallel.products import Adapted, named_weights
 from parallel_backend.runtime.rank.component import ModelSettings
+from parallel_backend.runtime.rank.text_component import TextEncoderComponent
 from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.single_file import flux2_shapes
 
@@ -40,6 +45,82 @@ def patches() -> AdapterSet:
     keys = torch.randn(width, RANK, generator=generator), torch.randn(RANK, width, generator=generator)
     found["double_blocks.0.img_attn.qkv.weight"].append(Patch("lora", keys, -0.1, offset=(0, width, width)))
     return AdapterSet("all", found)
+
+
+def random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def wide_patches() -> AdapterSet:
+    """For every matrix of the file a patch whose effect on a slice depends on the rest of it, of all kinds in turn."""
+    generator = torch.Generator().manual_seed(11)
+    found: dict[str, list[Patch]] = {}
+    kinds = itertools.cycle(WIDE)
+    for key, shape in flux2_shapes(**SIZE).items():
+        # Of the first of these, which is columns, and of the second, which is rows, all of them.
+        of = WIDE if key in ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear2.weight") else [next(kinds)]
+        found |= {key: [wide_patch(kind, shape, generator) for kind in of]} if len(shape) == 2 else {}
+    width = HEADS * 128
+    qkv = found["double_blocks.0.txt_attn.qkv.weight"]
+    for kind in ("dora rows", "dora columns", "glora", "oft"):  # of keys alone
+        qkv.append(replace(wide_patch(kind, (width, width), generator), offset=(0, width, width)))
+    qkv.append(Patch("diff", (random(generator, 3 * width, width),), 0.01, model_strength=0.9))
+    return AdapterSet("wide", found)
+
+
+WIDE = ("dora rows", "dora columns", "glora", "oft", "oft, dora columns", "oft, dora rows", "glora, dora columns")
+
+
+def wide_patch(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Patch:
+    """A patch of a weight of a shape; blocks of rows that are rotated end where no rank's slice does."""
+    rows, columns = shape
+    kind, _, dora = kind.partition(", ")
+    if kind.startswith("dora"):
+        kind, dora = "lora", kind
+    lengths = {"": None, "dora rows": random(generator, rows, 1), "dora columns": random(generator, 1, columns)}[dora]
+    if kind == "oft":
+        size = next(size for size in (48, 32, 16, 8) if rows % size == 0)
+        tensors = (torch.linalg.qr(random(generator, rows // size, size, size))[0],)
+    else:
+        tensors = random(generator, rows, RANK), random(generator, RANK, columns)
+        if kind == "glora":
+            tensors += 0.1 * random(generator, columns, RANK), 0.1 * random(generator, RANK, columns)
+    return Patch(kind, tensors, 0.6, dora=lengths, alpha=0.3 if dora else 1.0)
+
+
+def applied(full: Tensor, patches: list[Patch]) -> Tensor:
+    """Patches on a full weight, in the words of the papers."""
+    full = full.clone()
+    for patch in patches:
+        dim, start, length = patch.offset or (0, 0, len(full))
+        w = full.narrow(dim, start, length).mul_(patch.model_strength)
+        if patch.kind == "oft":
+            (turn,) = patch.tensors
+            delta = torch.cat([turn[b].T @ block for b, block in enumerate(w.split(turn.shape[1]))]) - w
+        elif patch.kind == "diff":
+            (delta,) = patch.tensors
+        else:
+            up, down, *inner = patch.tensors
+            delta = up @ down + (w @ inner[0] @ inner[1] if inner else 0)
+        if patch.dora is None:
+            w += patch.strength * delta
+            continue
+        changed = w + patch.alpha * delta
+        norm = w.norm(dim=1, keepdim=True) if len(patch.dora) == len(w) else changed.norm(dim=0, keepdim=True)
+        w += patch.strength * (changed * patch.dora / norm - w)
+    return full
+
+
+def wide(mesh: ParallelMesh, layout: ParallelismConfig, path: str, patched_path: str) -> dict[str, float | bool]:
+    """The largest error of slices that ranks patched together, and whether they are as the file's in the end."""
+    clean, wanted = (parameters(component(mesh, layout, one)) for one in (path, patched_path))
+    part, asked = component(mesh, layout, path), []
+    part.adapt(wide_patches(), asked.append)
+    assert asked[0] > 0
+    now = parameters(part)
+    error = max(float((now[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+    part.adapt(NO_ADAPTERS)
+    return {"error": error, "undone": all(torch.equal(t, clean[name]) for name, t in parameters(part).items())}
 
 
 def patched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,3 +215,36 @@ def refused(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> tuple[s
     except ValueError as error:
         text = str(error)
     return text, all(torch.equal(tensor, before[name]) for name, tensor in parameters(part).items())
+
+
+def text_component(mesh: ParallelMesh, layout: ParallelismConfig, path: str, fp8: str = "cast") -> TextEncoderComponent:
+    source = open_checkpoint(Path(path))
+    settings = ModelSettings(source, layout, mesh, torch.device("cpu"), torch.float32, fp8, AS_IT_IS)
+    part = TextEncoderComponent(settings)
+    part.load(lambda count: None)
+    return part
+
+
+def text_patches(layers: Mapping[str, Tensor]) -> AdapterSet:
+    """A product of thin matrices for every matrix of a text encoder's, and rows of other lengths for every fifth."""
+    generator = torch.Generator().manual_seed(13)
+    found = {}
+    for number, (key, weight) in enumerate(sorted(layers.items())):
+        if weight.ndim == 2:
+            found[key] = [
+                Patch("lora", (random(generator, len(weight), 3), random(generator, 3, weight.shape[1])), 0.2)
+            ]
+            if number % 5 == 0:
+                found[key].append(wide_patch(WIDE[number % 4], tuple(weight.shape), generator))
+    return AdapterSet("text", found)
+
+
+def text(mesh: ParallelMesh, layout: ParallelismConfig, path: str, patched_path: str) -> dict[str, float | bool]:
+    """The largest error of a text encoder's patched slices, and whether they are as the file's in the end."""
+    clean, wanted = (parameters(text_component(mesh, layout, one)) for one in (path, patched_path))
+    part = text_component(mesh, layout, path)
+    part.adapt(text_patches(load_file(path)))
+    now = parameters(part)
+    error = max(float((now[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+    part.adapt(NO_ADAPTERS)
+    return {"error": error, "undone": all(torch.equal(t, clean[name]) for name, t in parameters(part).items())}

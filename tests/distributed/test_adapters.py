@@ -5,6 +5,7 @@ import pytest
 from parallel_backend import ParallelismConfig
 from tests.distributed import adapter_cases
 from tests.single_file import flux2_tensors, to_fp8, write
+from tests.text_encoder_file import text_tensors
 
 LAYOUTS = {
     "single": ParallelismConfig(),
@@ -23,6 +24,16 @@ def files(tmp_path_factory) -> dict[str, str]:
     return {
         "plain": str(write(folder / "plain.safetensors", tensors)),
         "patched": str(write(folder / "patched.safetensors", adapter_cases.patched(tensors))),
+        "wide": str(
+            write(
+                folder / "wide.safetensors",
+                tensors
+                | {
+                    key: adapter_cases.applied(tensors[key], of)
+                    for key, of in adapter_cases.wide_patches().patches.items()
+                },
+            )
+        ),
         "fp8": str(write(folder / "fp8.safetensors", stored, metadata=metadata)),
     }
 
@@ -33,6 +44,14 @@ def test_merged(world, files, name):
         assert found.pop("undone")
         assert max(found.values()) <= TOLERANCE
         assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_depends_on_more_than_a_slice(world, files, name):
+    """DoRA, GLoRA and OFT on rows and columns: also blocks that begin on one rank and end on the next."""
+    for found in world.run(adapter_cases.wide, LAYOUTS[name], files["plain"], files["wide"]):
+        assert found["undone"]
+        assert found["error"] <= 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["single", "Ulysses-2-TP-2"])
@@ -48,3 +67,26 @@ def test_what_no_weight_takes_changes_nothing(world, files):
     for text, same in world.run(adapter_cases.refused, LAYOUTS["TP-4"], files["plain"]):
         assert "1 of 2 weights that the LoRA changes are not in the model, the first is not_there.weight" in text
         assert same
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [
+        (ParallelismConfig(), {}),
+        (ParallelismConfig(tp_size=2), {}),
+        (ParallelismConfig(ulysses_size=2, tp_size=2), {"kv_heads": 1}),
+        (ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2), {"heads": 8, "kv_heads": 2}),
+        (ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2), {"heads": 4, "kv_heads": 1}),
+    ],
+    ids=["one rank", "2 ranks", "4 ranks, one kv head", "8 ranks, 2 kv heads", "2 copies over 4, one kv head"],
+)
+def test_text_encoders(world, tmp_path, layout, size):
+    """Rows that several ranks hold (of a kv head) count once where lengths and rotations are computed."""
+    tensors = text_tensors(**size)
+    of = adapter_cases.text_patches(tensors).patches
+    changed = {key: adapter_cases.applied(tensors[key], of[key]) for key in of}
+    path, patched = (str(write(tmp_path / name, one)) for name, one in
+                     (("a.safetensors", tensors), ("b.safetensors", tensors | changed)))  # fmt: skip
+    for found in world.run(adapter_cases.text, layout, path, patched):
+        assert found["undone"]
+        assert found["error"] <= 10 * TOLERANCE

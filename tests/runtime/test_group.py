@@ -29,7 +29,7 @@ from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.planning.devices import Devices
 from parallel_backend.runtime.client import launcher as launching
-from parallel_backend.runtime.client import remote_model
+from parallel_backend.runtime.client import remote_model, same_content
 from parallel_backend.runtime.client.groups import acquire_model, close_groups, find_model
 from parallel_backend.runtime.client.launcher import Launcher
 from parallel_backend.runtime.client.remote_model import RemoteModel
@@ -359,7 +359,7 @@ class TestConditioning:
 
     @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
     def test_a_change_that_the_sample_misses_is_found_meanwhile(self, single, sent, untouched, monkeypatch, cached):
-        monkeypatch.setattr(remote_model, "GUESSED_BYTES", 0)
+        monkeypatch.setattr(same_content, "GUESSED_BYTES", 0)
         monkeypatch.setattr(single, "_guesses", True)
         given = inputs(seed=115 + cached)
         run = CacheRun(PRESETS["speed"], steps=28)

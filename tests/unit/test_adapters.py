@@ -101,13 +101,20 @@ def test_branch(name):
 def test_what_does_not_fit_is_told_with_both_shapes():
     with pytest.raises(ValueError, match=r"has the shape \[24, 20\], the model \[24, 16\]"):
         lora().check((24, 16))
+    with pytest.raises(ValueError, match=r"has lengths \[20, 1\] \(dora_scale\) for rows or columns of \[24, 20\]"):
+        lora(dora=random(20, 1)).check((24, 20))
+    with pytest.raises(ValueError, match=r"rotates 24 rows, the model has \[20, 24\]"):
+        Patch("oft", (random(3, 8, 8),)).check((20, 24))
+    with pytest.raises(ValueError, match=r"multiplies columns by \[20, 16\], the model has \[24, 20\]"):
+        Patch("glora", (random(24, 3), random(3, 20), random(20, 3), random(3, 16))).check((24, 20))
     with pytest.raises(ValueError, match=r"changes 8 from 20 on of dim 0 of a weight \[24, 20\]"):
         lora(8, offset=(0, 20, 8)).check((24, 20))
     Patch("scale", (), model_strength=0.5).check((1, 1))
 
 
 def test_description():
-    adapters = AdapterSet("one", {"a": [lora(offset=(0, 0, 24)), Patch("scale", (), model_strength=2.0)]})
+    dora = lora(dora=random(ROWS, 1), alpha=0.5)
+    adapters = AdapterSet("one", {"a": [lora(offset=(0, 0, 24)), Patch("scale", (), model_strength=2.0), dora]})
     names: dict[str, Tensor] = {}
 
     def name_of(tensor: Tensor) -> str:
@@ -116,6 +123,13 @@ def test_description():
 
     text = json.loads(json.dumps(described(adapters, name_of)))
     assert from_description("one", text, names) == adapters
-    for broken in ({"a": [["lora", ["t0"], 1, 1, None, False]]}, {"a": [["x", [], 1, 1, None, False]]}, {"a": [3]}):
+    for patch in (
+        ["lora", ["t0"], 1, 1, None, False, 1],
+        ["diff", ["t0", "t1", "t2"], 1, 1, None, False, 1],
+        ["x", [], 1, 1, None, False, 1],
+        ["scale", [], 1, 1, None, False],
+        3,
+    ):
+        broken = {"a": [patch]}
         with pytest.raises(ValueError, match="patch"):
             from_description("one", broken, names)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...loading.adapters import AdapterSet, described, packed
+from .same_content import same_content
 
 KEPT_BYTES = 8 * 2**30
 """Tensors of sets that are not on any more stay with the ranks, in host memory, up to so many bytes in all."""
@@ -15,7 +16,10 @@ _SENT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SentAdapters:
-    """What the ranks were sent of one model's patches. A tensor is known by its place in memory, and held meanwhile."""
+    """What the ranks were sent of one component's patches.
+
+    A tensor is known by its place in memory, and held meanwhile; or, where a file is read again, by its content.
+    """
 
     def __init__(self) -> None:
         self.applied = ""
@@ -36,10 +40,18 @@ class SentAdapters:
         self._unsure += self._pending
         self._pending = {}
         names = {_identity(tensor): name for name, tensor in self._held.items()}
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        for name, tensor in self._held.items():
+            alike.setdefault(_look(tensor), []).append(name)
         used: set[str] = set()
 
         def name_of(tensor: Tensor) -> str:
             name = names.get(_identity(tensor))
+            if name is None:
+                same = (one for one in alike.get(_look(tensor), ()) if same_content(self._held[one], tensor))
+                name = next(same, None)
+                if name is not None:
+                    names[_identity(tensor)], self._held[name] = name, tensor
             if name is None:
                 self._count += 1
                 name = names[_identity(tensor)] = f"a{self._count}"
@@ -49,7 +61,7 @@ class SentAdapters:
 
         description = described(adapters, name_of)
         for key, patches in adapters.patches.items():
-            for tensor in (tensor for patch in patches for tensor in patch.tensors):
+            for tensor in (tensor for patch in patches for tensor in patch.all_tensors):
                 if names[_identity(tensor)] in self._pending and not _is_finite(tensor):
                     raise ValueError(f"the LoRA's weight for {key} holds values that are not finite numbers")
         index, data = packed(description, {name: _as_sent(tensor) for name, tensor in self._pending.items()})
@@ -69,6 +81,12 @@ class SentAdapters:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    """What tensors of the same content have in common, and hardly any others."""
+    flat = tensor.detach().reshape(-1)
+    return tuple(tensor.shape), tensor.dtype, tuple(flat[:: max(1, len(flat) // 16)][:16].float().tolist())
 
 
 def _is_finite(tensor: Tensor) -> bool:

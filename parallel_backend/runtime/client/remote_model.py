@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,35 +26,15 @@ from .adapters import SentAdapters
 from .deadlines import SILENCE_SECONDS, StepTimes
 from .ranks import Check, Ranks
 from .report import make_report, took
+from .same_content import looks_the_same, same_content
 
 KEPT_TENSORS, KEPT_BYTES, KEPT_ANYWAY = 64, 2**29, 16
 """Conditioning tensors (contexts, references) that stay with the workers, the least recently used goes first: so many,
 of so many bytes, or more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
-GUESSED_BYTES = 2**20
-"""Conditioning of so many bytes in host memory is compared in full only while the workers compute."""
-SAMPLED = 4099
-"""Before that, one in so many of its numbers is; a context of FLUX.2 has 15,360 a token."""
+VISION = "visual."
+"""What names of a text encoder's weights begin with that are its vision tower's."""
 KEPT_TIMINGS = 10_000
 """Timings of each kind that a model remembers for its report."""
-
-_LIBC = ctypes.CDLL(None)
-_LIBC.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-def same_content(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit, on the same device."""
-    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
-        return False
-    if a.device.type != "cpu" or not (a.is_contiguous() and b.is_contiguous()):
-        return torch.equal(a, b)
-    # Ten times as fast as torch.equal, which compares numbers: a context of FLUX.2 has 16 MB.
-    return _LIBC.memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
-
-
-def looks_the_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose content takes a while to compare are the same in a sample of it."""
-    large = all(x.device.type == "cpu" and x.nbytes >= GUESSED_BYTES and x.is_contiguous() for x in (a, b))
-    return large and a.shape == b.shape and same_content(a.view(-1)[::SAMPLED], b.view(-1)[::SAMPLED])
 
 
 class RemoteModel:
@@ -84,7 +63,8 @@ class RemoteModel:
         self._guesses = True
         """Until one is wrong: then conditioning of this kind would be again."""
         self._step_times = StepTimes()
-        self._sent_adapters = SentAdapters()
+        self._sent_adapters: defaultdict[str, SentAdapters] = defaultdict(SentAdapters)
+        """By component."""
 
     @property
     def ready(self) -> bool:
@@ -99,13 +79,25 @@ class RemoteModel:
                 self.offloaded.add(component)
 
     def encode_text(
-        self, ids: Tensor, mask: Tensor, images: Sequence[VisionImage] = (), check: Check = lambda: None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        images: Sequence[VisionImage] = (),
+        check: Check = lambda: None,
+        adapters: AdapterSet = NO_ADAPTERS,
     ) -> Tensor:
         """Context ``[B, L, C]`` from token ids and mask ``[B, L]`` (int64), and the images that ids refer to.
+
+        ``adapters`` are patches of the weights (LoRA), which stay until others are asked for.
 
         Raises:
             ValueError: images for a text encoder that cannot look at them, or that do not fit the ids.
         """
+        of_vision = {key: of for key, of in adapters.patches.items() if key.startswith(VISION)}
+        of_text = {key: of for key, of in adapters.patches.items() if key not in of_vision}
+        self._adapt("text_encoder", AdapterSet(adapters.name if of_text else "", of_text), check)
+        if images:
+            self._adapt("vision_tower", AdapterSet(adapters.name if of_vision else "", of_vision), check)
         with self._timed("text", check):
             request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
             tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
@@ -151,7 +143,7 @@ class RemoteModel:
         kind.check_latent(x.shape)
         for reference in conditioning.references:
             kind.check_latent(reference.shape, "reference latent")
-        self._adapt(adapters, check)
+        self._adapt("transformer", adapters, check)
         with self._timed("steps", check):
             given = (conditioning.context, *conditioning.references)
             tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
@@ -194,14 +186,15 @@ class RemoteModel:
             copy_into(prediction, results["prediction"])  # the next one comes in the same memory
             return prediction
 
-    def _adapt(self, adapters: AdapterSet, check: Check) -> None:
-        """Have the transformer's weights be changed by a set, and by nothing else."""
-        sent = self._sent_adapters
+    def _adapt(self, component: str, adapters: AdapterSet, check: Check) -> None:
+        """Have a component's weights be changed by a set, and by nothing else."""
+        sent = self._sent_adapters[component]
         with self.group.held(check):
             if adapters.name == sent.applied:
                 return
             tensors, forget = sent.prepare(adapters)
-            self._use("transformer", Adapt(self.group.next_id(), self.name, adapters.name, forget), tensors, check)
+            request = Adapt(self.group.next_id(), self.name, component, adapters.name, forget)
+            self._use(component, request, tensors, check)
             sent.done(adapters)
 
     def end_run(self, run: CacheRun) -> None:

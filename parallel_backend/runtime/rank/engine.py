@@ -23,6 +23,7 @@ from ...mesh import SINGLE, Axis, ParallelMesh, build_mesh, groups_in_use, raise
 from ...parallel import copies
 from ...planning.memory import GIB
 from ..errors import BatchTooLargeError
+from .adaptable_component import AdaptableComponent
 from .byte_counter import ByteCounter, OnProgress
 from .component import Component, ModelSettings, Place
 from .components import COMPONENTS
@@ -214,11 +215,14 @@ class Engine:
         return features
 
     @torch.no_grad()
-    def adapt(self, name: str, set_name: str, index: Tensor, data: Tensor | None, forget: Sequence[str]) -> None:
-        """Have a model's transformer be that of its file with a set of patches, and with no others; see `Adapt`."""
-        model = self._model(name)
-        part = cast(TransformerComponent, self._part(name, "transformer"))
-        tensors = model.adapter_tensors
+    def adapt(
+        self, name: str, component: str, set_name: str, index: Tensor, data: Tensor | None, forget: Sequence[str]
+    ) -> None:
+        """Have a model's component be that of its file with a set of patches, and with no others; see `Adapt`."""
+        part = self._part(name, component)
+        if not isinstance(part, AdaptableComponent):
+            raise ValueError(f"the {component.replace('_', ' ')} takes no patches of its weights")
+        tensors = self._model(name).adapter_tensors.setdefault(component, {})
         description = unpacked(index, data, tensors)
         for old in forget:
             tensors.pop(old, None)

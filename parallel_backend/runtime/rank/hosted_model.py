@@ -22,7 +22,7 @@ class HostedModel:
     encoder_memory: str
     components: dict[str, Component] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    adapter_tensors: dict[str, Tensor] = field(default_factory=dict)
+    adapter_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def stats(self) -> dict[str, object]:
         """This rank's figures, under the names that docs/report.md explains."""

@@ -14,10 +14,11 @@ from ...loading.text_encoder_file import TextEncoderFile
 from ...mesh import raise_together
 from ...parallel.tensor import ParamShard
 from ...parallelize import shard_text_model, text_axes
-from .component import Component, ModelSettings
+from .adaptable_component import AdaptableComponent
+from .component import ModelSettings
 
 
-class TextEncoderComponent(Component):
+class TextEncoderComponent(AdaptableComponent):
     """The text encoder: sharded over all ranks, or over as many as its heads divide by."""
 
     name = "text_encoder"
@@ -27,7 +28,7 @@ class TextEncoderComponent(Component):
         self.config = settings.source.text_config
         self.kind = settings.family.needs_text_encoder()
         self.layers = self.kind.layers(self.config)
-        self._axis, self.replicas = text_axes(self.kind, self.config, settings.mesh)
+        self.shards, self.replicas = text_axes(self.kind, self.config, settings.mesh)
         super().__init__(settings)
         assert self._built is not None
         built = self._built[0].config
@@ -36,7 +37,11 @@ class TextEncoderComponent(Component):
 
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         module = self.kind.build(self.config)
-        return module, shard_text_model(module, self.kind, self.config, self._axis)
+        self.table = shard_text_model(module, self.kind, self.config, self.shards)
+        return module, self.table
+
+    def file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
+        return ((f"model.{name}", 0, 1),)
 
     def encode(self, ids: Tensor, mask: Tensor, images: Tensor | None, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Context ``[B, L, C]``, as `TextEncoder.encode` makes it."""
@@ -48,7 +53,7 @@ class TextEncoderComponent(Component):
         return tokens * self._width * self.settings.dtype.itemsize
 
 
-class VisionComponent(Component):
+class VisionComponent(AdaptableComponent):
     """A text encoder's vision tower: whole on rank 0, which tells the other ranks what it saw."""
 
     name = "vision_tower"
@@ -57,9 +62,13 @@ class VisionComponent(Component):
     def build(self) -> tuple[Model, Mapping[str, ParamShard]]:
         source, family = self.settings.source, self.settings.family
         assert isinstance(source, PipelineFolder | TextEncoderFile)
+        self.table: Mapping[str, ParamShard] = {}
         if self.settings.mesh.world.rank:
             return torch.nn.Module(), {}
         return family.needs_text_encoder().build_vision(source.text_config), {}
+
+    def file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
+        return ((f"visual.{name}", 0, 1),)
 
     def encode(self, images: Sequence[VisionImage]) -> Tensor:
         """What stands in the prompt for the images' placeholder tokens, ``[N, hidden]``; on every rank the same."""

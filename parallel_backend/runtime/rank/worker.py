@@ -250,7 +250,8 @@ def perform(
             engine.keep(request.model, tensors, request.forget)
             return {}, {}
         case Adapt():
-            engine.adapt(request.model, request.set, tensors["index"], tensors.get("data"), request.forget)
+            index, data = tensors["index"], tensors.get("data")
+            engine.adapt(request.model, request.component, request.set, index, data, request.forget)
             return {}, {}
         case Predict():
             try:

@@ -92,7 +92,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Have the transformer's weights be those of its file with a set of patches (LoRA), and with no others.
+    """Have a component's weights be those of its file with a set of patches (LoRA), and with no others.
 
     ``set`` names it. The tensor ``index`` is JSON: the patches as `adapters.described` has them, and where in the bytes
     of ``data`` their new tensors are. All are kept for sets to come, but those named in ``forget``.
@@ -100,6 +100,7 @@ class Adapt:
 
     id: int
     model: str
+    component: str
     set: str
     forget: list[str] = field(default_factory=list)
 
