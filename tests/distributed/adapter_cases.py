@@ -15,7 +15,8 @@ from parallel_backend.config import AS_IT_IS, ParallelismConfig
 from parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
-from parallel_backend.parallel.products import Adapted, named_weights
+from parallel_backend.parallel.products import Adapted, Instead, Product, named_weights
+from parallel_backend.runtime.rank.adaptable_component import AdaptableComponent
 from parallel_backend.runtime.rank.component import ModelSettings
 from parallel_backend.runtime.rank.text_component import TextEncoderComponent
 from parallel_backend.runtime.rank.transformer_component import TransformerComponent
@@ -192,9 +193,58 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         wanted = whole if shard is None else shard.take(whole)
         assert product.shape == tuple(wanted.shape)
         worst = max(worst, float((product.up @ product.down - wanted).abs().max() / wanted.abs().max()))
+    # Another strength, and another LoRA of about that rank, are values alone.
+    places = {name: (product.down.data_ptr(), product.up.data_ptr()) for name, product in held.items()}
+    part.adapt(AdapterSet("stronger", {key: [replace(p, strength=2 * p.strength) for p in of]
+                                       for key, of in kept.patches.items()}), asked.append)  # fmt: skip
+    assert asked[1:] == [0]
+    now = adapted(part.module)
+    assert places == {name: (product.down.data_ptr(), product.up.data_ptr()) for name, product in now.items()}
+    for name, product in now.items():
+        assert torch.equal(product.down, held[name].down)
+        whole = torch.cat([rows_of(deltas, *piece) for piece in part.settings.family.transformer.file_rows(name)])
+        shard = part.table.get(name)
+        wanted = 2 * (whole if shard is None else shard.take(whole))
+        worst = max(worst, float((product.up @ product.down - wanted).abs().max() / wanted.abs().max()))
     part.adapt(NO_ADAPTERS)
     assert part.nbytes == before
     return {"error": worst, "count": count, "left": bool(adapted(part.module))}
+
+
+def instead(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str, float | bool]:
+    """The largest error of what stands in the place of weights in 8 bits, and whether nothing does in the end."""
+    part, asked = component(mesh, layout, path, "stored"), []
+    before, clean = part.nbytes, products(part)
+    kinds = wide_patches().patches | {"img_in.weight": [Patch("diff", (torch.ones(HEADS * 128, 128),), 0.1)]}
+    part.adapt(AdapterSet("wide", kinds), asked.append)
+    held = {name: product for name, product in named_weights(part.module).items() if isinstance(product, Instead)}
+    assert part.nbytes == before + sum(product.weight.nbytes for product in held.values())
+    assert asked[0] > part.nbytes - before  # with copies in fp32 for a while
+    worst = 0.0
+    rows = part.settings.family.transformer.file_rows
+    stored = dequantized(path)
+    full = stored | {key: applied(stored[key], of) for key, of in kinds.items()}
+    for name, product in held.items():
+        whole, shard = torch.cat([rows_of(full, *piece) for piece in rows(name)]), part.table.get(name)
+        wanted = whole if shard is None else shard.take(whole)
+        worst = max(worst, float((product.weight - wanted).abs().max() / wanted.abs().max()))
+    part.adapt(NO_ADAPTERS)
+    assert part.nbytes == before
+    now = products(part)
+    left = any(product is not clean[name] for name, product in now.items())
+    return {"error": worst, "count": len(held), "left": left}
+
+
+def products(part: AdaptableComponent) -> dict[str, Product]:
+    return {name: one for name, one in named_weights(part.module).items() if isinstance(one, Product)}
+
+
+def dequantized(path: str) -> dict[str, Tensor]:
+    """What the weights of a file in fp8 stand for."""
+    stored = load_file(path)
+    return {
+        key: tensor.float() * stored.get(f"{key}_scale", torch.tensor(1.0)).float() for key, tensor in stored.items()
+    }
 
 
 def adapted(module: torch.nn.Module) -> dict[str, Adapted]:

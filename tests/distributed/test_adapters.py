@@ -63,6 +63,15 @@ def test_beside_8_bits(world, files, name):
         assert not found["left"]
 
 
+@pytest.mark.parametrize("name", ["single", "Ulysses-2-TP-2"])
+def test_in_the_place_of_8_bits(world, files, name):
+    """What is no product of thin matrices is added to the weight as it is stored, which comes back."""
+    for found in world.run(adapter_cases.instead, LAYOUTS[name], files["fp8"]):
+        assert found["error"] <= 10 * TOLERANCE
+        assert found["count"] == 14
+        assert not found["left"]
+
+
 def test_what_no_weight_takes_changes_nothing(world, files):
     for text, same in world.run(adapter_cases.refused, LAYOUTS["TP-4"], files["plain"]):
         assert "1 of 2 weights that the LoRA changes are not in the model, the first is not_there.weight" in text
