@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +14,13 @@ from ..parallel_backend.planning.devices import gpu_numbers
 from ..parallel_backend.runtime.client.groups import find_model
 from ..parallel_backend.runtime.group_config import ModelConfig, check_devices
 from ..parallel_backend.runtime.host_address import ALONE, EXAMPLE, Hosts
-from .states import HIDDEN, Place, is_running, no_text, show
+from .states import HIDDEN, Place, is_running, no_text, refresh, show
 
 if TYPE_CHECKING:
+    from ..parallel_backend.loading.checkpoint import Checkpoint
     from ..parallel_backend.planning.auto_layout import Choice
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "model/loaders/parallel"
 ALIASES = ["hybrid dit", "distributed", "sequence parallel"]
@@ -212,6 +217,37 @@ def make_layout(
     else:
         gpu_numbers(devices)
     return Layout(degrees, devices, hosts, auto, speed)
+
+
+class LayoutWarning:
+    """What a layout that was set by hand shows: whether fewer GPUs would be faster, once that is worked out.
+
+    That is done beside whatever goes on, since it takes a second.
+
+    Args:
+        source: what is loaded.
+        layout: of the node.
+        dtype, fp8: see `ModelConfig.create`.
+    """
+
+    def __init__(self, source: Checkpoint, layout: Layout, dtype: str, fp8: str) -> None:
+        self.text = ""
+        if layout.degrees.world_size > 1 and not layout.hosts.several:
+            threading.Thread(target=self._find, args=(source, layout, dtype, fp8), daemon=True).start()
+
+    def __call__(self) -> str:
+        return self.text
+
+    def _find(self, source: Checkpoint, layout: Layout, dtype: str, fp8: str) -> None:
+        from ..parallel_backend.planning.auto_layout import warning_of
+
+        try:
+            self.text = warning_of(source, layout.devices, layout.degrees, dtype, fp8)
+        except ValueError as error:  # there is no such layout, which loading says, or nothing is known of the GPUs
+            log.debug("no prediction: %s", error)
+        if self.text:
+            log.warning("Parallel Layout: %s", self.text)
+            refresh()
 
 
 class ChoiceText:

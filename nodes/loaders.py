@@ -22,7 +22,7 @@ from .comfy_model import make_model
 from .comfy_vae import make_vae
 from .families import COMFY_FAMILIES, family_of
 from .group import ModelHandle
-from .layout import ALIASES, CATEGORY, ChoiceText, Layout, LayoutSocket
+from .layout import ALIASES, CATEGORY, ChoiceText, Layout, LayoutSocket, LayoutWarning
 from .model_paths import ENCODER_FILES, MODEL_FILES, file_names, find_file, find_pipeline, list_pipelines
 from .states import HIDDEN, Place, no_text, show, state_of
 
@@ -334,7 +334,8 @@ def load(
         devices = choice.devices or devices
     config = ModelConfig.create(path, degrees, devices, dtype, fp8, encoder_memory, layout.hosts, speed)
     if layout.node and "transformer" in source.components:  # a text encoder of its own has little to do with the choice
-        show(Place(place.graph, layout.node), no_text if choice is None else ChoiceText(choice, config))
+        warning = LayoutWarning(source, layout, dtype, fp8) if choice is None else None
+        show(Place(place.graph, layout.node), warning or ChoiceText(choice, config))
     show(place, lambda: state_of(config))
     handle = ModelHandle(config)
     return handle, handle.get().source

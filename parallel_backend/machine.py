@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -101,18 +102,16 @@ def _torch_facts(topology: dict[int, dict[int, str]]) -> dict[str, Any]:
         return {}
     gpus, count = [], torch.cuda.device_count()
     for index in range(count):
-        properties = torch.cuda.get_device_properties(index)
-        try:
+        name, total, free = "", 0, 0
+        with contextlib.suppress(RuntimeError):  # no memory is left for so much as a context, or the GPU is gone
+            properties = torch.cuda.get_device_properties(index)
+            name, total = properties.name, properties.total_memory
             free = torch.cuda.mem_get_info(index)[0]
-        except RuntimeError:  # no memory left for so much as a context
-            free = 0
-        gpus.append(Gpu(index, properties.name, properties.total_memory, free))
+        gpus.append(Gpu(index, name, total, free))
     # nvidia-smi counts all GPUs, torch those that are visible: match them only where they are the same.
     kinds = topology if len(topology) == count and "CUDA_VISIBLE_DEVICES" not in os.environ else {}
     links = tuple(
-        Link(a, b, torch.cuda.can_device_access_peer(a, b), kinds.get(a, {}).get(b, ""))
-        for a in range(count)
-        for b in range(a + 1, count)
+        Link(a, b, _reaches(a, b), kinds.get(a, {}).get(b, "")) for a in range(count) for b in range(a + 1, count)
     )
     has_nccl = dist.is_available() and dist.is_nccl_available()
     return {
@@ -122,6 +121,15 @@ def _torch_facts(topology: dict[int, dict[int, str]]) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
         "gloo": dist.is_available() and dist.is_gloo_available(),
     }
+
+
+def _reaches(first: int, second: int) -> bool:
+    import torch
+
+    try:
+        return torch.cuda.can_device_access_peer(first, second)
+    except RuntimeError:  # one of them is gone
+        return False
 
 
 def _nvidia_smi(*arguments: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from ..mesh import Axis
 from ..parallel.tensor import apply_tensor_parallel
 from ..parallelize import shard_text_model
 from .cost_model import StepCost, Workload, step_cost
-from .devices import gpu_numbers
+from .devices import gpu_numbers, resolve_devices
+from .fewer_gpus import fastest
 from .gpu_speed import axis_links, slowest
+from .lost_gpus import left_out, working_gpus
 from .memory import (
     GIB,
     IMAGE_PIXELS,
@@ -32,7 +35,7 @@ from .memory import (
     step_activation_bytes,
     weight_bytes,
 )
-from .visible_gpus import hidden_gpus, of_one_kind, words
+from .visible_gpus import gpu_names, hidden_gpus, of_one_kind, words
 from .workload import count_workload
 
 SIDE = 1024
@@ -61,7 +64,7 @@ class Choice:
     """What was chosen, among what (fastest first), and what one should know of the estimate.
 
     ``copies``: all of the GPUs reach each other's memory, so that copy engines can exchange. ``devices``: those of
-    unlike GPUs that it is for, as `resolve_devices` takes them; empty where it is for all that were asked for.
+    the GPUs that it is for, as `resolve_devices` takes them; empty where it is for all that were asked for.
     """
 
     layout: ParallelismConfig
@@ -69,6 +72,11 @@ class Choice:
     reason: str
     copies: bool = False
     devices: str = ""
+
+    @property
+    def ms(self) -> float:
+        """What a step is predicted to take."""
+        return next((option.cost.ms for option in self.options if option.layout == self.layout), 0.0)
 
     def table(self) -> str:
         """A line for each option."""
@@ -151,9 +159,37 @@ def _time(ms: float) -> str:
 def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:
     """The choice for a family's reference model in bfloat16, with what is free now."""
     work = count_workload(family, reference_config(family), SIDE, SIDE)
-    free = [machine.gpus[gpu].free for gpu in gpus]
-    name = family.reference_model.name
-    return choose_layout(machine, gpus, free, work, lambda layout: reference_memory(family, layout), name)
+
+    @cache
+    def need(layout: ParallelismConfig) -> MemoryEstimate:
+        return reference_memory(family, layout)
+
+    def choose(some: Sequence[int]) -> Choice:
+        free = [machine.gpus[gpu].free for gpu in some]
+        return choose_layout(machine, some, free, work, need, family.reference_model.name)
+
+    return choose_fastest(machine, gpus, choose)
+
+
+def choose_fastest(machine: Machine, gpus: Sequence[int], choose: Callable[[Sequence[int]], Choice]) -> Choice:
+    """The choice for all of some GPUs, or for fewer where these are predicted to be faster, or alone have room.
+
+    Args:
+        machine: where they are.
+        gpus: their numbers.
+        choose: for some of them; ValueError where nothing fits.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    some, choice, everything = fastest(machine, gpus, choose, lambda choice: choice.ms)
+    if len(some) == len(gpus):
+        return choice
+    why = "all of them have no room for it"
+    if everything is not None:
+        why = f"{everything.layout.name} of all {len(gpus)} would take {_time(everything.ms)}"
+    listed = ", ".join(map(str, some))
+    return replace(choice, reason=f"{choice.reason}, on GPU {listed}: {why}", devices=",".join(map(str, some)))
 
 
 def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str) -> Choice:
@@ -162,7 +198,8 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
     Args:
         source: what is to be loaded; what it does not hold (a text encoder, a transformer) is counted as that of the
             family's reference model.
-        devices: see `resolve_devices`; ``auto`` is all GPUs of one kind, or else of all kinds.
+        devices: see `resolve_devices`; ``auto`` is all GPUs of one kind, or else of all kinds, or fewer of them where
+            these are predicted to be faster. Named ones are all taken; the choice says where fewer would be faster.
         dtype, fp8: of the weights, as `ModelConfig.create` has them.
 
     Raises:
@@ -172,44 +209,99 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
     if numbers is not None and not numbers:
         return Choice(ParallelismConfig(), (), "single: on the CPU, where a step takes as long on any layout")
     machine = collect()
-    gpus = tuple(range(len(machine.gpus))) if numbers is None else tuple(numbers)
+    gpus = tuple(working_gpus(len(machine.gpus)) if numbers is None else numbers)
     if not gpus:
-        return Choice(ParallelismConfig(), (), f"single: there is no GPU here{hidden_gpus(0)}")
+        here = len(machine.gpus)
+        return Choice(ParallelismConfig(), (), f"single: there is no GPU here{hidden_gpus(here)}{left_out(here)}")
     weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     key = (str(source.path), source.fingerprint(), gpus, weights, fp8)
     with _lock:
         for gpu in gpus:
             _free[gpu] = max(_free.get(gpu, 0), machine.gpus[gpu].free)
         if key not in _choices:
-            work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
-
-            def need(layout: ParallelismConfig) -> MemoryEstimate:
-                return checkpoint_memory(source, layout, weights, fp8)
-
-            def choose(gpus: Sequence[int]) -> Choice:
-                free = [_free[gpu] for gpu in gpus]
-                return choose_layout(machine, gpus, free, work, need, model_name(source.path))
-
-            choice = choose(gpus) if numbers is not None else choose_kind(machine, choose)
-            hidden = hidden_gpus(len(gpus)) if numbers is None else ""
-            _choices[key] = replace(choice, reason=f"{choice.reason}{hidden}")
+            choose = _chooser(machine, source, weights, fp8)
+            if numbers is None:
+                choice = choose_kind(machine, gpus, lambda kind: choose_fastest(machine, kind, choose))
+                remark = f"{hidden_gpus(len(machine.gpus))}{left_out(len(machine.gpus))}"
+            else:
+                choice = choose(gpus)
+                remark = _warning(machine, gpus, choice.ms, choose)
+            _choices[key] = replace(choice, reason=f"{choice.reason}{remark}")
         return _choices[key]
 
 
-def choose_kind(machine: Machine, choose: Callable[[Sequence[int]], Choice]) -> Choice:
-    """The choice for the GPUs of a machine of the kind that is fastest, or for all of them where none of the kinds has
+def _chooser(machine: Machine, source: Checkpoint, dtype: torch.dtype, fp8: str) -> Callable[[Sequence[int]], Choice]:
+    """The fastest layout of a checkpoint over all of some GPUs, with the most that was ever free of each."""
+    work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
+
+    @cache
+    def need(layout: ParallelismConfig) -> MemoryEstimate:
+        return checkpoint_memory(source, layout, dtype, fp8)
+
+    def choose(gpus: Sequence[int]) -> Choice:
+        return choose_layout(machine, gpus, [_free[gpu] for gpu in gpus], work, need, model_name(source.path))
+
+    return choose
+
+
+def warning_of(source: Checkpoint, devices: str, layout: ParallelismConfig, dtype: str, fp8: str) -> str:
+    """What is to be said of a layout that was set by hand: whether fewer of its GPUs are predicted to be faster.
+
+    Args:
+        source: what is loaded.
+        devices: see `resolve_devices`.
+        layout: over all of them.
+        dtype, fp8: see `choose_for_checkpoint`.
+
+    Returns:
+        It, with the remedy; empty where all is well.
+    """
+    visible = resolve_devices(devices, layout.world_size).visible
+    machine = collect() if len(visible) > 1 else None
+    if machine is None:
+        return ""
+    names = gpu_names(len(machine.gpus))
+    gpus = [names.index(name) for name in visible]
+    weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
+    device, _ = slowest([machine.gpus[gpu] for gpu in gpus])
+    ms = step_cost(work, layout, axis_links(machine, gpus, layout), device).ms
+    with _lock:
+        for gpu in gpus:
+            _free[gpu] = max(_free.get(gpu, 0), machine.gpus[gpu].free)
+        warning = _warning(machine, gpus, ms, _chooser(machine, source, weights, fp8))
+    return warning and f"{layout.name}: about {_time(ms)} a step at {SIDE} x {SIDE}{warning}"
+
+
+def _warning(machine: Machine, gpus: Sequence[int], ms: float, choose: Callable[[Sequence[int]], Choice]) -> str:
+    """Where fewer of some GPUs are predicted to be faster than a step of so many ms on all of them: which, and how."""
+    if len(gpus) < 2:
+        return ""
+    with contextlib.suppress(ValueError):
+        some, choice, _ = fastest(machine, gpus, choose, lambda choice: choice.ms)
+        if len(some) < len(gpus) and choice.ms < ms:
+            return (
+                f"; SLOWER than fewer GPUs: {choice.layout.name} on GPU {', '.join(map(str, some))} would take "
+                f"{_time(choice.ms)}. Slow links, or one slow GPU, hold all of them up: take those, or an automatic "
+                "layout with the devices 'auto'"
+            )
+    return ""
+
+
+def choose_kind(machine: Machine, gpus: Sequence[int], choose: Callable[[Sequence[int]], Choice]) -> Choice:
+    """The choice for those of some GPUs of the kind that is fastest, or for all of them where none of the kinds has
     room. Ranks wait for each other: a slow GPU, or a small one, would be the measure of all.
 
     Args:
         machine: where they are.
-        choose: for some of its GPUs; ValueError where nothing fits.
+        gpus: their numbers.
+        choose: for some of them; ValueError where nothing fits.
 
     Raises:
         ValueError: nothing fits all of them.
     """
     kinds = [(gpu.name, round(gpu.total / GIB)) for gpu in machine.gpus]
-    everything = list(range(len(kinds)))
-    groups = of_one_kind(kinds)
+    groups = [[gpus[place] for place in group] for group in of_one_kind([kinds[gpu] for gpu in gpus])]
     found = []
     for group in groups if len(groups) > 1 else []:
         device, unknown = slowest([machine.gpus[gpu] for gpu in group])
@@ -217,11 +309,11 @@ def choose_kind(machine: Machine, choose: Callable[[Sequence[int]], Choice]) -> 
             # What is not known counts as fast as the fastest.
             found.append((bool(unknown), device.compute / len(group), group, choose(group)))
     if not found:
-        return choose(everything)
+        return choose(gpus)
     *_, group, choice = min(found, key=lambda entry: entry[:2])
-    left = ", ".join(f"{kinds[gpu][0]} (GPU {gpu})" for gpu in everything if gpu not in group)
+    left = ", ".join(f"{kinds[gpu][0]} (GPU {gpu})" for gpu in gpus if gpu not in group)
     reason = f"{choice.reason}; {words(group, kinds)} and leaves {left}; name them in 'devices' to have them, too"
-    return replace(choice, reason=reason, devices=",".join(map(str, group)))
+    return replace(choice, reason=reason, devices=choice.devices or ",".join(map(str, group)))
 
 
 _lock = threading.Lock()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from ..limits import cores
-from .visible_gpus import VISIBLE, automatic, gpu_kinds, hidden_gpus
+from .lost_gpus import left_out, working_gpus
+from .visible_gpus import automatic, gpu_kinds, gpu_names, hidden_gpus
 
 MOST_CPU_RANKS = 16
 """Or as many as there are cores. Each rank is a process of some hundred MiB, and a slip of the mouse makes many."""
@@ -45,7 +45,8 @@ class Devices:
 def resolve_devices(spec: str, ranks: int) -> Devices:
     """Turn ``"auto"``, ``"cpu"`` or a list such as ``"0,1"`` or ``"cuda:0,cuda:1"`` into devices for ``ranks`` ranks.
 
-    ``auto`` takes GPUs of one kind, where there are as many, else the first ones, or the CPU where there is no GPU.
+    ``auto`` takes GPUs of one kind, where there are as many, else the first ones, or the CPU where there is no GPU;
+    never one that failed for good (`lost_gpus`).
 
     Raises:
         ValueError: fewer GPUs than ranks, a GPU that is not there or named twice, a list that cannot be read, or more
@@ -58,13 +59,17 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
     if spec in ("", "auto"):
         if count == 0:
             return _on_cpu(ranks)
-        if count < ranks:
+        working = working_gpus(count)
+        if len(working) < ranks:
             raise TooManyRanksError(
-                f"the layout has {ranks} ranks but this machine has {count} GPU(s){hidden_gpus(count)}; choose the "
-                f"device 'cpu', or degrees with a product of at most {count}",
-                count,
+                f"the layout has {ranks} ranks but this machine has {count} GPU(s){hidden_gpus(count)}"
+                f"{left_out(count)}; choose the device 'cpu', or degrees with a product of at most {len(working)}",
+                len(working),
             )
-        chosen = list(range(ranks)) if count == ranks else automatic(ranks, gpu_kinds(count))
+        chosen = working
+        if len(working) > ranks:
+            kinds = gpu_kinds(count)
+            chosen = [working[index] for index in automatic(ranks, [kinds[index] for index in working])]
     else:
         chosen = [_index(part) for part in spec.split(",")]
         absent = sorted({index for index in chosen if index >= count})
@@ -81,9 +86,8 @@ def resolve_devices(spec: str, ranks: int) -> Devices:
                 f"with a product of {len(chosen)}",
                 len(chosen),
             )
-    inherited = os.environ.get(VISIBLE)
-    names = inherited.split(",") if inherited else [str(index) for index in range(count)]
-    return Devices("cuda", tuple(names[index].strip() for index in chosen))
+    names = gpu_names(count)
+    return Devices("cuda", tuple(names[index] for index in chosen))
 
 
 def gpu_numbers(spec: str) -> list[int] | None:

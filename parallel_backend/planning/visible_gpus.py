@@ -18,6 +18,13 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU that the driver shows here."""
 
 
+def gpu_names(count: int) -> list[str]:
+    """The names of the GPUs that this process sees: entries of CUDA_VISIBLE_DEVICES, or numbers."""
+    inherited = os.environ.get(VISIBLE)
+    names = inherited.split(",") if inherited else [str(index) for index in range(count)]
+    return [name.strip() for name in names[:count]]
+
+
 def present_gpus() -> int:
     """GPUs that the driver shows on this machine, or in this container; 0 where it is not known."""
     try:

@@ -16,14 +16,14 @@ EXAMPLE_IMAGE = CHECKOUT / "workflows" / "hybrid-dit-example.png"
 
 
 class Gpus:
-    """How many the server believes in."""
+    """How many the server believes in, and the kind of links between them."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.set(2)
 
-    def set(self, count: int) -> None:
-        self.file.write_text(str(count))
+    def set(self, count: int, links: str = pretended_gpus.NVLINK) -> None:
+        self.file.write_text(f"{count} {links}")
 
 
 @pytest.fixture(scope="session")

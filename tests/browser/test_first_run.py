@@ -170,6 +170,22 @@ def test_each_problem_is_told_once(page: Page, server: ComfyServer):
 
 
 @ANY_LOOK
+def test_gpus_that_slow_each_other_down(page: Page, gpus: Gpus, server: ComfyServer):
+    """Over slow links fewer are faster: an automatic layout takes fewer, and one that is set by hand says so."""
+    gpus.set(4, "PHB")  # what was chosen for two is kept
+    states = run_fresh(page, server, 12)
+    assert "single of 1 GPU(s): about " in states[LAYOUT_ID]
+    assert " of all 4 would take " in states[LAYOUT_ID]
+    page.set(LAYOUT_ID, auto=False, ulysses=1, tp=2)
+    assert page.run() == "success"
+    page.wait_for_state(LAYOUT_ID, "SLOWER than fewer GPUs: single on GPU 0 would take ")
+    assert "Parallel Layout: TP-2: about " in server.log_text()
+    gpus.set(2)
+    page.set(LAYOUT_ID, auto=True)
+    run_fresh(page, server, 13)
+
+
+@ANY_LOOK
 def test_a_latent_of_another_kind_is_told_at_once(page: Page, server: ComfyServer):
     """With the node to use instead; the workers are as they were."""
     assert page.run() == "success"

@@ -15,12 +15,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FILE = "HYBRID_DIT_PRETENDED_GPUS"
-"""Environment variable: a file with the number of GPUs."""
+"""Environment variable: a file with the number of GPUs, and the kind of their links (as nvidia-smi has it)."""
+NVLINK = "NV18"
 GIB = 2**30
 
 
 def count() -> int:
-    return int(Path(os.environ[FILE]).read_text())
+    return int(_words()[0])
+
+
+def _words() -> list[str]:
+    """The number of GPUs, and the kind of their links where it is not `NVLINK`."""
+    return [*Path(os.environ[FILE]).read_text().split(), NVLINK][:2]
 
 
 def _see_gpus(devices: ModuleType) -> None:
@@ -32,10 +38,16 @@ def _collect_gpus(machine: ModuleType) -> None:
 
     def collect_with_gpus():
         gpus = tuple(machine.Gpu(index, "NVIDIA H200", 140 * GIB, 139 * GIB) for index in range(count()))
-        links = tuple(machine.Link(a.index, b.index, True, "NV18") for a in gpus for b in gpus if a.index < b.index)
+        links = tuple(
+            machine.Link(a.index, b.index, True, _words()[1]) for a in gpus for b in gpus if a.index < b.index
+        )
         return dataclasses.replace(collect(), gpus=gpus, links=links)
 
     machine.collect = collect_with_gpus
+
+
+def _link_at_once(gpu_speed: ModuleType) -> None:
+    gpu_speed.NVLINK = gpu_speed.Link(1e9, 0.0)  # else models as small as the tests' would take one GPU
 
 
 def _run_on_cpu(group_config: ModuleType) -> None:
@@ -51,6 +63,7 @@ def _run_on_cpu(group_config: ModuleType) -> None:
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     ".parallel_backend.planning.devices": _see_gpus,
     ".parallel_backend.machine": _collect_gpus,
+    ".parallel_backend.planning.gpu_speed": _link_at_once,
     ".parallel_backend.runtime.group_config": _run_on_cpu,
 }
 """End of a module's name -> what is done to it once it is there. In ranks the names have nothing before them."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +11,19 @@ from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import family_of_name
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.machine import Gpu, Link, Machine
-from parallel_backend.planning import auto_layout
+from parallel_backend.planning import auto_layout, gpu_speed
 from parallel_backend.planning.auto_layout import (
+    SIDE,
     all_layouts,
     checkpoint_memory,
     choose_for_checkpoint,
     choose_for_reference,
 )
-from parallel_backend.planning.cost_model import Device
-from parallel_backend.planning.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between
-from parallel_backend.planning.memory import GIB
+from parallel_backend.planning.cost_model import Device, step_cost
+from parallel_backend.planning.cost_model import Link as CostLink
+from parallel_backend.planning.gpu_speed import HOST, NVLINK, PCIE, axis_links, device_of, link_between, slowest
+from parallel_backend.planning.memory import GIB, can_split, reference_config
+from parallel_backend.planning.workload import count_workload
 from tests.single_file import flux2_tensors, write
 from tests.tiny_pipeline import make_tiny_pipeline
 
@@ -131,6 +135,79 @@ def test_devices_by_name():
     assert device_of("Some GPU 9000") is None
 
 
+SLOW = CostLink(0.5, 1.0)
+"""Such as of GPUs in slots of one lane."""
+
+
+class TestFewerGpus:
+    """Exchanges over slow links may take longer than what is saved by them."""
+
+    def predicted(self, found, gpus):
+        """The fastest step on all of some GPUs of a machine."""
+        work = count_workload(FLUX2, reference_config(FLUX2), SIDE, SIDE)
+        device = slowest([found.gpus[gpu] for gpu in gpus])[0]
+        layouts = [layout for layout in all_layouts(len(gpus)) if can_split(FLUX2, layout)]
+        return min(step_cost(work, layout, axis_links(found, gpus, layout), device).ms for layout in layouts)
+
+    def test_auto_takes_one_where_links_are_slower_than_work(self, monkeypatch):
+        monkeypatch.setattr(gpu_speed, "PCIE", SLOW)
+        found = machine(4, kind="PHB")
+        choice = chosen(found)
+        assert (choice.layout, choice.devices) == (ParallelismConfig(), "0")
+        assert re.search(r"single of 1 GPU\(s\): .*, on GPU 0: \S+ of all 4 would take \d", choice.reason)
+        assert self.predicted(found, [0]) < min(self.predicted(found, range(count)) for count in (2, 3, 4))
+
+    def test_auto_takes_the_pair_that_a_bridge_joins(self, monkeypatch):
+        monkeypatch.setattr(gpu_speed, "PCIE", SLOW)
+        choice = chosen(machine(4, kind="SYS", kinds={(1, 3): "NV4"}))
+        assert choice.devices == "1,3"
+        assert choice.layout.world_size == 2
+
+    @pytest.mark.parametrize("links", ["NV18", "PHB"])
+    @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA L20"])
+    @pytest.mark.parametrize("count", [2, 4, 6, 8])
+    def test_never_slower_than_any_smaller_number(self, name, links, count):
+        found = machine(count, name, 400, links)
+        ms = chosen(found).ms
+        assert 0 < ms <= min(self.predicted(found, range(some)) for some in (1, 2, 3, 4, 6, 8) if some <= count)
+
+    def test_fast_links_leave_none_out(self):
+        for count in (2, 4, 8):
+            choice = chosen(machine(count))
+            assert (choice.layout.world_size, choice.devices) == (count, "")
+
+    def test_where_only_some_have_room(self):
+        found = machine(3)
+        full = replace(found.gpus[1], free=0)
+        choice = chosen(replace(found, gpus=(found.gpus[0], full, found.gpus[2])))
+        assert choice.devices == "0,2"
+        assert "all of them have no room for it" in choice.reason
+
+    def test_named_gpus_are_taken_and_the_choice_warns(self, tiny, monkeypatch):
+        monkeypatch.setattr(auto_layout, "collect", lambda: machine(2, kind="PHB"))
+        choice = choose_for_checkpoint(tiny, "0,1", "auto", "cast")
+        assert choice.layout.world_size == 2
+        assert re.search(r"; SLOWER than fewer GPUs: single on GPU 0 would take \d", choice.reason)
+
+    def test_a_checkpoint_gets_fewer_too(self, tiny, monkeypatch):
+        monkeypatch.setattr(auto_layout, "collect", lambda: machine(2, kind="PHB"))
+        choice = choose_for_checkpoint(tiny, "auto", "auto", "cast")
+        assert (choice.layout, choice.devices) == (ParallelismConfig(), "0")
+
+    def test_degrees_set_by_hand_are_warned_of(self, tiny, monkeypatch):
+        two = ParallelismConfig(ulysses_size=2)
+        assert auto_layout.warning_of(tiny, "1", ParallelismConfig(), "auto", "cast") == ""
+        assert auto_layout.warning_of(tiny, "cpu", two, "auto", "cast") == ""
+        monkeypatch.setattr(auto_layout, "collect", lambda: machine(2, kind="PHB"))
+        text = auto_layout.warning_of(tiny, "auto", two, "auto", "cast")
+        assert re.match(r"Ulysses-2: about \d+\.\d ms a step at 1024 x 1024; SLOWER than fewer GPUs: single on", text)
+        with pytest.raises(ValueError, match="2 rank"):
+            auto_layout.warning_of(tiny, "0", two, "auto", "cast")
+        fast = CostLink(1e9, 0.0)
+        monkeypatch.setattr(gpu_speed, "PCIE", fast)
+        assert auto_layout.warning_of(tiny, "auto", two, "auto", "cast") == ""
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A checkpoint, and a machine with two GPUs for it."""
@@ -138,6 +215,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(auto_layout, "_free", {})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(auto_layout, "collect", lambda: machine(2))
+    monkeypatch.setattr(gpu_speed, "NVLINK", CostLink(1e9, 0.0))  # else so small a model would take one GPU
     return open_checkpoint(make_tiny_pipeline(tmp_path / "tiny"))
 
 

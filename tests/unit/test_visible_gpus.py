@@ -10,8 +10,9 @@ import torch
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.machine import Gpu, Machine
-from parallel_backend.planning import auto_layout, visible_gpus
+from parallel_backend.planning import auto_layout, gpu_speed, visible_gpus
 from parallel_backend.planning.auto_layout import choose_for_checkpoint
+from parallel_backend.planning.cost_model import Link
 from parallel_backend.planning.devices import Devices, resolve_devices
 from parallel_backend.planning.memory import GIB
 from parallel_backend.planning.visible_gpus import automatic, hidden_gpus
@@ -43,6 +44,7 @@ def machine(monkeypatch, tmp_path):
         )
         found = Machine("Linux", "3.11", {}, gpus=made)
         monkeypatch.setattr(auto_layout, "collect", lambda: found)
+        monkeypatch.setattr(gpu_speed, "PCIE", Link(1e9, 0.0))  # else so small a model would take one GPU
         return found
 
     yield pretend

@@ -11,8 +11,9 @@ from ..wire.messages import Failed
 FRESH = "The workers were stopped; the next run starts a fresh group."
 
 BROKEN = (
-    "No work is possible there for the process that had it. Where the same GPU fails again, name others in the "
-    "layout's 'devices', and look at what 'dmesg' says of it (Xid)."
+    "No work is possible there for the process that had it. 'auto' leaves a GPU that is gone out until "
+    "ComfyUI is started again. Where the same GPU fails again, name others in the layout's 'devices', and look at what "
+    "'dmesg' says of it (Xid)."
 )
 
 

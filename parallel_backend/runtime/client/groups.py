@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +33,8 @@ anything, also of what holds a lock, and this is what it can safely do."""
 _wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 """Something for each of them, for the housekeeper to wait for."""
 _housekeeper: threading.Thread | None = None
+ENDING_SECONDS = 60.0
+"""How long processes that were killed may take to be gone."""
 CPU_GROUPS = 2
 """Groups on the CPU that may live side by side; the least recently used goes first."""
 
@@ -71,12 +74,30 @@ def _make_way(config: GroupConfig, check: Check, port: int) -> WorkerGroup:
         group = _groups.pop(other)
         group.close(wait=False)
         _ending.append(group)
-    while _ending:
-        if _ending[0].ended(POLL_SECONDS):
-            _ending.pop(0)
-        check()
+    _await_end_of([old for old in _ending if _holds_up(old.config, config)], check)
     _groups[config] = WorkerGroup(config, port)
     return _groups[config]
+
+
+def _holds_up(ending: GroupConfig, config: GroupConfig) -> bool:
+    """Whether a group that ends has to be gone before another starts: the memory that it holds is needed."""
+    both_on_cpu = ending.devices.kind == config.devices.kind == "cpu"
+    return both_on_cpu or ending == config or ending.conflicts(config)
+
+
+def _await_end_of(ending: list[WorkerGroup], check: Check) -> None:
+    until = time.monotonic() + ENDING_SECONDS
+    for old in ending:
+        while not old.ended(POLL_SECONDS):
+            check()
+            if time.monotonic() > until:
+                where = ", ".join(old.config.devices.visible)
+                raise WorkersFailedError(
+                    f"processes of an earlier group{where and f' on GPU {where}'} have been killed and have not ended "
+                    f"for {ENDING_SECONDS:.0f} s: the driver holds them. Name other GPUs in the layout's 'devices'; "
+                    "'nvidia-smi --gpu-reset', or starting this machine again, gives these back"
+                )
+    _ending[:] = [old for old in _ending if not old.ended()]
 
 
 def find_group(config: GroupConfig) -> WorkerGroup | None:
@@ -151,8 +172,8 @@ def close_groups() -> int:
         _groups.clear()
         for group in _ending:
             group.close(wait=False)  # all at once
-        while _ending:
-            _ending.pop().close()
+        with contextlib.suppress(WorkersFailedError):  # who needs their memory says so
+            _await_end_of(list(_ending), lambda: None)
         return count
 
 

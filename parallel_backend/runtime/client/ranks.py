@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from ...planning.lost_gpus import lose
 from ..errors import WorkersFailedError
 from ..group_config import GroupConfig
 from ..wire.channel import SEND_SECONDS, Channel, ChannelClosedError, ChannelStuckError
@@ -263,6 +264,9 @@ class Ranks:
 
     def _failed(self, failures: list[Failed]) -> NoReturn:
         """Raise what ranks failed of; the group goes unless they agree."""
+        for failed in failures:
+            if failed.device_failed:
+                self._note_lost(failed.rank, failed.error)
         error, usable = failure(failures, self.config.ranks, self._log_of, self.config.hosts.several)
         if not usable:
             self.close(state="failed", wait=False)
@@ -276,7 +280,21 @@ class Ranks:
                 self._end(trouble)
         self.close(state="failed", wait=False)
         self.ended(3.0)  # then torchrun has said how
-        raise WorkersFailedError(f"{self._launcher.explain(rank)}\n{FRESH}")
+        raise WorkersFailedError(f"{self._explained(rank)}\n{FRESH}")
+
+    def _explained(self, rank: int | None) -> str:
+        """Why a rank ended; one that CUDA fails on its GPU before it can say so ends, too."""
+        text = self._launcher.explain(rank)
+        first = self._launcher.first_to_fail()
+        rank = first[0] if first else rank
+        if rank is not None:
+            self._note_lost(rank, text)
+        return text
+
+    def _note_lost(self, rank: int, error: str) -> None:
+        """CUDA failed on the GPU of a rank: whether ``auto`` is to leave it out."""
+        if rank in self._local and self.config.devices.kind == "cuda":
+            lose(self.config.devices.visible[rank - self._local[0]], error)
 
     def _hung(self, ranks: set[int], limit: float) -> NoReturn:
         """Ranks have not answered in time. Those that can still do so write to their logs where they are."""

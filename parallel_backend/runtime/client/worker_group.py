@@ -86,7 +86,7 @@ class WorkerGroup(Ranks):
             if trouble is not None:
                 raise WorkersFailedError(trouble)
             if not self._launcher.running():
-                raise WorkersFailedError(f"the workers did not start: {self._launcher.explain(None)}")
+                raise WorkersFailedError(f"the workers did not start: {self._explained(None)}")
         on_state("starting", self.config.ranks, self.config.ranks, "")
         self._handshakes.close()
         self._launcher.all_connected()
