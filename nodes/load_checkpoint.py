@@ -64,9 +64,9 @@ class LoadCheckpoint(io.ComfyNode):
                 ),
                 layout_input(),
                 weight_dtype_input(
-                    "'default': fp8 stays fp8, and the GPU's fp8 units multiply the diffusion model where the file is "
-                    "made for that; others are bfloat16 on GPUs and float32 on the CPU. 'fp8 as storage': fp8 is "
-                    "multiplied in bfloat16."
+                    "'default': fp8, int8 and other quantized weights stay so, and the GPU multiplies those of the "
+                    "diffusion model as they are where it has units for that and the file is made for it; others are "
+                    "bfloat16 on GPUs and float32 on the CPU. 'as storage': they stay, and are multiplied in bfloat16."
                 ),
                 encoder_memory_input(),
             ],

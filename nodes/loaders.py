@@ -32,10 +32,11 @@ AS_STORED = "default"
 """ComfyUI's name for weights as their file has them."""
 WEIGHT_DTYPES = {
     AS_STORED: ("auto", "matmul"),
-    "fp8 as storage": ("auto", "stored"),
+    "as storage": ("auto", "stored"),
     **{dtype: (dtype, "cast") for dtype in DTYPES[1:]},
+    "fp8 as storage": ("auto", "stored"),  # of workflows that were saved when there was no other
 }
-"""Choices of a loader of files, as dtype and use of fp8 of `ModelConfig.create`."""
+"""Choices of a loader of files, as dtype and use of quantized weights of `ModelConfig.create`."""
 
 
 def _titles(pipelines: bool = False) -> list[str]:
@@ -133,9 +134,10 @@ class LoadDiffusionModel(io.ComfyNode):
                 ),
                 layout_input(),
                 weight_dtype_input(
-                    "'default': fp8 stays fp8, and the GPU's fp8 units multiply it where the file is made for that; "
-                    "others are bfloat16 on GPUs and float32 on the CPU. 'fp8 as storage': fp8 is multiplied in "
-                    "bfloat16."
+                    "'default': fp8, int8 and other quantized weights stay so, and the GPU multiplies them as they are "
+                    "where it has units for that and the file is made for it; others are bfloat16 on GPUs and float32 "
+                    "on the CPU. 'as storage': they stay, and are multiplied in bfloat16. 'bfloat16': made dense while "
+                    "they are loaded."
                 ),
             ],
             hidden=HIDDEN,
@@ -197,8 +199,8 @@ class LoadCLIP(io.ComfyNode):
                 ),
                 layout_input(),
                 weight_dtype_input(
-                    "'default': fp8 stays fp8 and is multiplied in bfloat16, others are bfloat16 on GPUs and float32 "
-                    "on the CPU."
+                    "'default': fp8, nvfp4 and other quantized weights stay so and are multiplied in bfloat16, others "
+                    "are bfloat16 on GPUs and float32 on the CPU."
                 ),
                 encoder_memory_input(),
             ],
@@ -229,7 +231,7 @@ class LoadCLIP(io.ComfyNode):
         encoder_memory: str = "auto",
     ) -> io.NodeOutput:
         dtype, fp8 = WEIGHT_DTYPES[weight_dtype]
-        # ComfyUI, too, multiplies text encoders in the number format beside fp8.
+        # ComfyUI, too, multiplies text encoders in the number format beside that of their weights.
         fp8 = "stored" if fp8 == "matmul" else fp8
         handle, source = load(
             Place.of(cls.hidden),

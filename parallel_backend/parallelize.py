@@ -21,7 +21,7 @@ from .parallel import copies
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
 from .parallel.sequence import Entrance, SequenceShards, shard_sequence
-from .parallel.tensor import ParamShard, apply_tensor_parallel
+from .parallel.tensor import ParamShard, apply_tensor_parallel, whole_blocks
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
@@ -190,7 +190,7 @@ def parallelize_transformer(
         speed: how its blocks run.
 
     Returns:
-        The slice of each sharded parameter that this rank holds.
+        The slice of each sharded parameter that this rank holds; where none is sharded, all of those in `whole_blocks`.
     """
     config = dict(transformer.config)
     kind.check_layout(config, layout)
@@ -203,7 +203,7 @@ def parallelize_transformer(
     state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
     _refuse_copies(transformer, sharded=bool(state.table))
-    return state.table
+    return state.table or whole_blocks(transformer, kind.plan(config))
 
 
 def _refuse_copies(module: Model, sharded: bool = False) -> None:

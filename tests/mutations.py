@@ -128,7 +128,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a wrong scale",
-        "parallel_backend/loading/weight_loader.py",
+        "parallel_backend/loading/targets.py",
         "factor = torch.tensor(scale, dtype=torch.float64).to(self.dtype).item()  # rounded first, as ComfyUI does",
         "factor = None",
         "tests/unit/test_single_file.py",
@@ -227,9 +227,9 @@ MUTATIONS = (
     Mutation(
         "memory that grows with the model",
         "parallel_backend/loading/weight_loader.py",
-        "        for target in targets:\n            tensor = target.allocate()\n",
-        "        kept = []\n        for target in targets:\n            tensor = target.allocate()\n"
-        "            kept.append(tensor.clone())\n",
+        "        for target in targets:\n            sent = target.to_send()\n",
+        "        kept = []\n        for target in targets:\n            sent = target.to_send()\n"
+        "            kept.append(sent.clone())\n",
         "tests/unit/test_loading_memory.py",
     ),
     Mutation(

@@ -38,7 +38,7 @@ _QUANTIZED = {
     ".encoded_exponent": "a DFloat11 file",
 }
 """Ends of keys beside weights, or in their place -> who wrote the file. The first that is found counts."""
-INSTEAD = "take the model in bf16, or in fp8 with a scale a tensor or a row"
+INSTEAD = "take the model in bf16, or in fp8 with a scale a tensor or a row, or in ComfyUI's int8 or nvfp4"
 """The remedy for numbers in a format that is not read."""
 _NOT_QUITE = {
     "controlnet_blocks.0.weight": "a ControlNet",

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import torch
 from .safetensors_reader import DTYPES, StoredTensor, read_header
 
 Buffer = npt.NDArray[np.uint8]
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open."""
 POPULATE_READ = 22
 """MADV_POPULATE_READ: bring pages in, with an error where that fails, not a SIGBUS. Linux 5.14 and newer know it."""
 UNMAPPED_BYTES = 4 * 2**20
@@ -48,6 +51,35 @@ class Slice:
         """Of the slice."""
         run = self.stop - self.start
         return run // self.row_bytes * sum(b - a for a, b in self.columns) if self.columns else run
+
+
+def runs(tensor: StoredTensor, outer: Ranges, row_bytes: int, inner: Ranges, buffer_bytes: int) -> Iterator[Slice]:
+    """Ranges of a tensor's rows, in slices of a buffer's size at most. (A row of columns is not cut further.)
+
+    Args:
+        tensor: which.
+        outer: ranges of rows.
+        row_bytes: of a row.
+        inner: ranges of bytes of each row; empty for all.
+        buffer_bytes: of a buffer.
+    """
+    step = max(1, buffer_bytes // 16 * 16)  # of a run, whose parts may end within a row, but not within a number
+    if inner:
+        step = max(1, buffer_bytes // max(1, sum(b - a for a, b in inner))) * row_bytes
+    for first, end in outer:
+        for at in range(first * row_bytes, end * row_bytes, max(1, step)):
+            yield Slice(tensor, at, min(at + step, end * row_bytes), row_bytes, inner)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Ranges in their order, without empty ones, and those that follow each other as one."""
+    found: list[tuple[int, int]] = []
+    for first, end in ranges:
+        if first < end and found and found[-1][1] == first:
+            found[-1] = found[-1][0], end
+        elif first < end:
+            found.append((first, end))
+    return tuple(found)
 
 
 class FileReader:

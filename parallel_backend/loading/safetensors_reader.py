@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..families.others import CONTENTS, INSTEAD, SUFFIXES
+from ..parallel.formats import FORMATS
 from .config_files import MAX_BYTES, parse_object, read_object
 
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -28,6 +29,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu,
     **FP8_DTYPES,
 }
 """What is read, by their names in safetensors; a file may hold others that nothing needs."""
@@ -172,6 +174,29 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 @dataclass(frozen=True)
+class StoredLayer:
+    """A quantized weight as a file has it.
+
+    Args:
+        format: one of `FORMATS`.
+        options: what the file says of it, complete.
+        parts: its tensors by the names that the format has for them, the weight first.
+        matmul: whether the file is made for multiplying it as it is.
+    """
+
+    format: str
+    options: Mapping[str, Any]
+    parts: Mapping[str, StoredTensor]
+    matmul: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight, however many of them are in one number."""
+        rows, columns = self.parts["weight"].shape
+        return rows, columns * FORMATS[self.format].packed
+
+
+@dataclass(frozen=True)
 class Weight:
     """What a full parameter is made of: rows of stored tensors, one after the other, times a scale or one for each row.
 
@@ -181,18 +206,21 @@ class Weight:
             all of; None for 1.
         fp8_matmul: whether the file is made for multiplying this in 8 bits, inputs included.
         input_scale: a stored scalar that inputs are divided by before they are made 8 bits; None for 1.
+        layer: of a weight in one of `FORMATS`, of which all pieces are rows; it has its scales.
     """
 
     pieces: tuple[tuple[StoredTensor, int, int], ...]
     scale: StoredTensor | None = None
     fp8_matmul: bool = False
     input_scale: StoredTensor | None = None
+    layer: StoredLayer | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the full parameter."""
         first, _, _ = self.pieces[0]
-        return (sum(stop - start for _, start, stop in self.pieces), *first.shape[1:])
+        columns = first.shape[1:] if self.layer is None else self.layer.shape[1:]
+        return (sum(stop - start for _, start, stop in self.pieces), *columns)
 
 
 def whole(tensor: StoredTensor) -> Weight:
@@ -218,7 +246,7 @@ def check_unused(keys: Collection[str], file: Path, model: str) -> None:
 
 def check_dtypes(weight: Weight) -> None:
     """Raise ValueError where a weight is stored in a dtype that is not read, by name and file."""
-    for tensor, _, _ in weight.pieces:
+    for tensor, _, _ in weight.pieces if weight.layer is None else ():
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{tensor.key} in {tensor.file} is stored as {tensor.dtype}, which is not read; weights in "

@@ -19,7 +19,7 @@ from ..families import (
 from ..families.others import INSTEAD, SUFFIXES, looks_like_part, looks_like_transformer
 from .config_files import blamed
 from .model_folders import check_name, file_state
-from .quantized import BESIDE, Quantization, read_quantization
+from .quantized import Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -92,7 +92,7 @@ def open_single_file(path: Path) -> SingleFile:
         raise ValueError(_refusal(path, stored))
     keys = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
     quantization = read_quantization(path, keys, prefix)
-    shapes, kind = {key: tensor.shape for key, tensor in keys.items()}, family.transformer
+    shapes, kind = quantization.shapes(), family.transformer
     with blamed(path):
         config = kind.file_config(shapes)
         model = kind.build(config)
@@ -101,7 +101,7 @@ def open_single_file(path: Path) -> SingleFile:
     unused = [
         key
         for key in keys
-        if prefix + key not in known and key.rpartition(".")[2] not in BESIDE and key not in kind.file_marks
+        if prefix + key not in known and not quantization.is_beside(key) and key not in kind.file_marks
     ]
     for name, parameter in model.named_parameters():
         if weights[name].shape != tuple(parameter.shape):
@@ -155,6 +155,9 @@ def _weight(kind: Transformer, name: str, keys: dict[str, StoredTensor], quantiz
     layer, _, leaf = rows[0][0].rpartition(".")
     if leaf != "weight":
         return Weight(tuple(pieces))
+    if layer in quantization.layers:
+        assert len({tensor for tensor, _, _ in pieces}) == 1, f"{name} is made of rows of several quantized tensors"
+        return Weight(tuple(pieces), layer=quantization.layers[layer])
     return Weight(
         tuple(pieces), quantization.scale(layer), quantization.made_for_fp8(layer), quantization.input_scale(layer)
     )

@@ -13,7 +13,7 @@ from ..families.others import looks_like_part, looks_like_text_encoder
 from .all_in_one import text_encoder_keys
 from .config_files import blamed
 from .file_reader import FileReader
-from .quantized import BESIDE, Quantization, read_quantization
+from .quantized import Quantization, read_quantization
 from .safetensors_reader import StoredTensor, Weight, check_dtypes, check_unused, read_header, whole
 from .single_file import check_suffix, file_fingerprint, transformer_in
 
@@ -91,7 +91,7 @@ def open_text_encoder_file(path: Path, in_checkpoint: bool = False) -> TextEncod
     vision = {}
     kind = family.needs_text_encoder()
     with blamed(path):
-        config = kind.file_config({key: tensor.shape for key, tensor in keys.items()})
+        config = kind.file_config(quantization.shapes())
         names = kind.keys(list(keys))
         text = _weights(kind.build(config), names, keys, quantization)
         if kind.has_vision_tower and "vision_config" in config:
@@ -104,7 +104,7 @@ def open_text_encoder_file(path: Path, in_checkpoint: bool = False) -> TextEncod
                 f"{path} has no tokenizer (a tensor {kind.file_tokenizer} of bytes); take a file that ComfyUI's "
                 "templates name, such as mistral_3_small_flux2_bf16.safetensors"
             )
-    _check_layers(path, family, names, list(text))
+    _check_layers(path, family, names, list(text), quantization)
     return TextEncoderFile(path, family, config, text, vision, tokenizer)
 
 
@@ -132,8 +132,12 @@ def _weights(
         if name not in names:
             raise ValueError(f"there is no tensor {_example(names)}{name}; the file is incomplete")
         key = names[name]
-        scale = quantization.scale(key.rpartition(".")[0]) if key.endswith(".weight") else None
-        weight = weights[name] = Weight(whole(keys[key]).pieces, scale)
+        layer = key.removesuffix(".weight")
+        if layer in quantization.layers:
+            weight = Weight(whole(keys[key]).pieces, layer=quantization.layers[layer])
+        else:
+            weight = Weight(whole(keys[key]).pieces, quantization.scale(layer) if layer != key else None)
+        weights[name] = weight
         if weight.shape != tuple(parameter.shape):
             raise ValueError(
                 f"{key} has shape {list(weight.shape)}, but the rest of the file makes it {list(parameter.shape)}; the "
@@ -149,13 +153,15 @@ def _example(names: Mapping[str, str]) -> str:
     return key.removesuffix(name)
 
 
-def _check_layers(path: Path, family: Family, names: dict[str, str], used: list[str]) -> None:
+def _check_layers(
+    path: Path, family: Family, names: dict[str, str], used: list[str], quantization: Quantization
+) -> None:
     """Raise ValueError for tensors in the layers that are used which have no place there."""
     layers = {_layer(name) for name in used}
     unused = [
         key
         for name, key in names.items()
-        if name not in used and _layer(name) in layers and key.rpartition(".")[2] not in BESIDE
+        if name not in used and _layer(name) in layers and not quantization.is_beside(key)
     ]
     check_unused(unused, path, f"the text encoder of {family.title}")
 

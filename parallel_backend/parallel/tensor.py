@@ -8,6 +8,7 @@ block, so that every rank holds its own slice of each of q, k, v, gate and up.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -219,6 +220,21 @@ def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, Shard], axis: Axi
             replacement = _shard_module(modules[name], shard, axis, name, table)
             setattr(modules[parent], leaf, replacement)
     return table
+
+
+def whole_blocks(model: nn.Module, plan: Mapping[str, Shard]) -> dict[str, ParamShard]:
+    """For a model that is not sharded: the weights whose input features are in blocks, and where those are.
+
+    What is multiplied apart has to be stored apart where a number format cannot be cut in place.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, ParamShard] = {}
+    for pattern, shard in plan.items():
+        if shard.dim == 1 and shard.blocks:
+            ends = list(itertools.accumulate(shard.blocks, initial=0))
+            whole = ParamShard(1, tuple(itertools.pairwise(ends)), ends[-1])
+            found |= {f"{name}.weight": whole for name in fnmatch.filter(modules, pattern)}
+    return found
 
 
 def _shard_module(

@@ -18,7 +18,7 @@ from ..loading.model_folders import model_name
 from ..loading.weight_loader import shard_bytes
 from ..machine import Machine, collect
 from ..mesh import Axis
-from ..parallel.tensor import apply_tensor_parallel
+from ..parallel.tensor import apply_tensor_parallel, whole_blocks
 from ..parallelize import shard_text_model
 from .cost_model import StepCost, Workload, step_cost
 from .devices import gpu_numbers, resolve_devices
@@ -338,7 +338,7 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
     if "transformer" in source.components:
         model = family.transformer.build(config)
         plan = family.transformer.plan(dict(model.config))
-        table = apply_tensor_parallel(model, plan, Axis(None, layout.tp_size, 0))
+        table = apply_tensor_parallel(model, plan, Axis(None, layout.tp_size, 0)) or whole_blocks(model, plan)
         sizes["transformer"] = shard_bytes(model, source.weights("transformer"), table, dtype, fp8)
     if "text_encoder" in source.components:
         kind = family.needs_text_encoder()

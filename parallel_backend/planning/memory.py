@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import ParallelismConfig
 from ..families import Family, Model, TextEncoder
-from ..loading.weight_loader import LINEARS
+from ..loading.targets import LINEARS
 from ..mesh import Axis
 from ..parallel.tensor import apply_tensor_parallel
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from parallel_backend.loading import staging, weight_loader
+from parallel_backend.loading import staging, targets
 from parallel_backend.loading.safetensors_reader import read_header, whole
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.staging import BUFFER_BYTES, BUFFERS
@@ -32,7 +32,7 @@ SIZE = {"heads": 12, "double": 2, "single": 44}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("degree", [1, 4])
 def test_every_parameter_is_safetensors_own(tmp_path, monkeypatch, buffer_bytes, stored_as, dtype, degree):
-    for module in (staging, weight_loader):
+    for module in (staging, targets):
         monkeypatch.setattr(module, "BUFFER_BYTES", buffer_bytes)
     weights = stored(random_model(), tmp_path, lambda _, tensor: tensor.to(stored_as))
     for rank in range(degree):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from parallel_backend.loading import weight_loader
+from parallel_backend.loading import targets
 from parallel_backend.loading.single_file import open_single_file
 from parallel_backend.loading.weight_loader import load_weights
 from parallel_backend.mesh import Axis
@@ -137,7 +137,7 @@ class TestLoading:
 
     @pytest.fixture
     def units(self, monkeypatch):
-        monkeypatch.setattr(weight_loader, "has_fp8_units", lambda device: True)
+        monkeypatch.setattr(targets, "has_fp8_units", lambda device: True)
 
     @staticmethod
     def load(path, fp8="matmul", dtype=torch.bfloat16, axis=None):

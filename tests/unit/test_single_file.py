@@ -159,7 +159,7 @@ class TestScalesOfRows:
                 assert torch.equal(held.dense(torch.float32) if isinstance(held, Product) else held, expected), name
 
     def test_no_units_multiply_them(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("parallel_backend.loading.weight_loader.has_fp8_units", lambda device: True)
+        monkeypatch.setattr("parallel_backend.loading.targets.has_fp8_units", lambda device: True)
         stored, _ = to_fp8_rows(flux2_tensors())
         layers = {name[: -len(".weight_scale")]: {"format": "float8_e4m3fn"} for name in stored if "_scale" in name}
         metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
@@ -346,14 +346,14 @@ class TestBadFiles:
         )
 
     def test_another_quantization(self, tmp_path):
-        metadata = {"_quantization_metadata": '{"layers": {"single_blocks.0.linear1": {"format": "nvfp4"}}}'}
+        metadata = {"_quantization_metadata": '{"layers": {"single_blocks.0.linear1": {"format": "svdquant_w4a4"}}}'}
         path = write(tmp_path / "model.safetensors", flux2_tensors(), metadata=metadata)
-        self.refused(path, r"stores single_blocks\.0\.linear1 in the format nvfp4, which is not read")
+        self.refused(path, r"stores single_blocks\.0\.linear1 in the format svdquant_w4a4, which is not read")
 
-    @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", None])
+    @pytest.mark.parametrize("name", ["svdquant_w4a4", "mxfp4", None])
     @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
     def test_another_quantization_that_a_tensor_tells_of(self, tmp_path, name, prefix):
-        """Though the weight's dtype (fp8 for mxfp8) may be one that is read."""
+        """Though the weight's dtype is one that is read."""
         stored, _ = to_fp8(flux2_tensors(), "comfy_quant")
         says = json.dumps({"format": name} if name else {}).encode()
         stored["single_blocks.0.linear1.comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)

@@ -168,11 +168,11 @@ class TestRefused:
 
     def test_a_quantization_that_is_not_read(self, tmp_path, file):
         tensors = load_file(file)
-        says = json.dumps({"format": "nvfp4"}).encode()
+        says = json.dumps({"format": "svdquant_w4a4"}).encode()
         tensors["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)
-        path = tmp_path / "nvfp4.safetensors"
+        path = tmp_path / "svdquant.safetensors"
         save_file(tensors, path)
-        self.refused(path, r"model\.layers\.0\.mlp\.up_proj in the format nvfp4")
+        self.refused(path, r"model\.layers\.0\.mlp\.up_proj in the format svdquant_w4a4")
 
     def test_layers_beyond_those_that_are_used_do_not_matter(self, tmp_path):
         tensors = text_tensors(layers=40) | {"model.layers.35.other.weight": torch.ones(2)}

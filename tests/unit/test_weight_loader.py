@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from parallel_backend.loading import staging, weight_loader
+from parallel_backend.loading import staging, targets, weight_loader
 from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.safetensors_reader import Weight, read_header, whole
 from parallel_backend.loading.weight_loader import load_weights
@@ -75,7 +75,7 @@ def load(weights, degree=1, rank=0, dtype=torch.float32, device=CPU, **options):
 @pytest.fixture(params=[8 * 2**20, 1024, 48], ids=lambda size: f"buffers of {size}")
 def buffer_bytes(request, monkeypatch):
     """48 bytes are less than most rows."""
-    for module in (staging, weight_loader):
+    for module in (staging, targets):
         monkeypatch.setattr(module, "BUFFER_BYTES", request.param)
 
 
