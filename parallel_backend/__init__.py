@@ -10,6 +10,7 @@ _LAZY = {
     "disable_cache": "parallelize",
     "summary": "parallelize",
     "ModelAdapter": "parallelize",
+    "set_lora": "lora",
 }
 
 
@@ -29,5 +30,6 @@ __all__ = [
     "TaylorSeerCalibratorConfig",
     "disable_cache",
     "enable_cache",
+    "set_lora",
     "summary",
 ]

@@ -25,6 +25,8 @@ from .parallel.tensor import ParamShard, apply_tensor_parallel, whole_blocks
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
+LORA = "_hybrid_lora"
+"""Attribute of a transformer whose weights `set_lora` has changed."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ def enable_cache(
     if parallelism_config is None and cache_config is None:
         return pipe_or_model
 
-    transformer = _transformer(pipe_or_model)
+    transformer = transformer_of(pipe_or_model)
     if hasattr(transformer, _CACHE):
         raise ValueError(
             f"this {type(transformer).__name__} has a cache already; call disable_cache on it first, and give "
@@ -105,6 +107,11 @@ def enable_cache(
         raise ValueError(
             f"this {type(transformer).__name__} is parallel already ({state.layout.describe()}); "
             "call disable_cache on it first, or load it anew where its weights are sharded"
+        )
+    if parallelism_config is not None and hasattr(transformer, LORA):
+        raise ValueError(
+            f"set_lora has changed the weights of this {type(transformer).__name__}; take the LoRAs off with "
+            "set_lora(pipe, []), and put them on after enable_cache"
         )
     family = family_of_transformer(type(transformer).__name__)
     if cache_config is not None:
@@ -134,7 +141,7 @@ def summary(pipe_or_model: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is no cache, or it has not seen a run.
     """
-    transformer = _transformer(pipe_or_model)
+    transformer = transformer_of(pipe_or_model)
     cache: PipelineCache | None = getattr(transformer, _CACHE, None)
     if cache is None:
         raise ValueError(f"this {type(transformer).__name__} has no cache; call enable_cache with a cache_config")
@@ -150,7 +157,7 @@ def disable_cache(pipe_or_model: Any) -> Any:
         ValueError: the weights are sharded over tp, so that no rank holds the original any more. (A cache is gone
             all the same.)
     """
-    transformer = _transformer(pipe_or_model)
+    transformer = transformer_of(pipe_or_model)
     cache: PipelineCache | None = getattr(transformer, _CACHE, None)
     if cache is not None:
         cache.remove()
@@ -279,12 +286,18 @@ def text_axes(kind: TextEncoder, config: Mapping[str, Any], mesh: ParallelMesh) 
     return axis_among(members), axis_among(members.T)
 
 
+def parallel_state(model: Model) -> ParallelState | None:
+    """What was done to a transformer; None if nothing was."""
+    state: ParallelState | None = getattr(model, _STATE, None)
+    return state
+
+
 def _schedule(pipe_or_model: Any) -> Any:
     """The timesteps that a pipeline's scheduler is set to: each time others; None where there is no scheduler."""
     return getattr(getattr(pipe_or_model, "scheduler", None), "timesteps", None)
 
 
-def _transformer(pipe_or_model: Any) -> Model:
+def transformer_of(pipe_or_model: Any) -> Model:
     """The transformer of a pipeline or adapter, or the model itself."""
     transformer = getattr(pipe_or_model, "transformer", None)
     if isinstance(transformer, nn.Module) and not isinstance(pipe_or_model, nn.Module):

@@ -52,6 +52,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
     parser.add_argument(
         "--image", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="reference images, to edit"
     )
+    parser.add_argument(
+        "--lora",
+        type=_lora,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA files on the transformer, each with a strength (1 without one)",
+    )
     add("width", "pixels", type=int)
     add("height", "pixels", type=int)
     add("steps", "evaluations of the model", type=int)
@@ -102,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..drawing.image_request import ImageRequest, open_image
     from ..drawing.sampling import Models, check_request, draw, drawing_of_files, files_drawing
     from ..loading.checkpoint import open_checkpoint
+    from ..loading.lora_file import read_loras
     from ..loading.pipeline_folder import PipelineFolder, open_pipeline_folder
+    from ..loading.single_file import SingleFile
     from ..runtime.client.groups import acquire_model, add_user, remove_user
     from ..runtime.client.launcher import prepare
     from ..runtime.client.report import took
@@ -141,6 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(folder, PipelineFolder)
         else request.complete(drawing_of_files(*sources))
     )
+    assert isinstance(folder, PipelineFolder | SingleFile)
+    adapters = read_loras(folder.family.transformer, folder.transformer_config, arguments.lora)
     devices = _devices(arguments.devices, ranks)
     configs = [
         ModelConfig.create(path, layout, devices, arguments.dtype, fp8, hosts=hosts, speed=speed)
@@ -157,10 +170,15 @@ def run(arguments: argparse.Namespace) -> int:
             users.callback(remove_user, one)
             models.append(acquire_model(one, bar.show, port=arguments.port))
         drawing = models[0] if len(models) == 1 else Models.of_files(*models)
-        picture = draw(drawing, request, lambda done, total: bar.show("sampling", done, total, ""), cache)
+        picture = draw(drawing, request, lambda done, total: bar.show("sampling", done, total, ""), cache, adapters)
     report = _report(models)
     models[0].group.close()
-    report["request"] = {**vars(drawn), "images": list(map(str, arguments.image)), "out": str(arguments.out)}
+    report["request"] = {
+        **vars(drawn),
+        "images": list(map(str, arguments.image)),
+        "loras": [[str(path), strength] for path, strength in arguments.lora],
+        "out": str(arguments.out),
+    }
     report["seconds"]["total"] = time.perf_counter() - began
     picture.save(arguments.out)
     if arguments.report is not None:
@@ -183,6 +201,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"wrote {' and '.join(map(str, written))}")
     return 0
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """A LoRA's file and its strength, as they are given."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no file, and {strength!r} behind its colon is no strength; give FILE or FILE:0.8"
+        ) from None
 
 
 def _files(arguments: argparse.Namespace) -> list[Path]:

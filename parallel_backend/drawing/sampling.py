@@ -16,6 +16,7 @@ from ..cache.config import CacheSettings
 from ..cache.run import CacheRun
 from ..families import Conditioning, Family
 from ..families.drawing import Drawing
+from ..loading.adapters import NO_ADAPTERS, AdapterSet
 from ..loading.checkpoint import Checkpoint
 from ..loading.pipeline_folder import PipelineFolder
 from ..loading.single_file import SingleFile
@@ -176,6 +177,7 @@ def draw(
     request: ImageRequest,
     on_step: Callable[[int, int], None] = lambda *_: None,
     cache: CacheSettings | None = None,
+    adapters: AdapterSet = NO_ADAPTERS,
 ) -> Image.Image:
     """Draw one picture.
 
@@ -184,6 +186,7 @@ def draw(
         request: what to draw.
         on_step: told the steps done and the steps in all.
         cache: of the transformer's blocks; None computes each step in full.
+        adapters: patches of the transformer's weights (LoRA), as `lora_file.read_loras` gives them.
 
     Raises:
         ValueError: a request that cannot be drawn, or a model that is no whole pipeline.
@@ -207,7 +210,9 @@ def draw(
             predictions = {}
             for stream, conditioning in streams.items():
                 plan = None if run is None else (run, run.evaluation(stream, index))
-                predicted = models.transformer.predict(latent, timestep.expand(1) / 1000, conditioning, cache=plan)
+                predicted = models.transformer.predict(
+                    latent, timestep.expand(1) / 1000, conditioning, cache=plan, adapters=adapters
+                )
                 predictions[stream] = predicted.float()
             prediction = predictions["cond"]
             if complete.cfg is not None and "uncond" in predictions:

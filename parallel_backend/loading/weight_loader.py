@@ -65,7 +65,7 @@ def load_weights(
         targets = [target for target in targets if target.name in again]
         for target in targets:
             target.tensor = model.get_parameter(target.name).data
-    owners = _share({target.name: target.read_bytes for target in targets}, replicas.degree)
+    owners = share({target.name: target.read_bytes for target in targets}, replicas.degree)
     mine = [target for target in targets if owners[target.name] == replicas.rank]
     errors: list[ValueError] = []
     finite: list[tuple[StoredTensor, Tensor]] = []
@@ -111,8 +111,8 @@ def shard_bytes(
     return sum(target.nbytes for target in targets)
 
 
-def _share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
-    """Which of ``parts`` readers reads each tensor: in turn the one that has the least to read so far."""
+def share(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
+    """Which of ``parts`` readers (or keepers) has each tensor: in turn the one that has the least so far."""
     loads, owners = [0] * parts, {}
     for name, size in sizes.items():
         owners[name] = loads.index(min(loads))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
+from ...loading.adapted_weights import AdaptedWeights
 from ...loading.adapters import NO_ADAPTERS, AdapterSet
 from ...loading.weight_loader import load_weights
 from ...mesh import SINGLE, Axis, raise_together
 from ...parallel.tensor import ParamShard
-from .adapted_weights import AdaptedWeights
 from .component import Component
 
 

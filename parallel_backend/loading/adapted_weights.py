@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...loading.adapters import AdapterSet, Ranges, branch_of, patch_rows
-from ...loading.wide_adapters import LocalWeight, patch_together
-from ...mesh import Axis
-from ...parallel.products import Adapted, Instead, Product, named_weights
-from ...parallel.tensor import Model, ParamShard
+from ..mesh import Axis
+from ..parallel.products import Adapted, Instead, Product, named_weights
+from ..parallel.tensor import Model, ParamShard
+from .adapters import AdapterSet, Ranges, branch_of, patch_rows
+from .wide_adapters import LocalWeight, patch_together
 
 RANKS = (16, 32, 64, 128, 256)
 """Ranks of what stands beside a weight: filled up to the next of these, or to a multiple of the last."""
