@@ -17,7 +17,7 @@ from .loading.adapters import AdapterSet
 from .loading.lora_file import read_loras
 from .loading.weight_loader import share
 from .mesh import SINGLE, Axis, raise_together
-from .parallelize import LORA, parallel_state, transformer_of
+from .parallelize import LORA, parallel_state, refuse_peft, transformer_of
 
 
 @dataclass
@@ -125,12 +125,7 @@ def _checked(lora: Any) -> tuple[str | Path, float]:
 def _check_weights(transformer: Model) -> None:
     """Raise ValueError for a model whose weights cannot be changed in place."""
     kind = type(transformer).__name__
-    for name, module in transformer.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise ValueError(
-                f"{name} of this {kind} has layers of peft (load_lora_weights): call fuse_lora and unload_lora_weights "
-                "on the pipeline before enable_cache, or unload_lora_weights alone and give the file to set_lora"
-            )
+    refuse_peft(transformer)
     for name, weight in transformer.named_parameters():
         stored = str(weight.dtype).removeprefix("torch.")
         if not weight.is_floating_point() or weight.itemsize < 2 or type(weight.data) is not Tensor or weight.is_meta:

@@ -120,6 +120,8 @@ def enable_cache(
 
     axis = SINGLE
     if parallelism_config is not None:
+        if parallelism_config.tp_size > 1:
+            refuse_peft(transformer)
         mesh = build_mesh(parallelism_config, copies=copies.usable(speed.copy_engines))
         axis = mesh.world
         extra = _extra_modules(pipe_or_model, transformer, parallelism_config, family)
@@ -284,6 +286,17 @@ def text_axes(kind: TextEncoder, config: Mapping[str, Any], mesh: ParallelMesh) 
     assert mesh.world.group is not None
     members = torch.tensor(dist.get_process_group_ranks(mesh.world.group)).view(-1, degree)
     return axis_among(members), axis_among(members.T)
+
+
+def refuse_peft(transformer: Model) -> None:
+    """Raise ValueError for a model with layers of peft, of which a rank cannot hold a part."""
+    for name, module in transformer.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"{name} of this {type(transformer).__name__} has layers of peft (load_lora_weights): call fuse_lora "
+                "and unload_lora_weights on the pipeline first; or unload_lora_weights alone, and after enable_cache "
+                "set_lora with the files"
+            )
 
 
 def parallel_state(model: Model) -> ParallelState | None:

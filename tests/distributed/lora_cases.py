@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_backend import disable_cache, set_lora
+from parallel_backend import disable_cache, enable_cache, set_lora
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import family_of_transformer
 from parallel_backend.lora import LORA
@@ -18,7 +18,7 @@ from parallel_backend.parallelize import parallelize_transformer
 from tests.errors import relative_error
 from tests.lora_files import added, distance, factors_of
 
-from . import cases, qwen_cases, z_image_cases
+from . import cases, pipeline_cases, qwen_cases, z_image_cases
 
 MODELS = {
     "flux2": cases.tiny_transformer,
@@ -101,6 +101,30 @@ def missing_on_one_rank(mesh: ParallelMesh, layout: ParallelismConfig, file: str
     same = all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     set_lora(model, [(path, 1.0)])
     return text, same, error(model, table, added(clean, (factors, 1.0)))
+
+
+def fused_before(mesh: ParallelMesh, layout: ParallelismConfig, folder: str, file: str) -> tuple[Any, str, str]:
+    """Latents of a parallel pipeline that diffusers has fused a LoRA into; what is said where its layers are left."""
+    pipe = pipeline_cases.fresh_pipeline(folder)
+    pipe.load_lora_weights(file)
+    said = []
+    for call in (lambda: enable_cache(pipe, parallelism_config=layout), lambda: set_lora(pipe, [])):
+        try:
+            call()
+        except ValueError as found:
+            said.append(str(found))
+    pipe.fuse_lora(lora_scale=0.7)
+    pipe.unload_lora_weights()
+    enable_cache(pipe, parallelism_config=layout)
+    return pipeline_cases.latents(pipe), *said
+
+
+def set_after(mesh: ParallelMesh, layout: ParallelismConfig, folder: str, file: str) -> Any:
+    """Latents of a parallel pipeline with the LoRA put on after it was made so."""
+    pipe = pipeline_cases.fresh_pipeline(folder)
+    enable_cache(pipe, parallelism_config=layout)
+    assert set_lora(pipe, [(file, 0.7)]) is pipe
+    return pipeline_cases.latents(pipe)
 
 
 def off_after_disabling(mesh: ParallelMesh, layout: ParallelismConfig, file: str) -> bool:

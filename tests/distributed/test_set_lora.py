@@ -1,11 +1,14 @@
 """set_lora on sharded models: each rank's slices of the merged weights, and to the bit what was there before."""
 
 import pytest
+import torch
 
 from parallel_backend import ParallelismConfig
-from tests.distributed import lora_cases
+from tests.distributed import lora_cases, pipeline_cases
 from tests.distributed.layouts import REFERENCE_TABLE, all_layouts
-from tests.lora_files import factors_of, write_lora
+from tests.errors import relative_error
+from tests.lora_files import added, factors_of, write_lora
+from tests.tiny_pipeline import make_tiny_pipeline
 
 TOLERANCE = 1e-5
 STYLES = {"flux2": ("comfyui", "diffusers"), "qwen_image": ("bare", "lycoris"), "z_image": ("mixed", "comfyui")}
@@ -68,6 +71,46 @@ def test_a_file_that_one_rank_lacks(world, files):
         assert "gone.safetensors is missing" in text
         assert same
         assert error <= TOLERANCE
+
+
+PIPELINE_LAYOUT = ParallelismConfig(ulysses_size=4, tp_size=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(make_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def pipeline_file(folder, tmp_path_factory) -> str:
+    transformer = pipeline_cases.fresh_pipeline(folder).transformer
+    kind = lora_cases.kind_of(transformer)
+    factors = factors_of(transformer, kind)
+    return str(write_lora(tmp_path_factory.mktemp("lora") / "one.safetensors", "diffusers", kind, factors))
+
+
+@pytest.fixture(scope="module")
+def expected(folder, pipeline_file) -> torch.Tensor:
+    """Of one process, with the LoRA in the weights."""
+    pipe = pipeline_cases.fresh_pipeline(folder)
+    kind, state = lora_cases.kind_of(pipe.transformer), pipe.transformer.state_dict()
+    pipe.transformer.load_state_dict(added(state, (factors_of(pipe.transformer, kind), 0.7)))
+    return pipeline_cases.latents(pipe)
+
+
+def test_a_pipeline(world, folder, pipeline_file, expected):
+    without = pipeline_cases.latents(pipeline_cases.fresh_pipeline(folder))
+    assert relative_error(expected, without) > 1e-2
+    for latents in world.run(lora_cases.set_after, PIPELINE_LAYOUT, folder, pipeline_file):
+        assert relative_error(latents, expected) <= TOLERANCE
+
+
+def test_fused_before_by_diffusers(world, folder, pipeline_file, expected):
+    pytest.importorskip("peft", reason="diffusers loads LoRAs with peft alone, which is not installed")
+    for latents, *said in world.run(lora_cases.fused_before, PIPELINE_LAYOUT, folder, pipeline_file):
+        assert relative_error(latents, expected) <= TOLERANCE
+        assert len(said) == 2
+        assert all("has layers of peft" in text and "fuse_lora and unload_lora_weights" in text for text in said)
 
 
 def test_taken_off_after_the_layout(world, files):
