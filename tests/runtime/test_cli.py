@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli import main
 from parallel_backend.drawing.demo_model import demo_folder
@@ -140,7 +141,7 @@ def test_generate_takes_any_family(
     assert report["layout"]["name"] == "Ulysses-2"
     assert len(report["seconds"]["steps"]) == (2 if asked["cfg"] is None else 4)
     size = {"prompt": "a cat", "width": 64, "height": 80, "steps": 2, "seed": 1, "images": photos[:images]}
-    assert report["request"] == {**size, **asked, "out": str(tmp_path / "x.webp")}
+    assert report["request"] == {**size, **asked, "loras": [], "out": str(tmp_path / "x.webp")}
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,71 @@ def test_generate_takes_single_files(flux2_files, photos, tmp_path):
     # Prompt and reference images are seen; equal ones give equal pictures.
     assert np.abs(drawn("a red circle") - cat).max() > 2
     assert np.abs(drawn("a cat", "--image", photos[0]) - cat).max() > 2
+
+
+@pytest.mark.usefixtures("kept_group")
+def test_loras(flux2_files, pipeline, qwen_folder, tmp_path):
+    """On a folder, and beside the weights of a file in fp8: several, their strengths, and none again."""
+    transformer, text, vae = flux2_files
+    models = {
+        "flux2": (["--model", str(pipeline)], "transformer.transformer_blocks.0.attn.to_q", None),
+        "qwen": (["--model", str(qwen_folder("QwenImagePipeline"))], "transformer_blocks.0.attn.to_q", None),
+        "files": (
+            ["--model", transformer, "--text-encoder", text, "--vae", vae],
+            "diffusion_model.single_blocks.0.linear2",
+            flux2_tensors()["single_blocks.0.linear2.weight"].shape,
+        ),
+    }
+    for name, (parts, layer, shape) in models.items():
+        out, report = tmp_path / f"{name}.png", tmp_path / f"{name}.json"
+        if shape is None:
+            stored = load_file(next((Path(parts[1]) / "transformer").glob("*.safetensors")))
+            shape = stored[f"{layer.removeprefix('transformer.')}.weight"].shape
+        files = []
+        for number in (1, 2):
+            generator = torch.Generator().manual_seed(number)
+            tensors = {
+                f"{layer}.lora_A.weight": torch.randn(4, shape[1], generator=generator),
+                f"{layer}.lora_B.weight": torch.randn(shape[0], 4, generator=generator),
+            }
+            files.append(str(tmp_path / f"{name}-{number}.safetensors"))
+            save_file(tensors, files[-1])
+
+        def drawn(*loras: str, parts=parts, out=out, report=report) -> np.ndarray:
+            given = ["--lora", *loras] if loras else []
+            command = ["generate", *parts, "--prompt", "a cat", *LAYOUT, *SMALL, *given]
+            assert main([*command, "--out", str(out), "--report", str(report)]) == 0
+            with Image.open(out) as picture:
+                return np.asarray(picture, int)
+
+        plain = drawn()
+        one = drawn(files[0])
+        assert np.abs(one - plain).max() > 2
+        assert np.array_equal(drawn(f"{files[0]}:1.0", f"{files[1]}:0"), one)
+        assert np.abs(drawn(f"{files[0]}:0.5") - one).max() > 2
+        both = drawn(files[0], f"{files[1]}:-1.5")
+        assert np.abs(both - one).max() > 2
+        assert json.loads(report.read_text())["request"]["loras"] == [[files[0], 1.0], [files[1], -1.5]]
+        assert np.array_equal(drawn(), plain)
+
+
+def test_loras_that_are_not_to_be_had(pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launcher.Launcher, "start", lambda *_: pytest.fail("workers are started"))
+    command = ["generate", "--model", str(pipeline), "--prompt", "", "--devices", "cpu", "--lora"]
+    path = str(tmp_path / "x.safetensors")
+    save_file({"lora_unet_input_blocks_1_0.alpha": torch.ones(()), "one.lora_A.weight": torch.ones(4, 8)}, path)
+    for given, message in {
+        path: f"2 of 2 tensors in {path} are of no weight that FLUX.2 has, the first is lora_unet_input_blocks_1_0.al",
+        str(tmp_path / "gone.safetensors"): "gone.safetensors is missing",
+        f"{path}:nan": f"{path} cannot go in with a strength of nan",
+    }.items():
+        capsys.readouterr()
+        assert main([*command, given]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    with pytest.raises(SystemExit):
+        main([*command, f"{path}:strong"])
+    assert f"{path}:strong is no file, and 'strong' behind its colon is no strength" in capsys.readouterr().err
 
 
 def test_files_that_do_not_say_enough(flux2_files, qwen_folder, capsys):

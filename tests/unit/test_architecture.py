@@ -10,8 +10,8 @@ MOST_LINES = 400
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
 FLOORS = (
     ("cli", "__main__"), ("drawing",), ("runtime.client",), ("runtime.hosts",), ("runtime.rank",), ("runtime",),
-    ("runtime.wire",), ("bench",), ("planning",), ("parallelize",), ("loading",), ("families",), ("cache", "blocks"),
-    ("parallel",), ("mesh",), ("machine",), ("config", "paths", "limits", "requirements"),
+    ("runtime.wire",), ("bench",), ("planning",), ("lora", "parallelize"), ("loading",), ("families",),
+    ("cache", "blocks"), ("parallel",), ("mesh",), ("machine",), ("config", "paths", "limits", "requirements"),
 )  # fmt: skip
 """Of `parallel_backend`, from above; a file belongs to the longest of these that its name begins with."""
 
