@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .block_cache import BlockCache
 from .layout import ParallelLayout
 from .load_checkpoint import LoadCheckpoint
+from .load_vae import LoadVAE
 from .loaders import LoadCLIP, LoadDiffusionModel, LoadPipeline
 from .workers import UnloadWorkers, WorkersReport
 
@@ -16,6 +17,6 @@ class HybridDiTExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            ParallelLayout, LoadPipeline, LoadDiffusionModel, LoadCLIP, LoadCheckpoint, BlockCache, WorkersReport,
-            UnloadWorkers,
+            ParallelLayout, LoadPipeline, LoadDiffusionModel, LoadCLIP, LoadVAE, LoadCheckpoint, BlockCache,
+            WorkersReport, UnloadWorkers,
         ]  # fmt: skip

@@ -38,6 +38,7 @@ class TextModelSpec:
         layer: ``"last"`` where the context is the last hidden state, or those that stand side by side in it.
         special_tokens: as ComfyUI's class of the family states them.
         image_token: placeholder for a part of an image; None: the language model does not look at images.
+        gives_mask: whether the conditioning says which of its rows are padding.
     """
 
     part: RemotePart
@@ -46,6 +47,7 @@ class TextModelSpec:
     layer: str | list[int]
     special_tokens: Mapping[str, int]
     image_token: int | None = None
+    gives_mask: bool = True
 
 
 class PromptOnly:
@@ -124,7 +126,7 @@ class RemoteClipModel(SDClipModel):
         super().__init__(
             device=device, dtype=dtype, layer=spec.layer, textmodel_json_config={},
             model_class=lambda *_: RemoteTextModel(spec), special_tokens=dict(spec.special_tokens),
-            layer_norm_hidden_state=False, enable_attention_masks=True, return_attention_masks=True,
+            layer_norm_hidden_state=False, enable_attention_masks=True, return_attention_masks=spec.gives_mask,
         )  # fmt: skip
         del self.logit_scale  # nothing that could be moved or patched stays
 
@@ -214,12 +216,17 @@ def refuse_generation() -> NoReturn:
     raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
 
 
-def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[int, ...]]:
-    """The weights under ComfyUI's names, and their shapes: those that a LoRA may name."""
-    parts = {"text_encoder": "model", "vision_tower": "visual"}
+def weight_shapes(source: TextEncoderFile | PipelineFolder, prefix: str = "model") -> dict[str, tuple[int, ...]]:
+    """The weights under ComfyUI's names, and their shapes: those that a LoRA may name.
+
+    Args:
+        source: has them.
+        prefix: of the language model's.
+    """
+    parts = {"text_encoder": prefix, "vision_tower": "visual"}
     return {
-        f"{prefix}.{name}": weight.shape
-        for component, prefix in parts.items()
+        f"{part}.{name}": weight.shape
+        for component, part in parts.items()
         if component in source.components
         for name, weight in source.weights(component).items()
     }

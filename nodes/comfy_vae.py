@@ -1,24 +1,30 @@
-"""The VAE: ComfyUI's VAE object, tiling and all, around a model that runs on the first worker."""
+"""The VAE: ComfyUI's VAE object, tiling and all, around a model that runs in the workers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..parallel_backend.loading.checkpoint import Checkpoint
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.loading.vae_file import VaeFile
+from ..parallel_backend.runtime.client.remote_model import RemoteModel
 from ..parallel_backend.runtime.errors import OutOfMemoryError
 from .comfy_patcher import RemotePart, RemotePatcher
-from .families import VaeLook, family_of
 from .group import ModelHandle, check_interrupted
 
+VaeSource: TypeAlias = PipelineFolder | VaeFile
 HOST_MEMORY = 16 * 2**20
-"""Bytes that an image takes in ComfyUI's own process while it is decoded in the worker."""
+"""Bytes that an image takes on ComfyUI's own device while it is decoded in the workers."""
+FORMATS: dict[int, Any] = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
+"""Channels of a VAE with frames -> what ComfyUI's latents are converted with before the workers get them, and back."""
 
 
 @contextlib.contextmanager
@@ -32,66 +38,94 @@ def _comfyuis_out_of_memory() -> Iterator[None]:
         raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
 
 
-def look_of(source: Checkpoint) -> VaeLook:
-    """What ComfyUI has to know of a checkpoint's VAE; ValueError where its family brings none."""
-    source.family.needs_vae()
-    look = family_of(source).vae
-    assert look is not None
-    return look
-
-
 class RemoteAutoencoder(nn.Module):
-    """Stands where ComfyUI's first stage model stands, without parameters. One image travels at a time.
+    """Stands where ComfyUI's first stage model stands, without parameters. One image or clip travels at a time.
 
     Args:
         handle: of the model in the workers.
         source: its checkpoint.
     """
 
-    def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
+    def __init__(self, handle: ModelHandle, source: VaeSource) -> None:
         super().__init__()
-        self.handle, self.family = handle, source.family
-        self.latent_format = look_of(source).latent_format
+        self.handle, self.kind, self.config = handle, source.family.needs_vae(), source.vae_config
+        shape = self.kind.latent_shape(self.config)
+        self.latent_format = FORMATS[shape.channels]() if shape.frames else None
         self.remote_part = RemotePart(handle, "vae")
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``."""
-        self.family.needs_vae().check_latent(latent.shape)  # before any worker is started
-        model = self.handle.get()
+        """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``.
+
+        On the CPU, where ComfyUI keeps it: clips are large.
+        """
+        self.kind.check_latent(self.config, latent.shape)  # before any worker is started
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
-        with _comfyuis_out_of_memory():
-            return torch.cat([model.decode(one, check_interrupted) for one in latent.split(1)]).to(latent.device)
+        return self._each(latent, lambda model, one, told: model.decode(one, check_interrupted, told))
 
     def encode(self, image: Tensor) -> Tensor:
         """The way back."""
-        model = self.handle.get()
-        with _comfyuis_out_of_memory():
-            latent = torch.cat([model.encode(one, check_interrupted) for one in image.split(1)]).to(image.device)
+        latent = self._each(image, lambda model, one, told: model.encode(one, check_interrupted, told))
         return latent if self.latent_format is None else self.latent_format.process_out(latent)
+
+    def _each(self, batch: Tensor, work: Callable[[RemoteModel, Tensor, Callable[[int, int], None]], Tensor]) -> Tensor:
+        """All of a batch, one after the other, with a progress bar where one is a clip."""
+        model, bar = self.handle.get(), _Progress(len(batch))
+        with _comfyuis_out_of_memory():
+            return torch.cat([work(model, one, bar.told(index)) for index, one in enumerate(batch.split(1))])
+
+
+class _Progress:
+    """ComfyUI's progress bar over the pieces of clips; none where each is a single piece, as of images.
+
+    Args:
+        count: of clips.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.bar: comfy.utils.ProgressBar | None = None
+
+    def told(self, index: int) -> Callable[[int, int], None]:
+        """What is told of the pieces of a clip."""
+
+        def told(done: int, of: int) -> None:
+            if of == 1:
+                return
+            self.bar = self.bar or comfy.utils.ProgressBar(self.count * of)
+            self.bar.update_absolute(index * of + done, self.count * of)
+
+        return told
 
 
 class RemoteVAE(comfy.sd.VAE):
     """A VAE whose weights are in the workers: what `comfy.sd.VAE` finds out from weights is stated here."""
 
-    def __init__(self, handle: ModelHandle, source: PipelineFolder) -> None:
+    def __init__(self, handle: ModelHandle, source: VaeSource) -> None:
         # Not super().__init__(), which needs the weights.
-        look = look_of(source)
+        shape = source.family.needs_vae().latent_shape(source.vae_config)
+        side, frames = shape.downscale, shape.frames
         self.first_stage_model = RemoteAutoencoder(handle, source)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: HOST_MEMORY * shape[0]
-        self.downscale_ratio, self.upscale_ratio = look.downscale_ratio, look.upscale_ratio
-        self.latent_channels = source.family.needs_vae().latent_channels
-        self.latent_dim = look.latent_dim
+        self.latent_channels = shape.channels
+        self.latent_dim = 2
+        self.downscale_ratio: Any = side
+        self.upscale_ratio: Any = side
+        self.downscale_index_formula: Any = None
+        self.upscale_index_formula: Any = None
+        if frames:
+            self.latent_dim = 3
+            self.downscale_ratio = (lambda count: max(0, (count + frames - 1) // frames), side, side)
+            self.upscale_ratio = (lambda count: max(0, shape.pictures(count)), side, side)
+            self.downscale_index_formula = self.upscale_index_formula = (frames, side, side)
         self.output_channels = 3
-        self.pad_channel_value = look.pad_channel_value
+        self.pad_channel_value = 1.0 if frames and shape.channels == 16 else None  # as ComfyUI's own
         self.process_input = lambda image: image * 2.0 - 1.0
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.float32]
         self.disable_offload = False
         self.not_video = False
         self.size = 1
-        self.downscale_index_formula = look.downscale_index_formula
-        self.upscale_index_formula = look.upscale_index_formula
         self.extra_1d_channel = None
         self.crop_input = True
         self.handles_tiling = False
@@ -103,6 +137,6 @@ class RemoteVAE(comfy.sd.VAE):
         self.patcher = RemotePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
 
 
-def make_vae(handle: ModelHandle, source: PipelineFolder) -> RemoteVAE:
-    """The VAE of a pipeline whose autoencoder is on the first worker."""
+def make_vae(handle: ModelHandle, source: VaeSource) -> RemoteVAE:
+    """The VAE of a checkpoint that is in the workers."""
     return RemoteVAE(handle, source)

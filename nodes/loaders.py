@@ -85,7 +85,7 @@ class LoadPipeline(io.ComfyNode):
                 io.Clip.Output(
                     "CLIP", tooltip="For CLIPTextEncode and the like. The text encoder is split over all workers."
                 ),
-                io.Vae.Output("VAE", tooltip="For VAEDecode and VAEEncode. It runs on the first worker."),
+                io.Vae.Output("VAE", tooltip="For VAEDecode and VAEEncode. It runs in the workers."),
             ],
         )
 

@@ -13,7 +13,7 @@ from ..parallel_backend.loading.model_folders import files_below, is_pipeline, p
 
 log = logging.getLogger(__name__)
 
-MODEL_FILES, ENCODER_FILES, CHECKPOINT_FILES = "diffusion_models", "text_encoders", "checkpoints"
+MODEL_FILES, ENCODER_FILES, CHECKPOINT_FILES, VAE_FILES = "diffusion_models", "text_encoders", "checkpoints", "vae"
 """ComfyUI's names of folders with files; models/unet is among the first, models/clip among the second."""
 
 

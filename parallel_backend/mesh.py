@@ -91,13 +91,17 @@ ERROR_BYTES = 4000
 """Of an error's text that `raise_together` carries."""
 
 
+class AnotherRankError(RuntimeError):
+    """What is raised on a rank for the failure of another one, whose name its text has."""
+
+
 def raise_together(error: Exception | None, axis: Axis) -> None:
     """Raise on every rank of an axis what one of them found; else the others would go on and wait for it. Collective.
 
     Args:
         error: this rank's, or None.
         axis: the ranks. One that has an error raises it; the others raise that of the first one that has one, as a
-            ValueError where it is one, else as a RuntimeError.
+            ValueError where it is one, else as an AnotherRankError.
     """
     if not axis.is_split:
         if error is not None:
@@ -118,7 +122,7 @@ def raise_together(error: Exception | None, axis: Axis) -> None:
     if error is not None:
         raise error
     bad_input, *found = text.tolist()
-    kind = ValueError if bad_input else RuntimeError
+    kind = ValueError if bad_input else AnotherRankError
     raise kind(bytes(found).rstrip(b"\0").decode(errors="replace"))
 
 

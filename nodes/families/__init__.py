@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...parallel_backend.loading.checkpoint import Checkpoint
-from .base import ComfyFamily, Shapes, VaeLook
+from .base import ComfyFamily, Shapes
 from .flux2 import Flux2
 from .qwen_image import QwenImage
 from .z_image import ZImage
@@ -16,4 +16,4 @@ def family_of(source: Checkpoint) -> ComfyFamily:
     return COMFY_FAMILIES[source.family.name]
 
 
-__all__ = ["COMFY_FAMILIES", "ComfyFamily", "Shapes", "VaeLook", "family_of"]
+__all__ = ["COMFY_FAMILIES", "ComfyFamily", "Shapes", "family_of"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.sd
@@ -18,28 +17,6 @@ from ..group import ModelHandle
 
 Shapes = dict[str, tuple[int, ...]]
 """Names of weights as ComfyUI has them, and their shapes."""
-
-
-@dataclass(frozen=True)
-class VaeLook:
-    """What ``comfy.sd.VAE`` finds out from a VAE's weights, and what it is told here instead.
-
-    Args:
-        latent_dim: 2 for latents ``[B, C, h, w]``, 3 for ``[B, C, F, h, w]``.
-        downscale_ratio, upscale_ratio: pixels to a latent position along each side; with frames three of them, the
-            first a function from one number of frames to the other.
-        downscale_index_formula, upscale_index_formula: where a tile of pixels (of latents) starts, for three dims.
-        pad_channel_value: of an alpha channel that a picture lacks.
-        latent_format: what ComfyUI's latents are converted with before the workers get them, and back.
-    """
-
-    latent_dim: int
-    downscale_ratio: Any
-    upscale_ratio: Any
-    downscale_index_formula: tuple[int, int, int] | None = None
-    upscale_index_formula: tuple[int, int, int] | None = None
-    pad_channel_value: float | None = None
-    latent_format: Any = None
 
 
 def shapes_by_table(table: Mapping[str, Any], source: Checkpoint, renames: Mapping[str, str] | None = None) -> Shapes:
@@ -122,8 +99,3 @@ class ComfyFamily(ABC):
     def clip_of_folder(self, handle: ModelHandle, source: PipelineFolder) -> comfy.sd.CLIP:
         """The CLIP of a pipeline folder whose text encoder is in the workers."""
         raise NotImplementedError(f"{self.name} has no text encoder")
-
-    # The VAE.
-
-    vae: VaeLook | None = None
-    """None where the VAE is ComfyUI's own."""

@@ -24,7 +24,7 @@ from ..comfy_chat import make_chat_clip
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
 from ..comfy_patcher import RemotePart
 from ..group import ModelHandle
-from .base import ComfyFamily, Shapes, VaeLook, shapes_by_table
+from .base import ComfyFamily, Shapes, shapes_by_table
 
 CLIP_NAME = "mistral3_24b"
 """What ComfyUI calls the language model of the text encoder."""
@@ -40,7 +40,6 @@ class Flux2(ComfyFamily):
     patch_size = 1
     empty_latent = "EmptyFlux2LatentImage"
     clip_type = "flux2"
-    vae = VaeLook(latent_dim=2, downscale_ratio=16, upscale_ratio=16)
 
     def unet_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.latent_formats
 import comfy.model_base
 import comfy.sd
 import comfy.supported_models
@@ -24,7 +22,7 @@ from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
 from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
 from ..comfy_patcher import RemotePart
 from ..group import ModelHandle
-from .base import ComfyFamily, Shapes, VaeLook
+from .base import ComfyFamily, Shapes
 
 CLIP_NAME = "qwen25_7b"
 """What ComfyUI's tokenizer and text encoder call the language model."""
@@ -45,15 +43,6 @@ class QwenImage(ComfyFamily):
     patch_size = 2
     empty_latent = "EmptySD3LatentImage"
     clip_type = "qwen_image"
-    vae = VaeLook(
-        latent_dim=3,
-        downscale_ratio=(lambda frames: max(0, math.floor((frames + 3) / 4)), 8, 8),
-        upscale_ratio=(lambda frames: max(0, 4 * frames - 3), 8, 8),
-        downscale_index_formula=(4, 8, 8),
-        upscale_index_formula=(4, 8, 8),
-        pad_channel_value=1.0,
-        latent_format=comfy.latent_formats.Wan21(),
-    )
 
     def unet_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {

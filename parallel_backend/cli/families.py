@@ -73,6 +73,8 @@ def _lines(family: FamilySupport) -> list[tuple[str, str]]:
         text += f"; ComfyUI's own for {_list(family.transformer_alone)}"
     kinds = ["diffusers folder"] if family.pipelines else []
     kinds += ["transformer file", *([f"text encoder file: {family.text_file}"] if family.text_file else [])]
+    kinds += [f"VAE file: {family.vae_file}"] if family.vae_file else []
+    vae = f"`{family.vae}`, {'on all ranks, a part of each frame' if family.vae_on_all else 'whole on rank 0'}"
     rings = "any" if len(family.ring) == family.ranks else _list(family.ring)
     return [
         ("models", _list(family.models)),
@@ -85,7 +87,7 @@ def _lines(family: FamilySupport) -> list[tuple[str, str]]:
         ("held by several ranks of these", _copies(family.copies.get("text_encoder", {})) or "-"),
         ("images in prompts", "vision tower, whole on rank 0" if family.vision_tower else "no"),
         ("reference images", _list(family.reference_methods) or "no"),
-        ("VAE", f"`{family.vae}`, whole on rank 0" if family.vae else "ComfyUI's own"),
+        ("VAE", vae if family.vae else "ComfyUI's own"),
         ("block cache", ", then ".join(f"{count} `{name}`" for name, count in family.blocks.items())),
         ("checkpoints", "; ".join(kinds)),
         (f"GiB a rank, bf16: transformer, TP {degrees}", _slashed(family.transformer_gib, DEGREES)),

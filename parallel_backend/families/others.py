@@ -95,6 +95,7 @@ _VAE = (
     "first_stage_model.decoder.conv_in.weight",
     "taesd_decoder.1.weight",
 )
+_SOME_VAE = "a VAE"
 _TEXT_ENCODERS = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
     "encoder.block.0.layer.0.SelfAttention.k.weight": "T5",
@@ -172,8 +173,16 @@ def looks_like_transformer(keys: Collection[str]) -> Look | None:
     if name := _find(_TRANSFORMERS, keys):
         return Look(name)
     if any(key in keys for key in _VAE):
-        return Look("a VAE", "stock Load VAE loads it")
+        return Look(_SOME_VAE, "Load VAE (Parallel) or ComfyUI's own Load VAE loads it")
     return None
+
+
+def looks_like_vae(keys: Collection[str]) -> Look | None:
+    """What a file is that is no supported VAE; None if nothing here tells."""
+    look = looks_like_part(keys) or looks_like_transformer(keys)
+    if look is not None and look.name == _SOME_VAE:
+        return Look("another model's VAE", "ComfyUI's own Load VAE loads it")
+    return Look(look.name, look.remedy) if look else None
 
 
 def looks_like_text_encoder(keys: Collection[str]) -> Look | None:

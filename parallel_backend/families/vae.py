@@ -4,14 +4,56 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..mesh import Axis
 from ..parallel.tensor import Model
 from .latents import latent_problem
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """What a latent is to pixels.
+
+    Args:
+        channels: of a latent.
+        downscale: pixels to one latent position, along each side.
+        frames: pictures to one latent frame, after a first one that is one picture; 0 for latents without frames.
+    """
+
+    channels: int
+    downscale: int
+    frames: int = 0
+
+    @property
+    def dims(self) -> int:
+        """4 for latents ``[B, C, H, W]``, 5 for those with frames ``[B, C, F, H, W]``."""
+        return 5 if self.frames else 4
+
+    def pictures(self, latent_frames: int) -> int:
+        """Pictures that so many latent frames make."""
+        return 1 + self.frames * (latent_frames - 1)
+
+
+class OutOfStepError(RuntimeError):
+    """A rank has failed and is not where the others are: they wait for it in vain."""
+
+
+class VaeRun(ABC):
+    """A clip on its way through a VAE that all ranks work on together, piece by piece. Collective over them."""
+
+    @abstractmethod
+    def piece(self, x: Tensor) -> Tensor:
+        """What the next frames become, whole: pictures of about -1..1, or a latent as the transformer sees it.
+
+        A rank on which it raises has still taken part in whatever the ranks exchange meanwhile, unless it raises
+        OutOfStepError.
+        """
 
 
 class VAE(ABC):
@@ -23,11 +65,14 @@ class VAE(ABC):
     """diffusers' class."""
     imports: tuple[str, ...] = ()
     """Modules that it takes to build and run it, and that take seconds to import."""
-    latent_channels: int
-    latent_dims: int = 4
-    """4 for latents ``[B, C, H, W]``, 5 for those with frames ``[B, C, F, H, W]``."""
-    downscale: int
-    """Pixels to one latent position, along each side."""
+    file_title: str
+    """Names of its files, for messages."""
+    over_ranks = False
+    """Whether all ranks hold it and work on a picture together (`start`), or the first one alone."""
+
+    @abstractmethod
+    def latent_shape(self, config: Mapping[str, Any]) -> LatentShape:
+        """What its latents are to pixels."""
 
     def build(self, config: Mapping[str, Any]) -> Model:
         """The VAE of a configuration, with weights on the meta device."""
@@ -36,7 +81,7 @@ class VAE(ABC):
         with torch.device("meta"):
             return getattr(diffusers, self.class_name).from_config(dict(config))
 
-    def load(self, folder: Path) -> Model:
+    def load(self, folder: Path, config: Mapping[str, Any]) -> Model:
         """The VAE of a component folder, whole, on the CPU, in fp32."""
         import diffusers
 
@@ -45,9 +90,10 @@ class VAE(ABC):
             folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, disable_mmap=True
         ).eval()
 
-    def check_latent(self, shape: Sequence[int]) -> None:
+    def check_latent(self, config: Mapping[str, Any], shape: Sequence[int]) -> None:
         """Raise ValueError unless it can decode a latent of a shape: of any number of frames, where it has them."""
-        problem = latent_problem(shape, self.latent_channels, self.latent_dims, self.title)
+        latent = self.latent_shape(config)
+        problem = latent_problem(shape, latent.channels, latent.dims, self.title)
         if problem:
             raise ValueError(f"the latent has {problem}")
 
@@ -65,15 +111,38 @@ class VAE(ABC):
 
     @abstractmethod
     def width(self, config: Mapping[str, Any]) -> int:
-        """About the features of a pixel that decoding holds at its peak."""
+        """About the features of a pixel of a piece that decoding holds at its peak."""
 
-    @abstractmethod
+    def latent_pieces(self, frames: int) -> list[int]:
+        """How many latent frames are decoded at a time."""
+        return [frames]
+
+    def image_pieces(self, frames: int) -> list[int]:
+        """How many pictures are encoded at a time; those that are left over are of no use."""
+        return [frames]
+
+    # What one rank does alone:
+
     def decode(self, vae: Model, latent: Tensor) -> Tensor:
         """Image ``[B, 3, H, W]`` (``[B, 3, F, H, W]`` where latents have frames) in -1..1 from a latent.
 
         Latents are as the transformer sees them.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def encode(self, vae: Model, image: Tensor) -> Tensor:
         """The way back."""
+        raise NotImplementedError
+
+    # What all ranks do together:
+
+    def start(self, vae: Model, config: Mapping[str, Any], decodes: bool, axis: Axis, shape: Sequence[int]) -> VaeRun:
+        """Begin with a clip.
+
+        Args:
+            vae, config: of this rank.
+            decodes: whether latents become pictures, or pictures latents.
+            axis: all ranks.
+            shape: of the first piece.
+        """
+        raise NotImplementedError

@@ -102,7 +102,7 @@ def open_text_encoder_file(path: Path, in_checkpoint: bool = False) -> TextEncod
         if tokenizer is None or tokenizer.dtype != "U8":
             raise ValueError(
                 f"{path} has no tokenizer (a tensor {kind.file_tokenizer} of bytes); take a file that ComfyUI's "
-                "templates name, such as mistral_3_small_flux2_bf16.safetensors"
+                f"templates name: {kind.file_title}"
             )
     _check_layers(path, family, names, list(text), quantization)
     return TextEncoderFile(path, family, config, text, vision, tokenizer)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ParallelismConfig
-from ..families import Family, Model, family_of_vae_file
+from ..families import FAMILIES, Family, Model, family_of_text_file, family_of_vae_file
+from ..families.others import looks_like_vae
 from .config_files import blamed
 from .file_reader import FileReader
 from .safetensors_reader import Weight, read_header
-from .single_file import check_suffix, file_fingerprint
+from .single_file import check_suffix, file_fingerprint, transformer_in
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class VaeFile:
     components: tuple[str, ...] = ("vae",)
 
     def check(self, layout: ParallelismConfig) -> None:
-        """Any layout will do: the VAE is whole on rank 0."""
+        """Any layout will do: each rank that works on a picture has the whole VAE."""
 
     def check_weights(self) -> None:
         """They are looked at when they are loaded."""
@@ -48,6 +49,27 @@ class VaeFile:
         except RuntimeError as error:  # of torch, with all names
             raise ValueError(" ".join(str(error).split())[:300]) from None
         return vae.eval()
+
+
+def open_known_vae_file(path: Path) -> VaeFile:
+    """As `open_vae_file`; ValueError says what the file is where it is no VAE that a family knows."""
+    found = open_vae_file(path)
+    if found is not None:
+        return found
+    keys = read_header(Path(path))
+    # A VAE may serve several families.
+    titles = {family.vae.title: family.vae.file_title for family in FAMILIES if family.vae is not None}
+    supported = "; ".join(f"{title}: {files}" for title, files in titles.items())
+    if transformer := transformer_in(keys)[0]:
+        title, loader = f"the transformer of {transformer.title}", "Load Diffusion Model (Parallel)"
+        raise ValueError(f"{path} looks like {title}, which {loader} loads; supported are {supported}")
+    if encoder := family_of_text_file(keys):
+        title, loader = f"the text encoder of {encoder.title}", "Load CLIP (Parallel)"
+        raise ValueError(f"{path} looks like {title}, which {loader} loads; supported are {supported}")
+    look = looks_like_vae(keys)
+    if look is not None:
+        raise ValueError(look.refusal(path, f"supported are {supported}", ""))
+    raise ValueError(f"{path} has {len(keys)} tensors, which is no VAE that is known here; supported are {supported}")
 
 
 def open_vae_file(path: Path) -> VaeFile | None:

@@ -15,6 +15,7 @@ from ..config import ParallelismConfig
 from ..families import Family
 from ..loading.checkpoint import Checkpoint
 from ..loading.model_folders import model_name
+from ..loading.vae_file import VaeFile
 from ..loading.weight_loader import shard_bytes
 from ..machine import Machine, collect
 from ..mesh import Axis
@@ -197,7 +198,7 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
 
     Args:
         source: what is to be loaded; what it does not hold (a text encoder, a transformer) is counted as that of the
-            family's reference model.
+            family's reference model. A VAE alone gets all GPUs: it is small, and joins the workers of the others there.
         devices: see `resolve_devices`; ``auto`` is all GPUs of one kind, or else of all kinds, or fewer of them where
             these are predicted to be faster. Named ones are all taken; the choice says where fewer would be faster.
         dtype, fp8: of the weights, as `ModelConfig.create` has them.
@@ -213,6 +214,8 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
     if not gpus:
         here = len(machine.gpus)
         return Choice(ParallelismConfig(), (), f"single: there is no GPU here{hidden_gpus(here)}{left_out(here)}")
+    if isinstance(source, VaeFile):
+        return _all_of(gpus) if numbers is not None else choose_kind(machine, gpus, _all_of)
     weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     key = (str(source.path), source.fingerprint(), gpus, weights, fp8)
     with _lock:
@@ -286,6 +289,12 @@ def _warning(machine: Machine, gpus: Sequence[int], ms: float, choose: Callable[
                 "layout with the devices 'auto'"
             )
     return ""
+
+
+def _all_of(gpus: Sequence[int]) -> Choice:
+    """The layout of a VAE alone, whose parts of a picture are the same in any."""
+    layout = ParallelismConfig(ulysses_size=len(gpus))
+    return Choice(layout, (), f"{layout.name}: a VAE takes all GPUs that there are")
 
 
 def choose_kind(machine: Machine, gpus: Sequence[int], choose: Callable[[Sequence[int]], Choice]) -> Choice:

@@ -134,9 +134,13 @@ def transformer_activation_bytes(
     return -(-tokens // layout.cp_size) * family.transformer.activation_width(config, layout.tp_size) * dtype_bytes
 
 
-def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int) -> int:
-    """Estimate the peak of decoding an image of ``pixels`` in fp32; the family says how many features of a pixel."""
-    return family.needs_vae().width(config) * pixels * _VAE_DTYPE_BYTES
+def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int, ranks: int = 1) -> int:
+    """Estimate the peak of decoding an image of ``pixels`` in fp32 on rank 0, with ``ranks`` in all.
+
+    The family says how many features of a pixel there are, and whether ranks share them.
+    """
+    kind = family.needs_vae()
+    return -(-kind.width(config) * pixels * _VAE_DTYPE_BYTES // (ranks if kind.over_ranks else 1))
 
 
 def reference_memory(family: Family, layout: ParallelismConfig, fp8: bool = False) -> MemoryEstimate:
@@ -179,7 +183,11 @@ def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: Par
     They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
     family's reference model; ``config`` is the transformer's, with every value.
     """
-    decoding = 0 if family.vae is None else vae_activation_bytes(family, dict(_default_vae(family).config), pixels)
+    decoding = (
+        0
+        if family.vae is None
+        else vae_activation_bytes(family, dict(_default_vae(family).config), pixels, layout.world_size)
+    )
     return max(_step_bytes(family, config, layout, pixels), decoding)
 
 

@@ -48,6 +48,8 @@ class FamilySupport:
         vision_tower: whether the text encoder looks at images (whole, on rank 0).
         reference_methods: how reference images can be told apart from the picture; empty if there can be none.
         text_file: what the text encoder's single file is called.
+        vae_on_all: whether all ranks hold the VAE, and share each picture.
+        vae_file: names of the VAE's single files.
         transformer_gib: TP degree -> GiB of weights a rank in bf16.
         text_encoder_gib: ranks of the layout -> the same of the text encoder.
     """
@@ -72,6 +74,8 @@ class FamilySupport:
     vision_tower: bool
     reference_methods: tuple[str, ...]
     text_file: str
+    vae_on_all: bool
+    vae_file: str
     transformer_gib: dict[int, float]
     text_encoder_gib: dict[int, float]
 
@@ -113,6 +117,8 @@ def family_support(family: Family) -> FamilySupport:
         vision_tower=encoder is not None and encoder.has_vision_tower,
         reference_methods=tuple(kind.conditioning_options.get("reference_method", ())),
         text_file="" if encoder is None else encoder.file_title,
+        vae_on_all=family.vae is not None and family.vae.over_ranks,
+        vae_file="" if family.vae is None else family.vae.file_title,
         transformer_gib={n: round(found.transformer / GIB, 1) for n, found in weights.items()},
         text_encoder_gib={n: round(found.text_encoder / GIB, 1) for n, found in text_weights.items()},
     )

@@ -20,6 +20,7 @@ NODES = {
     "HybridDiT_LoadPipeline": "Load Pipeline (Parallel)",
     "HybridDiT_LoadDiffusionModel": "Load Diffusion Model (Parallel)",
     "HybridDiT_LoadCLIP": "Load CLIP (Parallel)",
+    "HybridDiT_LoadVAE": "Load VAE (Parallel)",
     "HybridDiT_LoadCheckpoint": "Load Checkpoint (Parallel)",
     "HybridDiT_BlockCache": "Block Cache",
     "HybridDiT_WorkersReport": "Workers Report",

@@ -26,6 +26,7 @@ from parallel_backend.planning.memory import GIB, can_split, reference_config
 from parallel_backend.planning.workload import count_workload
 from tests.single_file import flux2_tensors, write
 from tests.tiny_pipeline import make_tiny_pipeline
+from tests.wan_vae import write_wan_vae
 
 FLUX2 = family_of_name("flux2")
 
@@ -251,6 +252,16 @@ def test_a_checkpoint_gets_the_same_choice_again_whatever_is_free_by_then(tiny, 
 
 def test_named_gpus_are_all_that_is_used(tiny):
     assert choose_for_checkpoint(tiny, "1", "auto", "cast").layout == ParallelismConfig()
+
+
+def test_a_vae_alone_gets_all_gpus_whatever_fits(tmp_path, monkeypatch):
+    """It is small, and where all GPUs are one group, it is in the transformer's: nothing of that is counted."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(auto_layout, "collect", lambda: machine(3, total=2))
+    vae = open_checkpoint(write_wan_vae(tmp_path / "wan.safetensors"))
+    assert choose_for_checkpoint(vae, "auto", "auto", "cast").layout.world_size == 3
+    assert choose_for_checkpoint(vae, "0,2", "auto", "cast").layout.world_size == 2
+    assert choose_for_checkpoint(vae, "cpu", "auto", "cast").layout == ParallelismConfig()
 
 
 def test_on_the_cpu_nothing_is_split(tiny, monkeypatch):

@@ -111,6 +111,13 @@ def test_qwen_images_vae_agrees_with_what_a_gpu_needed(side, measured):
     assert vae_activation_bytes(QWEN, config, side**2) / GIB == pytest.approx(measured, rel=0.05)
 
 
+def test_ranks_that_share_a_frame_share_what_it_takes():
+    config = {"base_dim": 96, "block_out_channels": [128, 256, 512, 512]}
+    for family, share in ((QWEN, 4), (FLUX2, 1)):
+        alone, of_four = (vae_activation_bytes(family, config, 1024**2, ranks) for ranks in (1, 4))
+        assert of_four * share == alone
+
+
 @pytest.mark.parametrize(
     # GiB of allocated memory at its highest, rank 0, read on an H200 by benchmarks/layout_memory.py (torch 2.11).
     ("degrees", "measured"),

@@ -308,7 +308,7 @@ class TestDisksThatMapNothing:
                     monkeypatch.setattr(module, name, refuse)
 
     def test_a_pipelines_vae(self, tiny):
-        vae = open_pipeline_folder(tiny).family.needs_vae().load(tiny / "vae")
+        vae = open_pipeline_folder(tiny).family.needs_vae().load(tiny / "vae", open_pipeline_folder(tiny).vae_config)
         (file,) = (tiny / "vae").glob("*.safetensors")
         stored = load_file(file)
         assert all(torch.equal(tensor, stored[name]) for name, tensor in vae.state_dict().items())

@@ -294,8 +294,8 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("key", "remedy"),
         [
-            ("decoder.conv_in.weight", "a VAE, .*: stock Load VAE loads it"),
-            ("decoder.middle.0.residual.0.gamma", "a VAE, .*: stock Load VAE loads it"),
+            ("decoder.conv_in.weight", "a VAE, .*: Load VAE .Parallel. or ComfyUI.s own Load VAE loads it"),
+            ("decoder.middle.0.residual.0.gamma", "a VAE, .*: Load VAE .Parallel. or ComfyUI.s own Load VAE loads it"),
             ("double_stream_modulation_img.linear.weight", "FLUX.2 by diffusers' names, .*: give its pipeline folder"),
         ],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..family import Family, ReferenceModel
 from ..text_encoders.qwen25_vl import Qwen25VL
-from ..vaes.qwen_image import QwenImageVAE
+from ..vaes.wan import QwenImageVAE
 from .drawing import DRAWINGS
 from .transformer import QwenImageTransformer
 

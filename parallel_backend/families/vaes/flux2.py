@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...parallel.tensor import Model
-from ..vae import VAE
+from ..vae import VAE, LatentShape
 
 MARK = "bn.running_mean"
 """Statistics of the latent, which no other family's VAE has."""
@@ -23,9 +23,11 @@ class Flux2VAE(VAE):
 
     title = "FLUX.2"
     class_name = "AutoencoderKLFlux2"
+    file_title = "flux2-vae.safetensors or full_encoder_small_decoder.safetensors"
     imports = ("diffusers.models.autoencoders.autoencoder_kl_flux2", "diffusers.pipelines.flux2.pipeline_flux2")
-    latent_channels = 128
-    downscale = 16
+
+    def latent_shape(self, config: Mapping[str, Any]) -> LatentShape:
+        return LatentShape(channels=128, downscale=16)
 
     def is_file(self, keys: Collection[str]) -> bool:
         return _is_file(keys)

@@ -23,6 +23,7 @@ from ..rank.out_of_memory import advice
 from ..wire.messages import Adapt, DecodeLatent, Done, EncodeImage, EncodeText, EndRun, Keep, Offload, Predict, Stats
 from ..wire.shared_tensors import copy_into
 from .adapters import SentAdapters
+from .clips import OnPiece, image_pieces, latent_pieces
 from .deadlines import SILENCE_SECONDS, StepTimes
 from .ranks import Check, Ranks
 from .report import make_report, took
@@ -203,35 +204,58 @@ class RemoteModel:
         So Cancel returns at once, whatever step the workers are in, and the error that ended a run stays the one that
         is seen.
         """
-        with self.group.lock:
-            self.group.post(EndRun(self.group.next_id(), self.name, run.id))
+        self._forget_run(run.id)
 
-    def decode(self, latent: Tensor, check: Check = lambda: None) -> Tensor:
-        """Image in -1..1 (fp32) from a latent; shapes are those of `Family.decode_latent`.
+    def _forget_run(self, name: str) -> None:
+        with self.group.lock:
+            self.group.post(EndRun(self.group.next_id(), self.name, name))
+
+    def decode(self, latent: Tensor, check: Check = lambda: None, on_piece: OnPiece = lambda *_: None) -> Tensor:
+        """Image of about -1..1 (fp32) from a latent; shapes are those of `VAE.decode`.
+
+        A clip is decoded a few frames at a time. Where ``check`` raises, the workers finish those and no more.
+
+        Args:
+            latent: of this model's kind.
+            check: called every 50 ms; may raise to give up. The group stays usable.
+            on_piece: told how many pieces of how many are decoded.
 
         Raises:
             ValueError: the latent is not of this model's kind.
-            OutOfMemoryError, RequestFailedError: the first rank failed, and is as good as before.
+            OutOfMemoryError, RequestFailedError: a rank failed, and all are as good as before.
             WorkersFailedError: the group is gone.
         """
-        self.source.family.needs_vae().check_latent(latent.shape)
+        pieces = latent_pieces(self.source, latent)
         with self._timed("decode", check):
-            request = DecodeLatent(self.group.next_id(), self.name)
-            return self._use("vae", request, {"latent": latent}, check)[1]["image"]
+            return self._in_pieces(DecodeLatent, "latent", "image", pieces, check, on_piece)
 
-    def encode(self, image: Tensor, check: Check = lambda: None) -> Tensor:
+    def encode(self, image: Tensor, check: Check = lambda: None, on_piece: OnPiece = lambda *_: None) -> Tensor:
         """Latent (fp32) from an image in -1..1; shapes and errors as of `decode`."""
-        vae = self.source.family.needs_vae()
-        multiple = vae.downscale
-        wrong_size = not image.numel() or any(length % multiple for length in image.shape[-2:])
-        if image.ndim not in (4, 5) or image.shape[1] != 3 or wrong_size:
-            raise ValueError(
-                f"the image has shape {list(image.shape)}; the VAE of {vae.title} encodes images of 3 channels, "
-                f"[B, 3, H, W], whose height and width are multiples of {multiple} pixels, {multiple} at least"
-            )
+        pieces = image_pieces(self.source, image)
         with self.group.held(check):
-            request = EncodeImage(self.group.next_id(), self.name)
-            return self._use("vae", request, {"image": image}, check)[1]["latent"]
+            return self._in_pieces(EncodeImage, "image", "latent", pieces, check, on_piece)
+
+    def _in_pieces(
+        self,
+        kind: type[DecodeLatent] | type[EncodeImage],
+        given: str,
+        answer: str,
+        pieces: Sequence[Tensor],
+        check: Check,
+        on_piece: OnPiece,
+    ) -> Tensor:
+        """A clip through the VAE, piece by piece; what comes of them is put together along dim 2."""
+        run, done = f"v{self.group.next_id()}", []
+        try:
+            for index, piece in enumerate(pieces, start=1):
+                request = kind(self.group.next_id(), self.name, run, index == 1, index == len(pieces))
+                done.append(self._use("vae", request, {given: piece}, check)[1][answer])
+                on_piece(index, len(pieces))
+        except BaseException:
+            if len(pieces) > 1:
+                self._forget_run(run)
+            raise
+        return done[0] if len(done) == 1 else torch.cat(done, dim=2)
 
     def report(self) -> dict[str, Any]:
         """The report that docs/report.md explains, field by field."""

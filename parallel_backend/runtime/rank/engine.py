@@ -33,7 +33,7 @@ from .mesh_check import MeshCheck
 from .residents import Residents
 from .text_component import TextEncoderComponent, VisionComponent
 from .transformer_component import TransformerComponent
-from .vae_component import VAEComponent
+from .vae_component import WHOLE, Piece, VAEComponent
 
 LOADING_BYTES = GIB
 """Device memory that loading takes beside the weights."""
@@ -312,26 +312,41 @@ class Engine:
             torch.cuda.empty_cache()
 
     def end_run(self, name: str, run: str) -> None:
-        """Free what the cache keeps of a run; nothing where the model is gone."""
+        """Free what the cache, or the VAE, keeps of a run; nothing where the model is gone."""
         model = self.models.get(name)
-        part = None if model is None else model.components.get("transformer")
-        if isinstance(part, TransformerComponent) and part.place is not Place.FILE:
-            part.cache.forget(run)
+        for part in () if model is None else model.components.values():
+            if isinstance(part, TransformerComponent) and part.place is not Place.FILE:
+                part.cache.forget(run)
+            elif isinstance(part, VAEComponent):
+                part.forget(run)
 
     @torch.no_grad()
-    def decode(self, name: str, latent: Tensor) -> Tensor | None:
-        """Image in -1..1, as `Family.decode_latent` gives it; on rank 0."""
-        part = cast(VAEComponent, self._part(name, "vae"))
-        pixels = latent[:, 0].numel() * self._model(name).settings.family.needs_vae().downscale ** 2
-        self._bring_alone(name, part, pixels)
-        return part.decode(latent) if self.rank == 0 else None
+    def decode(self, name: str, latent: Tensor, piece: Piece = WHOLE) -> Tensor | None:
+        """Image in -1..1 from a latent, or the next frames of a run from its next latent ones; on rank 0."""
+        return self._autoencode(name, latent, True, piece)
 
     @torch.no_grad()
-    def encode(self, name: str, image: Tensor) -> Tensor | None:
-        """Latent from an image in -1..1; on rank 0."""
+    def encode(self, name: str, image: Tensor, piece: Piece = WHOLE) -> Tensor | None:
+        """Latent from an image in -1..1, or the next frames of a run; on rank 0."""
+        return self._autoencode(name, image, False, piece)
+
+    def _autoencode(self, name: str, x: Tensor, decodes: bool, piece: Piece) -> Tensor | None:
         part = cast(VAEComponent, self._part(name, "vae"))
-        self._bring_alone(name, part, image[:, 0].numel())
-        return part.encode(image) if self.rank == 0 else None
+        pixels = part.pixels(x, decodes, piece)
+        if not part.over_ranks:
+            self._bring_alone(name, part, pixels)
+            if self.rank != 0:
+                return None
+            return part.decode(x) if decodes else part.encode(x)
+        self.residents.bring(name, part, pixels)
+        try:
+            done = part.together(x, decodes, piece)
+        except Exception:
+            if part.agreed:  # no rank waits for another, and all of them have dropped the run
+                self.residents.make_room_anew()
+                self.alone = True
+            raise
+        return done if self.rank == 0 else None
 
     def stats(self, name: str) -> dict[str, object]:
         """This rank's figures of a model, under the names that docs/report.md explains."""

@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from ...config import ParallelismConfig, Speed
 from ...families import VisionImage
+from ...mesh import AnotherRankError
 from ..errors import BatchTooLargeError, out_of_reach
 from ..forking import end_with_parent, take_name
 from ..patience import STEP_SECONDS, mesh_seconds, step_seconds
@@ -59,6 +60,7 @@ from .out_of_memory import out_of_memory
 from .pulse import Pulse
 from .rank_log import end_at_once, log_file, log_to
 from .relay import Relay
+from .vae_component import Piece
 
 JOIN_SECONDS = 300.0
 """How long ranks may take to come up: some hosts import from a slow disk."""
@@ -273,10 +275,12 @@ def perform(
             engine.end_run(request.model, request.run)
             return {}, {}
         case DecodeLatent():
-            image = engine.decode(request.model, tensors["latent"])
+            piece = Piece(request.run, request.is_first, request.is_last)
+            image = engine.decode(request.model, tensors["latent"], piece)
             return {}, {} if image is None else {"image": image}
         case EncodeImage():
-            latent = engine.encode(request.model, tensors["image"])
+            piece = Piece(request.run, request.is_first, request.is_last)
+            latent = engine.encode(request.model, tensors["image"], piece)
             return {}, {} if latent is None else {"latent": latent}
         case Stats():
             return engine.stats(request.model), {}
@@ -286,7 +290,8 @@ def perform(
 def _failure(request_id: int, engine: Engine, error: Exception, device: str) -> Failed:
     text = traceback.format_exc()
     print(text, flush=True)
-    memory = out_of_memory(error, engine.eviction.available)
+    # Of what another rank ran out of, that one says how much there was.
+    memory = None if isinstance(error, AnotherRankError) else out_of_memory(error, engine.eviction.available)
     bad_input = isinstance(error, ValueError)
     described = str(error) if bad_input else f"{type(error).__name__}: {error}"
     if memory is None and device_failed(error):

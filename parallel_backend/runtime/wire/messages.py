@@ -128,7 +128,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class EndRun:
-    """A run of a sampler has ended: free what the cache keeps of it."""
+    """A run of a sampler or of a VAE has ended: free what the cache or the VAE keeps of it."""
 
     id: int
     model: str
@@ -137,18 +137,24 @@ class EndRun:
 
 @dataclass(frozen=True)
 class DecodeLatent:
-    """Decode tensor ``latent`` on rank 0, which answers with ``image``."""
+    """Decode tensor ``latent``, the first or the next frames of a ``run``; rank 0 answers with ``image``."""
 
     id: int
     model: str
+    run: str = ""
+    is_first: bool = True
+    is_last: bool = True
 
 
 @dataclass(frozen=True)
 class EncodeImage:
-    """Encode tensor ``image`` on rank 0, which answers with ``latent``."""
+    """Encode tensor ``image``, the first or the next frames of a ``run``; rank 0 answers with ``latent``."""
 
     id: int
     model: str
+    run: str = ""
+    is_first: bool = True
+    is_last: bool = True
 
 
 @dataclass(frozen=True)

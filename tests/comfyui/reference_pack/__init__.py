@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from .qwen_image import load_qwen_pipeline
 from .stock_model import stock_model
 from .text_encoders import ReferenceTextEncoder, ReferenceTokenizerOption
+from .vaes import ReferenceClip, ReferenceNoText, ReferenceSaveTensor, ReferenceWanVAE
 from .z_image import ReferenceZImage
 
 DEFAULT_OUT_LAYERS = (10, 20, 30)
@@ -396,6 +397,10 @@ _NODES = (
     ReferencePipelineLoader,
     ReferenceTextEncoder,
     ReferenceZImage,
+    ReferenceClip,
+    ReferenceNoText,
+    ReferenceSaveTensor,
+    ReferenceWanVAE,
     ReferenceTokenizerOption,
     ReferenceEncodeTogether,
     ReferenceEncodeWithImage,
