@@ -9,11 +9,15 @@ from .layout import ParallelLayout
 from .load_checkpoint import LoadCheckpoint
 from .load_vae import LoadVAE
 from .loaders import LoadCLIP, LoadDiffusionModel, LoadPipeline
+from .model_paths import offer_demo_loras
 from .workers import UnloadWorkers, WorkersReport
 
 
 class HybridDiTExtension(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
+
+    async def on_load(self) -> None:
+        offer_demo_loras()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

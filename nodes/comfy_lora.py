@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import comfy.utils
+import folder_paths
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from comfy.weight_adapter.glora import GLoRAAdapter
@@ -14,21 +16,28 @@ from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy.weight_adapter.oft import OFTAdapter
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..parallel_backend.loading.adapters import NO_ADAPTERS, OF_WEIGHT, AdapterSet, Patch
 
+SHOWN_TITLES = 4
+"""Of several LoRAs, so many are named on a node."""
 TAKEN = "LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, and plain differences of weights"
 
 
-def adapter_set(patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str, anchor: str) -> AdapterSet:
+def adapter_set(
+    patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str, anchor: str, titles: Sequence[str] = ()
+) -> AdapterSet:
     """All patches of a MODEL's diffusion model, or of a CLIP's language model.
 
     Args:
         patches: ``ModelPatcher.patches``: key -> ``(strength, value, model strength, offset, function)``, in order.
         name: tells sets apart, ``ModelPatcher.patches_uuid``.
         anchor: what of a key stands before the names that the workers know.
+        titles: what people call them, `title_of` each.
 
     Raises:
         ValueError: a kind that workers do not apply; names it and the key.
@@ -36,7 +45,22 @@ def adapter_set(patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str, anc
     if not patches:
         return NO_ADAPTERS
     found = {key: [patch for one in of for patch in patch_of(key, *one)] for key, of in patches.items()}
-    return AdapterSet(name, {key.partition(anchor)[2]: of for key, of in found.items() if of})
+    shown = titles[:SHOWN_TITLES]
+    title = ", ".join([*shown, *([f"{len(titles) - len(shown)} more"] if len(titles) > len(shown) else [])])
+    return AdapterSet(name, {key.partition(anchor)[2]: of for key, of in found.items() if of}, title)
+
+
+def title_of(strength: float) -> str:
+    """What people call the LoRA that the node that runs now puts on.
+
+    ComfyUI hands over tensors without their file's name, which is an input of its loaders.
+    """
+    context = get_executing_context()
+    running = PromptServer.instance.prompt_queue.get_current_queue_volatile()[0] if context is not None else []
+    node = next((prompt[2].get(context.node_id) for prompt in running if prompt[1] == context.prompt_id), None) or {}
+    given = (value for value in node.get("inputs", {}).values() if isinstance(value, str))
+    files = (PurePath(value).stem for value in given if PurePath(value).suffix in folder_paths.supported_pt_extensions)
+    return f"{next(files, node.get('class_type', 'unknown'))} at {strength:g}"
 
 
 def patch_of(

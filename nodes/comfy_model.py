@@ -18,6 +18,7 @@ from .cache_run import RUN_KEY
 from .comfy_patcher import LARGEST_TIMESTEP, RemotePart, RemotePatcher, meta_state_dict
 from .families import Shapes, family_of
 from .group import ModelHandle, check_interrupted
+from .states import refresh
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class RemoteDiffusionModel(nn.Module):
         super().__init__()
         self.handle, self.source, self.family = handle, source, family_of(source)
         self.part = RemotePart(handle, "transformer")
+        self._told = ""
+        """Name of the patches of the last evaluation."""
         self.block_count = self.family.block_count(source.transformer_config)
         self.patch_size = self.family.patch_size
         self.dtype = getattr(torch, handle.config.dtype)
@@ -108,9 +111,13 @@ class RemoteDiffusionModel(nn.Module):
         divisible = len(uuids) > 1 and not rest
         model = self.handle.get()
         try:
-            return model.predict(
+            prediction = model.predict(
                 x, timestep, conditioning, check_interrupted, cache, divisible=divisible, adapters=self.part.adapters
             )
+            if self._told != self.part.adapters.name:
+                self._told = self.part.adapters.name
+                refresh()  # nodes say which LoRAs are on
+            return prediction
         except BatchTooLargeError as error:
             log.info("%s; its %d conditionings are evaluated one after the other", error, len(uuids))
         parts = []

@@ -11,13 +11,15 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet
-from .comfy_lora import adapter_set, check_patches
+from .comfy_lora import adapter_set, check_patches, title_of
 from .group import ModelHandle
 
 LARGEST_TIMESTEP = 1.001
 """Models take sigmas from 0 to 1, give or take what is lost in rounding."""
 
 
+TITLES = "hybrid_dit_loras"
+"""The attachment of a patcher with what people call its patches."""
 ANCHORS = {"transformer": "diffusion_model.", "text_encoder": ".transformer."}
 """Components that take patches of weights -> what stands in ComfyUI's keys before the names that the workers know."""
 
@@ -69,7 +71,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.
         part = self._patched_part()
         if part is not None:
-            part.adapters = adapter_set(self.patches, str(self.patches_uuid), ANCHORS[part.component])
+            titles = self.get_attachment(TITLES) or ()
+            part.adapters = adapter_set(self.patches, str(self.patches_uuid), ANCHORS[part.component], titles)
         elif self.patches:  # put there past `add_patches`
             _refuse_weights(len(self.patches))
         super().load(*args, **kwargs)
@@ -99,6 +102,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
                 "does not read (its log names the weights)"
             )
         check_patches(patches, {key: tensor.shape for key, tensor in self.model.state_dict().items()})
+        if patches and strength_patch:
+            # Clones take attachments along.
+            self.set_attachments(TITLES, (*(self.get_attachment(TITLES) or ()), title_of(strength_patch)))
         return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key: str, injections: list[Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME, demo_folder
+from ..parallel_backend.drawing.demo_model import DEMO_FOLDER_NAME, demo_folder, demo_loras
 from ..parallel_backend.loading.model_folders import files_below, is_pipeline, pipelines_in
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,11 @@ def find_file(kind: str, name: str) -> Path:
         roots = ", ".join(map(str, folder_paths.get_folder_paths(kind)))
         raise ValueError(f"there is no file {name!r} under {roots}, or it is a link that leads nowhere")
     return Path(os.path.abspath(found))
+
+
+def offer_demo_loras() -> None:
+    """Have ComfyUI's LoRA loaders list those of the demo, behind its user's own."""
+    folder_paths.add_model_folder_path("loras", str(demo_loras()))
 
 
 def list_pipelines() -> list[str]:

@@ -125,7 +125,7 @@ def state_of(config: ModelConfig) -> str:
         return "not loaded: the next run loads it"
     if not model.loaded:
         return "still loading: the next run waits for the rest"
-    return f"ready: {where(config)}\n{model.took()}"
+    return "\n".join(filter(None, (f"ready: {where(config)}", model.took(), model.loras())))
 
 
 def where(config: ModelConfig) -> str:

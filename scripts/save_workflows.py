@@ -39,7 +39,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         {
             "Models": [
                 *["HybridDiT_LoadPipeline", "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "CLIPLoader"],
-                *["VAELoader", "HybridDiT_BlockCache"],
+                *["VAELoader", "LoraLoaderModelOnly", "HybridDiT_BlockCache"],
             ],
             "Mask: the left half is kept": ["SolidMask", "MaskComposite"],
         },
@@ -72,7 +72,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
             ]
         },
     ),
-    (330, {"Result": ["VAEDecode", "SaveImage", "HybridDiT_WorkersReport", "HybridDiT_UnloadWorkers"]}),
+    (330, {"Result": ["VAEDecode", "ImageStitch", "SaveImage", "HybridDiT_WorkersReport", "HybridDiT_UnloadWorkers"]}),
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom. The note stands first."""
 HEIGHTS = {
@@ -178,6 +178,11 @@ ComfyUI's template without Lightning's LoRA: 40 steps, CFG 4. Choose a picture i
 ## Z-Image-Turbo on many GPUs
 ComfyUI's template. *Parallel Layout* and *Load Diffusion Model (Parallel)* split the model over all GPUs; text \
 encoder and VAE are loaded by ComfyUI's own nodes.
+""",
+    "14_flux2_lora": """\
+## A LoRA at three strengths
+*Parallel Layout* and *Load Pipeline (Parallel)* are Hybrid DiT's; all others are stock nodes. The demo's outline LoRA \
+at 0, 0.5 and 1, side by side; *Load Pipeline* says which one is on. It comes along, and the loaders list it.
 """,
     "12_flux2_klein": """\
 ## FLUX.2 klein on many GPUs
@@ -332,7 +337,7 @@ def thumbnail(server: ComfyServer, frontend: Frontend, plan: dict[str, Any], wor
         boxes = [group["bounding"] for group in plan["groups"]] + [[*plan["note"]["pos"], *plan["note"]["size"]]]
         bottom = max(box[1] + box[3] for box in boxes)
         return screenshot(frontend, [-MARGIN, 0, right_of(plan) + 2 * MARGIN, bottom + MARGIN], width=800)
-    (file,) = run_well(server, workflow).files()
+    (file,) = run_well(server, workflow, timeout=600).files()
     return server.image(**file).convert("RGB")
 
 

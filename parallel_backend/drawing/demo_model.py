@@ -58,6 +58,11 @@ def demo_folder() -> Path:
     return Path(__file__).parents[1] / "models" / DEMO_FOLDER_NAME
 
 
+def demo_loras() -> Path:
+    """The folder of LoRAs for the demo pipeline: ``flux2-demo-outline.safetensors`` draws outlines."""
+    return demo_folder().with_name("loras")
+
+
 def assemble_pipeline(
     tokenizer: Any, *, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module, dtype: torch.dtype
 ) -> Any:

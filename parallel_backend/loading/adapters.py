@@ -140,10 +140,12 @@ class AdapterSet:
     Args:
         name: tells sets apart.
         patches: the file's names of weights -> their patches, in order.
+        title: for people: files and strengths.
     """
 
     name: str
     patches: Mapping[str, Sequence[Patch]] = field(default_factory=dict)
+    title: str = ""
 
 
 NO_ADAPTERS = AdapterSet("")

@@ -116,7 +116,9 @@ def read_loras(kind: Transformer, config: Mapping[str, Any], loras: Sequence[tup
         for key, patch in read_lora(layers, Path(path)):
             if strength:
                 patches.setdefault(key, []).append(replace(patch, strength=strength * patch.strength))
-    return AdapterSet(" + ".join(f"{path}:{strength:g}" for path, strength in loras), patches)
+    on = [(Path(path), strength) for path, strength in loras if strength]
+    title = ", ".join(f"{path.stem} at {strength:g}" for path, strength in on)
+    return AdapterSet(" + ".join(f"{path}:{strength!r}" for path, strength in on), patches, title)
 
 
 def read_lora(layers: Layers, path: Path) -> list[tuple[str, Patch]]:

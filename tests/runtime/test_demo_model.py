@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from parallel_backend.config import ParallelismConfig
-from parallel_backend.drawing.demo_model import demo_folder
+from parallel_backend.drawing.demo_model import demo_folder, demo_loras
 from parallel_backend.drawing.sampling import ImageRequest, draw
 from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.group_config import ModelConfig
@@ -59,7 +59,7 @@ def test_unknown_words_still_give_a_picture(group, prompt):
 
 
 def test_the_outline_lora_names_comfyuis_layers():
-    file = demo_folder().with_name("flux2-demo-outline.safetensors")
+    file = demo_loras() / "flux2-demo-outline.safetensors"
     assert file.stat().st_size <= 1e6
     tensors = load_file(file)
     config = json.loads((demo_folder() / "transformer" / "config.json").read_text())

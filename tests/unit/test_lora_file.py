@@ -99,6 +99,8 @@ def test_several_in_order_in_bf16_rounded_once(flux2, tmp_path):
         assert weight.dtype == torch.bfloat16
         rounded = exact[name].bfloat16()
         assert (weight != rounded).float().mean() < 1e-3, name  # sums in another order hardly ever round otherwise
+    read = read_loras(kind, dict(model.config), [(files[0], 1.0), (files[1], 0.0), (files[1], 2.0)])
+    assert read.title == "0 at 1, 1 at 2"
     set_lora(model, [(files[1], 2.0)])
     set_lora(model, [(files[1], 0.0)])
     assert_clean(model, clean)

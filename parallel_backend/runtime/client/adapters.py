@@ -24,6 +24,8 @@ class SentAdapters:
     def __init__(self) -> None:
         self.applied = ""
         """Name of the set that is on."""
+        self.title = ""
+        """Its title."""
         self._held: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._unsure: list[str] = []
@@ -36,7 +38,7 @@ class SentAdapters:
         Raises:
             ValueError: a new tensor holds values that are no finite numbers; names its weight.
         """
-        self.applied = "unknown"  # until it is `done`
+        self.applied, self.title = "unknown", ""  # until it is `done`
         self._unsure += self._pending
         self._pending = {}
         names = {_identity(tensor): name for name, tensor in self._held.items()}
@@ -76,7 +78,7 @@ class SentAdapters:
         """The ranks have all that `prepare` gave, and the set is on."""
         self._held.update(self._pending)
         self._pending, self._unsure = {}, []
-        self.applied = adapters.name
+        self.applied, self.title = adapters.name, adapters.title
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

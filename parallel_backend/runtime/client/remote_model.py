@@ -96,9 +96,9 @@ class RemoteModel:
         """
         of_vision = {key: of for key, of in adapters.patches.items() if key.startswith(VISION)}
         of_text = {key: of for key, of in adapters.patches.items() if key not in of_vision}
-        self._adapt("text_encoder", AdapterSet(adapters.name if of_text else "", of_text), check)
+        self._adapt("text_encoder", _part_of(adapters, of_text), check)
         if images:
-            self._adapt("vision_tower", AdapterSet(adapters.name if of_vision else "", of_vision), check)
+            self._adapt("vision_tower", _part_of(adapters, of_vision), check)
         with self._timed("text", check):
             request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
             tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
@@ -272,6 +272,13 @@ class RemoteModel:
         compiled = self.first_step if self.config.speed.compile else None
         return took(self.group.start_seconds, self.group.import_seconds, self.seconds["load"], compiled)
 
+    def loras(self) -> str:
+        """The LoRAs that change its weights now, by component; for people. Empty where there are none."""
+        on = {component: sent.title for component, sent in self._sent_adapters.items() if sent.title}
+        if on.keys() <= {"transformer"}:
+            return f"LoRA: {on['transformer']}" if on else ""
+        return "\n".join(f"LoRA on the {component.replace('_', ' ')}: {title}" for component, title in on.items())
+
     def reset_timings(self) -> None:
         """Begin the report's timings of text, steps and decoding anew."""
         self.seconds.update({name: deque(maxlen=KEPT_TIMINGS) for name in ("text", "steps", "workers", "decode")})
@@ -360,3 +367,8 @@ class RemoteModel:
         """Whether something is to make room for a tensor of so many bytes."""
         size = new + sum(kept.nbytes for kept in self._kept.values())
         return len(self._kept) >= (KEPT_TENSORS if size <= KEPT_BYTES else min(KEPT_ANYWAY, KEPT_TENSORS))
+
+
+def _part_of(adapters: AdapterSet, patches: Mapping[str, Any]) -> AdapterSet:
+    """Some patches of a set, for a component of its own."""
+    return AdapterSet(adapters.name, patches, adapters.title) if patches else NO_ADAPTERS
