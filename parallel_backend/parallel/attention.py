@@ -49,7 +49,7 @@ class ShardedAttention(nn.Module):
     def __init__(self, shards: SequenceShards) -> None:
         super().__init__()
         self.shards = shards
-        self.ulysses, self.ring = shards.mesh.ulysses, shards.mesh.ring
+        self.ulysses, self.ring, self.tp = shards.mesh.ulysses, shards.mesh.ring, shards.mesh.tp
         self._only_ring = self.ring.is_split and not self.ulysses.is_split
 
     def lengths(self) -> Lengths:
@@ -59,9 +59,14 @@ class ShardedAttention(nn.Module):
             tuple(self.shards.ring_tokens()) if self.ring.is_split else (),
         )
 
-    def pack(self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor) -> list[Tensor]:
-        """Norm and rotate queries and keys of all streams' tokens, and lay them out for `begin`."""
-        return pack(streams, cos, sin, self.ulysses.degree, apart=self._only_ring)
+    def pack(
+        self, streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, factors: Tensor | None = None
+    ) -> list[Tensor]:
+        """Norm and rotate queries and keys of all streams' tokens, and lay them out for `begin`.
+
+        ``factors`` are those of `elementwise.pack`.
+        """
+        return pack(streams, cos, sin, self.ulysses.degree, apart=self._only_ring, factors=factors)
 
     def pack_fused(
         self, fused: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, cos: Tensor, sin: Tensor

@@ -28,7 +28,7 @@ if missing_build_tools():
 class Table(NamedTuple):
     """Modulation: a row of values ``[n * B, C]`` for each sample, or n for a sample, of which each token takes one.
 
-    ``picks`` ``[B, S]`` says which; None where n is 1.
+    ``picks`` ``[B, S]`` says which; None where n is 1. Values may be in fp32 where tokens are not.
     """
 
     shift: Tensor
@@ -50,7 +50,10 @@ class Pieces(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """Queries, keys and values of a stream's tokens ``[B, S, H * D]`` and the weights ``[D]`` of their norms."""
+    """Queries, keys and values of a stream's tokens ``[B, S, H * D]`` and the weights of their norms.
+
+    Those are ``[D]`` where each head is normed by itself, ``[H * D]`` where all are together (see `pack`).
+    """
 
     query: Tensor
     key: Tensor
@@ -75,7 +78,7 @@ def modulated_norm(x: Tensor, table: Table, eps: float) -> Tensor:
 
 def _plain_norm(x: Tensor, table: Table, eps: float) -> Tensor:
     shift, scale = (_of_tokens(values, table.picks) for values in (table.shift, table.scale))
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
 def _norm_with_kernel(x: Tensor, shift: Tensor, scale: Tensor, eps: float, picks: Tensor | None) -> Tensor:
@@ -101,7 +104,7 @@ def _add(x: Tensor, gate: Table, pieces: Pieces, table: Table | None, eps: float
         terms = [pieces.summands(number) for number in range(len(pieces.tensors))]
         parts = [term[0] if len(term) == 1 else term[0] + term[1] for term in terms]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=pieces.dim)
-        added = x + _of_tokens(gate.gate, gate.picks) * y
+        added = (x + _of_tokens(gate.gate, gate.picks) * y).to(x.dtype)
         return added, None if table is None else _plain_norm(added, table, eps)
     whole = len(pieces.tensors) == 1
     total: Tensor | None = None if whole else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -150,7 +153,25 @@ def swiglu_in_place(x: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(up)
 
 
-def pack(streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, parts: int, *, apart: bool = False) -> list[Tensor]:
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_in_place(x: Tensor) -> Tensor:
+    """`gelu`, in the memory of its input."""
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def pack(
+    streams: Sequence[HeadInputs],
+    cos: Tensor,
+    sin: Tensor,
+    parts: int,
+    *,
+    apart: bool = False,
+    factors: Tensor | None = None,
+) -> list[Tensor]:
     """Queries, keys and values of all tokens, normed and rotated, laid out for an exchange that spreads the heads.
 
     Args:
@@ -158,24 +179,26 @@ def pack(streams: Sequence[HeadInputs], cos: Tensor, sin: Tensor, parts: int, *,
         cos, sin: ``[S_local, D]``, fp32; neighbours are turned as a pair and have the same values.
         parts: how many ranks the heads go to.
         apart: keys and values in memory of their own.
+        factors: where a token's heads are normed together, what its queries and its keys are multiplied by (one over
+            the root of their mean square), fp32 ``[B, S_local, 2]``; None: each head is normed by itself.
 
     Returns:
         ``[parts * S_local, B, 3, H / parts, D]`` alone; or, apart (``parts`` is 1), ``[S_local, B, 1, H, D]`` and
         ``[S_local, B, 2, H, D]``.
     """
     first = streams[0].query
-    batch, width, dim = first.shape[0], first.shape[2], streams[0].query_weight.shape[0]
+    batch, width, dim = first.shape[0], first.shape[2], cos.shape[-1]
     local = sum(stream.query.shape[1] for stream in streams)
     heads = width // dim // parts
     sizes = (1, 2) if apart else (3,)
     if not has_kernels(first) or dim & (dim - 1):
-        x = torch.cat([_plain_heads(stream, cos, sin, at) for stream, at in _with_starts(streams)], dim=1)
+        x = torch.cat([_plain_heads(stream, cos, sin, at, factors) for stream, at in _with_starts(streams)], dim=1)
         x = x.view(batch, local, 3, parts, heads, dim).permute(3, 1, 0, 2, 4, 5)  # [parts, S_local, B, 3, h, D]
         return [part.contiguous().flatten(0, 1) for part in x.split(sizes, dim=3)]
     tensors = [tensor for stream in streams for tensor in stream[:5]]
     if torch.compiler.is_compiling():
-        return torch.ops.hybrid_dit.pack(tensors, cos, sin, streams[0].eps, parts, apart)
-    return _pack_with_kernel(tensors, cos, sin, streams[0].eps, parts, apart)
+        return torch.ops.hybrid_dit.pack(tensors, cos, sin, streams[0].eps, parts, apart, factors)
+    return _pack_with_kernel(tensors, cos, sin, streams[0].eps, parts, apart, factors)
 
 
 def turn(fused: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -192,17 +215,23 @@ def turn(fused: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, co
     dim = query_weight.shape[0]
     if not has_kernels(fused) or dim & (dim - 1):
         query, key, value = fused.chunk(3, dim=-1)
-        return _plain_heads(HeadInputs(query, key, value, query_weight, key_weight, eps), cos, sin, 0)
+        return _plain_heads(HeadInputs(query, key, value, query_weight, key_weight, eps), cos, sin, 0, None)
     run = torch.ops.hybrid_dit.turn if torch.compiler.is_compiling() else triton_kernels.turn
     run(fused, query_weight, key_weight, eps, cos, sin)
     return fused.unflatten(2, (3, -1, dim))
 
 
 def _pack_with_kernel(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float, parts: int, apart: bool
+    tensors: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    parts: int,
+    apart: bool,
+    factors: Tensor | None,
 ) -> list[Tensor]:
     """`pack`; of each stream, one after the other, come the five tensors of its `HeadInputs`."""
-    buffers = _pack_buffers(tensors, cos, sin, eps, parts, apart)
+    buffers = _pack_buffers(tensors, cos, sin, eps, parts, apart, factors)
     # [parts, S_local, B, n, h, D] -> [parts, S_local, B, h, D] of queries, keys and values
     places = [
         x[:, :, :, index]
@@ -215,17 +244,24 @@ def _pack_with_kernel(
         query, key, value, query_weight, key_weight = tensors[first : first + 5]
         here = slice(at, at + query.shape[1])
         out = [place[:, here] for place in places]
-        triton_kernels.pack(query, key, value, query_weight, key_weight, eps, cos[here], sin[here], out)
+        of = None if factors is None else factors[:, here]
+        triton_kernels.pack(query, key, value, query_weight, key_weight, eps, cos[here], sin[here], out, of)
         at += query.shape[1]
     return buffers
 
 
 def _pack_buffers(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float, parts: int, apart: bool
+    tensors: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    parts: int,
+    apart: bool,
+    factors: Tensor | None,
 ) -> list[Tensor]:
     """What `pack` returns, with nothing in it."""
     batch, _, width = tensors[0].shape
-    dim = tensors[3].shape[0]
+    dim = cos.shape[-1]
     local = sum(tensors[first].shape[1] for first in range(0, len(tensors), 5))
     sizes = (1, 2) if apart else (3,)
     return [tensors[0].new_empty(parts * local, batch, size, width // dim // parts, dim) for size in sizes]
@@ -236,7 +272,9 @@ _library = torch.library.Library("hybrid_dit", "FRAGMENT")
 _library.define("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps, Tensor? picks) -> Tensor")
 _library.impl("modulated_norm", _norm_with_kernel, "CUDA")
 torch.library.register_fake("hybrid_dit::modulated_norm", lambda x, *_: x.new_empty(x.shape), lib=_library)
-_library.define("pack(Tensor[] streams, Tensor cos, Tensor sin, float eps, int parts, bool apart) -> Tensor[]")
+_library.define(
+    "pack(Tensor[] streams, Tensor cos, Tensor sin, float eps, int parts, bool apart, Tensor? factors) -> Tensor[]"
+)
 _library.impl("pack", _pack_with_kernel, "CUDA")
 torch.library.register_fake("hybrid_dit::pack", _pack_buffers, lib=_library)
 _library.define(
@@ -293,19 +331,24 @@ def _with_starts(streams: Sequence[HeadInputs]) -> list[tuple[HeadInputs, int]]:
     return found
 
 
-def _plain_heads(stream: HeadInputs, cos: Tensor, sin: Tensor, at: int) -> Tensor:
+def _plain_heads(stream: HeadInputs, cos: Tensor, sin: Tensor, at: int, factors: Tensor | None) -> Tensor:
     """A stream's queries, keys and values ``[B, S, 3, H, D]``."""
     batch, tokens, width = stream.query.shape
-    dim = stream.query_weight.shape[0]
+    dim = cos.shape[-1]
     shape = (batch, tokens, width // dim, dim)
-    cos, sin = cos[at : at + tokens, None, ::2], sin[at : at + tokens, None, ::2]
+    here = slice(at, at + tokens)
+    cos, sin = cos[here, None, ::2], sin[here, None, ::2]
 
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        normed = F.rms_norm(x.reshape(shape), (dim,), weight.to(x.dtype), stream.eps).float()
+    def turned(x: Tensor, weight: Tensor, index: int) -> Tensor:
+        heads = x.reshape(shape)
+        if factors is None:
+            normed = F.rms_norm(heads, (dim,), weight.to(x.dtype), stream.eps).float()
+        else:
+            normed = heads.float() * factors[:, here, index, None, None] * weight.float().view(-1, dim)
         even, odd = normed[..., ::2], normed[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
-    query, key = turned(stream.query, stream.query_weight), turned(stream.key, stream.key_weight)
+    query, key = turned(stream.query, stream.query_weight, 0), turned(stream.key, stream.key_weight, 1)
     return torch.stack((query, key, stream.value.reshape(shape)), dim=2)
 
 
@@ -313,5 +356,8 @@ def _of_tokens(values: Tensor, index: Tensor | None) -> Tensor:
     """What each token takes of ``[n * B, C]``: ``[B, 1, C]``, or ``[B, S, C]`` where an index ``[B, S]`` says so."""
     if index is None:
         return values[:, None]
-    zero, one = values.unsqueeze(1).chunk(2)
-    return torch.where(index[..., None] == 0, zero, one)
+    batch = index.shape[0]
+    if values.shape[0] == 2 * batch:
+        zero, one = values.unsqueeze(1).chunk(2)
+        return torch.where(index[..., None] == 0, zero, one)
+    return values[index * batch + torch.arange(batch, device=index.device)[:, None]]

@@ -39,7 +39,8 @@ class Shard:
 
     Args:
         style: ``"column"`` (output features are split), ``"row"`` (input features are split, outputs are summed),
-            ``"embedding"`` (hidden features are split and gathered), or ``"local_embedding"`` (they stay split).
+            ``"embedding"`` (hidden features are split and gathered), ``"local_embedding"`` (they stay split), or
+            ``"vector"`` (the weight ``[features]`` of a norm, whose features are those of a column-parallel linear).
         blocks: sizes of the blocks that are fused in the split dim, each split by itself; empty for one block.
         units: number of indivisible units (such as kv heads) in a block; 0 if any equal split will do. Where there are
             more ranks than units, neighbouring ranks hold the same unit.
@@ -59,7 +60,7 @@ class Shard:
     @property
     def dim(self) -> int:
         """The weight's dim that is split."""
-        return 0 if self.style == "column" else 1
+        return 0 if self.style in ("column", "vector") else 1
 
     def ranges(self, size: int, axis: Axis, name: str = "weight") -> list[tuple[int, int]]:
         """Half-open ranges of the split dim that this rank holds, one a block.
@@ -237,15 +238,17 @@ def whole_blocks(model: nn.Module, plan: Mapping[str, Shard]) -> dict[str, Param
     return found
 
 
-def _shard_module(
-    module: nn.Module, shard: Shard, axis: Axis, name: str, table: dict[str, ParamShard]
-) -> ColumnParallelLinear | RowParallelLinear | ColumnParallelEmbedding:
-    assert isinstance(module, (nn.Linear, nn.Embedding)), f"{name} is a {type(module).__name__}"
-    full = module.weight
+def _shard_module(module: Model, shard: Shard, axis: Axis, name: str, table: dict[str, ParamShard]) -> nn.Module:
+    kinds = (nn.RMSNorm,) if shard.style == "vector" else (nn.Linear, nn.Embedding)
+    assert type(module) in kinds, f"{name} is a {type(module).__name__}"
+    full: Tensor = module.weight
     size = full.shape[shard.dim]
     weight_shard = ParamShard(shard.dim, tuple(shard.ranges(size, axis, name)), size)
     table[f"{name}.weight"] = weight_shard
     weight = _own(weight_shard.take(full.detach()))
+    if shard.style == "vector":
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return module
     if isinstance(module, nn.Embedding):
         return ColumnParallelEmbedding(weight, axis, shard.style == "embedding")
     bias = None if module.bias is None else module.bias.detach()

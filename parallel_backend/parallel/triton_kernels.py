@@ -55,15 +55,19 @@ def _swiglu_kernel(x, out, x_row, out_row, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate_heads(
-    x, out, weight, cos, sin, heads, local_heads, part_stride, eps, first,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, weight, cos, sin, factor, heads, local_heads, part_stride, eps, first,
+    TOGETHER: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = first + tl.arange(0, BLOCK)
     dims = tl.arange(0, DIM)
     inside = (head < heads)[:, None]
     value = tl.load(x + head[:, None] * DIM + dims[None, :], mask=inside, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / DIM + eps)
-    value = value * factor[:, None] * tl.load(weight + dims).to(tl.float32)[None, :]
+    if TOGETHER:
+        of_heads = tl.load(weight + head[:, None] * DIM + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = value * tl.load(factor) * of_heads
+    else:
+        by = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / DIM + eps)
+        value = value * by[:, None] * tl.load(weight + dims).to(tl.float32)[None, :]
     # Positions turn pairs of neighbours; cosines and sines come twice each.
     even, odd = tl.split(tl.reshape(value, [BLOCK, DIM // 2, 2]))
     c, _ = tl.split(tl.reshape(tl.load(cos + dims), [DIM // 2, 2]))
@@ -86,11 +90,11 @@ def _copy_heads(x, out, heads, local_heads, part_stride, first, DIM: tl.constexp
 
 @triton.jit
 def _pack_kernel(
-    q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin,
+    q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin, factors,
     tokens, heads, local_heads, eps,
     q_batch, q_token, k_batch, k_token, v_batch, v_token,
-    q_part, q_row, q_lane, kv_part, kv_row, kv_lane,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q_part, q_row, q_lane, kv_part, kv_row, kv_lane, factor_batch, factor_token,
+    TOGETHER: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, s = row // tokens, row % tokens
@@ -98,15 +102,16 @@ def _pack_kernel(
     which = tl.program_id(2)
     cos += s * DIM
     sin += s * DIM
+    factor = factors + b * factor_batch + s * factor_token
     if which == 0:
         _rotate_heads(
-            q + b * q_batch + s * q_token, q_out + s * q_row + b * q_lane, q_weight, cos, sin,
-            heads, local_heads, q_part, eps, first, DIM, BLOCK,
+            q + b * q_batch + s * q_token, q_out + s * q_row + b * q_lane, q_weight, cos, sin, factor,
+            heads, local_heads, q_part, eps, first, TOGETHER, DIM, BLOCK,
         )  # fmt: skip
     elif which == 1:
         _rotate_heads(
-            k + b * k_batch + s * k_token, k_out + s * kv_row + b * kv_lane, k_weight, cos, sin,
-            heads, local_heads, kv_part, eps, first, DIM, BLOCK,
+            k + b * k_batch + s * k_token, k_out + s * kv_row + b * kv_lane, k_weight, cos, sin, factor + 1,
+            heads, local_heads, kv_part, eps, first, TOGETHER, DIM, BLOCK,
         )  # fmt: skip
     else:
         _copy_heads(
@@ -207,11 +212,12 @@ def swiglu(x: Tensor, out: Tensor) -> None:
 
 def pack(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
-    out: Sequence[Tensor],
+    out: Sequence[Tensor], factors: Tensor | None,
 ) -> None:  # fmt: skip
     """Norm and rotate queries and keys, and copy values, ``[B, S, H * D]`` each, to where an exchange takes them from.
 
     ``out`` is of q, k and v ``[parts, S, B, H / parts, D]`` with contiguous heads; k's and v's strides are the same.
+    ``factors`` are those of `elementwise.pack`, ``[B, S, 2]`` with contiguous pairs; with them weights are ``[H * D]``.
     """
     batch, tokens, _ = q.shape
     q_out, k_out, v_out = out
@@ -221,11 +227,12 @@ def pack(
         return
     block = _heads_of_a_program(heads)
     _pack_kernel[(batch * tokens, triton.cdiv(heads, block), 3)](
-        q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin,
+        q, k, v, q_out, k_out, v_out, q_weight, k_weight, cos, sin, cos if factors is None else factors,
         tokens, heads, local_heads, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         q_out.stride(0), q_out.stride(1), q_out.stride(2), k_out.stride(0), k_out.stride(1), k_out.stride(2),
-        DIM=dim, BLOCK=block, num_warps=2,
+        0 if factors is None else factors.stride(0), 0 if factors is None else factors.stride(1),
+        TOGETHER=factors is not None, DIM=dim, BLOCK=block, num_warps=2,
     )  # fmt: skip
 
 
@@ -239,9 +246,9 @@ def turn(fused: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Ten
     q, k, v = fused.chunk(3, dim=-1)
     block, rows = _heads_of_a_program(heads), (fused.stride(0), fused.stride(1))
     _pack_kernel[(batch * tokens, triton.cdiv(heads, block), 2)](
-        q, k, v, q, k, v, q_weight, k_weight, cos, sin,
+        q, k, v, q, k, v, q_weight, k_weight, cos, sin, cos,
         tokens, heads, heads, eps, *rows, *rows, *rows,
-        0, rows[1], rows[0], 0, rows[1], rows[0], DIM=dim, BLOCK=block, num_warps=2,
+        0, rows[1], rows[0], 0, rows[1], rows[0], 0, 0, TOGETHER=False, DIM=dim, BLOCK=block, num_warps=2,
     )  # fmt: skip
 
 
