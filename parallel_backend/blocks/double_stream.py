@@ -16,6 +16,7 @@ from ..parallel.elementwise import (
     Table,
     gated_add,
     gated_add_and_norm,
+    gelu,
     modulated_norm,
     swiglu,
 )
@@ -113,7 +114,7 @@ def double_block(
     del out
     image, normed = gated_add_and_norm(image, image_tables[0], image_out, image_tables[1], image_stream.eps)
     del image_out
-    image_out = _mlp_output(image_stream, activation, normed)
+    image_out = mlp_output(image_stream.mlp_in, image_stream.mlp_out, activation, normed)
     del normed
     text, normed = gated_add_and_norm(text, text_tables[0], text_out, text_tables[1], text_stream.eps)
     text_out = row_output(text_stream.mlp_out, activation(text_stream.mlp_in(normed)))
@@ -176,15 +177,15 @@ def head_norms(query_norm: Model, key_norm: Model, dtype: torch.dtype) -> tuple[
     return query_norm.weight, key_norm.weight, torch.finfo(dtype).eps if query_norm.eps is None else query_norm.eps
 
 
-def _mlp_output(stream: Stream, activation: Callable[[Tensor], Tensor], x: Tensor) -> Pieces:
-    """The output of a stream's MLP, as of `row_output` in two pieces; ``x`` is used up."""
-    into, out = product_of(stream.mlp_in), product_of(stream.mlp_out)
-    if activation is not swiglu or not is_long(x) or into.kind is None or out.kind is None:
-        return row_output(stream.mlp_out, activation(stream.mlp_in(x)), True)
-    summed = type(stream.mlp_out) is RowParallelLinear
-    mlp = Mlp(into, stream.mlp_in.bias, out, own_bias(stream.mlp_out)).repeated(x.dtype)
+def mlp_output(mlp_in: Model, mlp_out: Model, activation: Callable[[Tensor], Tensor], x: Tensor) -> Pieces:
+    """The output of an MLP of two linears, as of `row_output` in two pieces; ``x`` is used up."""
+    into, out = product_of(mlp_in), product_of(mlp_out)
+    if activation not in (swiglu, gelu) or not is_long(x) or into.kind is None or out.kind is None:
+        return row_output(mlp_out, activation(mlp_in(x)), True)
+    summed = type(mlp_out) is RowParallelLinear
+    mlp = Mlp(into, mlp_in.bias, out, own_bias(mlp_out), activation is gelu).repeated(x.dtype)
     if not summed:
         mlp_in_place(x, 0, x.shape[0] * x.shape[1], long_mlp.PIECE, mlp)
         return Pieces((x,))
     parts, dim = halves(x)
-    return Pieces([exchange.all_reduce(mlp_in_pieces(part, mlp), stream.mlp_out.axis) for part in parts], dim)
+    return Pieces([exchange.all_reduce(mlp_in_pieces(part, mlp), mlp_out.axis) for part in parts], dim)

@@ -1,4 +1,4 @@
-"""An MLP with SwiGLU over many tokens, a piece of them at a time, so that its wide middle is never there for all.
+"""An MLP over many tokens, a piece of them at a time, so that its wide middle is never there for all.
 
 FLUX.2's middle is nine times as wide as its tokens. In pieces that are large enough (`PIECE`) it takes as long.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .elementwise import swiglu_in_place
+from .elementwise import gelu_in_place, swiglu_in_place
 from .products import Product, restored
 
 PIECE = 2816
@@ -22,12 +22,14 @@ _library = torch.library.Library("hybrid_dit", "FRAGMENT")
 
 
 class Mlp(NamedTuple):
-    """Weights of an MLP: of ``[2 F, C]``, gate before up, and of ``[C, F]``, and their biases."""
+    """Weights of an MLP and their biases: with SwiGLU ``[2 F, C]``, gate before up, with GELU by tanh ``[F, C]``; and
+    ``[C, F]``."""
 
     into: Product
     into_bias: Tensor | None
     out: Product
     out_bias: Tensor | None
+    gelu: bool = False
 
     def repeated(self, dtype: torch.dtype) -> Mlp:
         """For many pieces: see `Product.repeated`."""
@@ -68,14 +70,14 @@ def _flat(mlp: Mlp) -> tuple[Any, ...]:
     assert mlp.into.kind is not None
     assert mlp.out.kind is not None
     into, out = list(mlp.into.tensors()), list(mlp.out.tensors())
-    return mlp.into.kind, into, mlp.into_bias, mlp.out.kind, out, mlp.out_bias
+    return mlp.into.kind, into, mlp.into_bias, mlp.out.kind, out, mlp.out_bias, mlp.gelu
 
 
 def _unflattened(
     into_kind: str, into: list[Tensor], into_bias: Tensor | None,
-    out_kind: str, out: list[Tensor], out_bias: Tensor | None,
+    out_kind: str, out: list[Tensor], out_bias: Tensor | None, gelu: bool,
 ) -> Mlp:  # fmt: skip
-    return Mlp(restored(into_kind, into), into_bias, restored(out_kind, out), out_bias)
+    return Mlp(restored(into_kind, into), into_bias, restored(out_kind, out), out_bias, gelu)
 
 
 def _in_pieces(x: Tensor, *flat: Any) -> Tensor:
@@ -89,7 +91,8 @@ def _in_place(x: Tensor, first: int, end: int, piece: int, *flat: Any) -> None:
 def _compute(x: Tensor, y: Tensor, first: int, end: int, piece: int, mlp: Mlp) -> None:
     x, y = (tensor.view(-1, tensor.shape[-1]) for tensor in (x, y))
     for a, b in _pieces(first, end, piece):
-        hidden = swiglu_in_place(mlp.into.product(x[a:b], mlp.into_bias))
+        hidden = mlp.into.product(x[a:b], mlp.into_bias)
+        hidden = gelu_in_place(hidden) if mlp.gelu else swiglu_in_place(hidden)
         mlp.out.product_in(y[a:b], hidden, mlp.out_bias)
         del hidden  # before the next is made
 
@@ -103,7 +106,7 @@ def _pieces(first: int, end: int, piece: int) -> Iterator[tuple[int, int]]:
         yield first, end
 
 
-_MLP = "str into_kind, Tensor[] into, Tensor? into_bias, str out_kind, Tensor[] out, Tensor? out_bias"
+_MLP = "str into_kind, Tensor[] into, Tensor? into_bias, str out_kind, Tensor[] out, Tensor? out_bias, bool gelu"
 _library.define(f"mlp_in_pieces(Tensor x, {_MLP}) -> Tensor")
 _library.define(f"mlp_in_place(Tensor(a!) x, SymInt first, SymInt end, SymInt piece, {_MLP}) -> ()")
 for _device in ("CPU", "CUDA"):
