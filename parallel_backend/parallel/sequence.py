@@ -33,7 +33,7 @@ class Entrance:
         """Change them after the sequence was cut; tensors of the sequence are rank-local."""
 
     def forget_graphs(self) -> None:
-        """Forget CUDA graphs, which know where the weights are."""
+        """Forget CUDA graphs, which know where the weights are, and what else was made of the weights."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
