@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -43,6 +44,8 @@ class RemoteDiffusionModel(nn.Module):
         """Name of the patches of the last evaluation."""
         self.block_count = self.family.block_count(source.transformer_config)
         self.patch_size = self.family.patch_size
+        for name in self.family.looked_at:
+            setattr(self, name, SimpleNamespace(weight=torch.empty(shapes[f"{name}.weight"], device="meta")))
         self.dtype = getattr(torch, handle.config.dtype)
         self._shapes = shapes
 
@@ -64,7 +67,7 @@ class RemoteDiffusionModel(nn.Module):
 
         Args:
             x: the latent.
-            timestep: ``[B]``, 0 to 1.
+            timestep: ``[B]``, or ``[B, F]`` of frames.
             context: ``[B, L, D]``.
             positional: the family's `forward_arguments`.
             named: these and others, as ComfyUI calls it.
@@ -81,8 +84,9 @@ class RemoteDiffusionModel(nn.Module):
     def _evaluate(self, x: Tensor, timestep: Tensor, context: Tensor, *positional: Any, **named: Any) -> Tensor:
         given = dict(zip(self.family.forward_arguments, positional, strict=False)) | named
         options = given.pop("transformer_options", None) or {}
+        x = self._without_concat(x, given)
         self._refuse(x, timestep, given.pop("control", None), options)
-        conditioning = self.family.conditioning(x, context, given)
+        conditioning = self.family.conditioning(x, context, given, self.source.transformer_config)
         for reference in conditioning.references:
             self.check_latent(reference, "reference latent")
         left = [name for name, value in given.items() if value is not None]
@@ -126,10 +130,25 @@ class RemoteDiffusionModel(nn.Module):
             parts.append(self._predict(x[part], timestep[part], part_of(conditioning, part, len(x)), options, [uuid]))
         return torch.cat(parts)
 
+    def _without_concat(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The latent alone, where ComfyUI has put channels behind its own that are the same in each step."""
+        config, kind = self.source.transformer_config, self.source.family.transformer
+        beside = kind.concat_channels(config)
+        channels = kind.latent_look(config).channels
+        if not beside or x.shape[1] == channels:
+            return x
+        if x.shape[1] != channels + beside:
+            raise ValueError(
+                f"the latent has {x.shape[1]} channels with those of the conditioning, this model takes {channels} and "
+                f"{beside} beside them; use the conditioning node that is made for it"
+            )
+        given["concat"] = x[:, channels:]
+        return x[:, :channels]
+
     def check_latent(self, latent: Tensor, what: str = "latent") -> None:
         """Raise ValueError, with the node to use, for a latent that the workers cannot take."""
         try:
-            self.source.family.transformer.check_latent(latent.shape, what)
+            self.source.family.transformer.check_latent(latent.shape, self.source.transformer_config, what)
         except ValueError as error:
             instead = f"{self.family.empty_latent}, or an image" if what == "latent" else "an image"
             raise ValueError(
@@ -153,10 +172,11 @@ class RemoteDiffusionModel(nn.Module):
             )
         if options.get("optimized_attention_override") is not None:
             raise ValueError("a node chooses an attention kernel, which the parallel workers do not take; bypass it")
-        if not (timestep.min() >= 0 and timestep.max() <= LARGEST_TIMESTEP):  # which NaN is not, either
+        scale = self.source.family.transformer.timestep_scale
+        if not (timestep.min() >= 0 and timestep.max() <= LARGEST_TIMESTEP * scale):  # which NaN is not, either
             raise ValueError(
-                f"timesteps up to {timestep.max().item():g} arrived where sigmas from 0 to 1 are expected; a model "
-                "sampling node with a multiplier is in the way"
+                f"timesteps up to {timestep.max().item():g} arrived where 0 to {scale:g} are expected; a model "
+                "sampling node with another multiplier is in the way"
             )
 
 
@@ -190,8 +210,7 @@ def _remote_class(model_class: Any) -> Any:
     """ComfyUI's class of a model with everything but the diffusion model: conditioning, sampling, latent format."""
 
     class Remote(model_class):
-        def __init__(self, model_config: Any, diffusion_model: RemoteDiffusionModel) -> None:
-            super().__init__(model_config)
+        def attach(self, diffusion_model: RemoteDiffusionModel) -> None:
             self.diffusion_model = diffusion_model
             # Samplers ask it about an empty latent, before they make noise of the size that it was given: seconds of
             # sound as a video's frames would be gigabytes.
@@ -203,6 +222,9 @@ def _remote_class(model_class: Any) -> Any:
             return latent
 
         def extra_conds(self, **kwargs):
+            noise = kwargs.get("noise")
+            if noise is not None:  # before it is filled up with channels of the conditioning
+                self.diffusion_model.check_latent(noise)
             # ComfyUI would convert and copy the context in each step: 8M numbers of FLUX.2's.
             conds = super().extra_conds(**kwargs)
             context = conds.get("c_crossattn")
@@ -223,5 +245,8 @@ def make_model(handle: ModelHandle, source: Checkpoint) -> RemotePatcher:
     family = family_of(source)
     unet_config = {**family.unet_config(source.transformer_config), "disable_unet_model_creation": True}
     diffusion_model = RemoteDiffusionModel(handle, source, family.weight_shapes(source, unet_config))
-    model = _remote_class(family.model_class)(family.supported_class(unet_config), diffusion_model)
+    # ComfyUI's own model, as its kind has it, but without weights.
+    model: Any = family.supported(unet_config).get_model({}, "")
+    model.__class__ = _remote_class(model.__class__)
+    model.attach(diffusion_model)
     return RemotePatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())

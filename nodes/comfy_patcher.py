@@ -15,7 +15,7 @@ from .comfy_lora import adapter_set, check_patches, title_of
 from .group import ModelHandle
 
 LARGEST_TIMESTEP = 1.001
-"""Models take sigmas from 0 to 1, give or take what is lost in rounding."""
+"""Models take timesteps up to that of pure noise, give or take what is lost in rounding."""
 
 
 TITLES = "hybrid_dit_loras"
@@ -151,12 +151,17 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             raise ValueError(
                 f"a node (such as TorchCompileModel) replaces {name}, which lives in the parallel workers; bypass it"
             )
-        if name == "model_sampling" and (largest := float(obj.timestep(obj.sigma_max))) > LARGEST_TIMESTEP:
-            raise ValueError(
-                f"this model sampling hands the model timesteps up to {largest:g}, where it expects sigmas from 0 to "
-                "1; bypass the node, or use ModelSamplingAuraFlow or ModelSamplingFlux"
-            )
+        if name == "model_sampling":
+            self._check_sampling(float(obj.timestep(obj.sigma_max)))
         super().add_object_patch(name, obj)
+
+    def _check_sampling(self, largest: float) -> None:
+        scale = self.model.diffusion_model.source.family.transformer.timestep_scale
+        if largest > LARGEST_TIMESTEP * scale:
+            raise ValueError(
+                f"this model sampling hands the model timesteps up to {largest:g}, where it expects 0 to {scale:g}; "
+                "bypass the node, or use ModelSamplingAuraFlow or ModelSamplingFlux"
+            )
 
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
         if key == COMPILE_KEY:

@@ -129,15 +129,15 @@ class LoadDiffusionModel(io.ComfyNode):
                     "unet_name",
                     options=file_names(MODEL_FILES),
                     tooltip="A .safetensors (or .sft) file under models/diffusion_models (or models/unet), such as "
-                    "flux2_dev_fp8mixed.safetensors, flux-2-klein-4b.safetensors, qwen_image_bf16.safetensors or "
-                    "z_image_turbo_bf16.safetensors.",
+                    "flux2_dev_fp8mixed.safetensors, flux-2-klein-4b.safetensors, qwen_image_bf16.safetensors, "
+                    "z_image_turbo_bf16.safetensors or wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors.",
                 ),
                 layout_input(),
                 weight_dtype_input(
                     "'default': fp8, int8 and other quantized weights stay so, and the GPU multiplies them as they are "
-                    "where it has units for that and the file is made for it; others are bfloat16 on GPUs and float32 "
-                    "on the CPU. 'as storage': they stay, and are multiplied in bfloat16. 'bfloat16': made dense while "
-                    "they are loaded."
+                    "where it has units for that and the file is made for it; others are bfloat16 on GPUs (Wan's float16) "
+                    "and float32 on the CPU. 'as storage': they stay, and are multiplied in that. 'bfloat16': made "
+                    "dense while they are loaded."
                 ),
             ],
             hidden=HIDDEN,
@@ -194,8 +194,8 @@ class LoadCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "type",
                     options=[family.clip_type for family in COMFY_FAMILIES.values() if family.clip_type],
-                    tooltip="The model family of the text encoder. ComfyUI's own Load CLIP loads those of Z-Image "
-                    "and FLUX.2 klein.",
+                    tooltip="The model family of the text encoder. ComfyUI's own Load CLIP loads those of Z-Image, "
+                    "FLUX.2 klein and Wan.",
                 ),
                 layout_input(),
                 weight_dtype_input(

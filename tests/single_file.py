@@ -89,7 +89,7 @@ def to_fp8(
     layers: dict[str, dict[str, Any]] = {}
     old = layout == "scaled_fp8"
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or part not in name:
+        if tensor.ndim != 2 or part not in name:
             out[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
             continue
         layer, scale = name.removesuffix(".weight"), tensor.abs().max() / torch.finfo(dtype).max

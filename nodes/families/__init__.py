@@ -6,9 +6,10 @@ from ...parallel_backend.loading.checkpoint import Checkpoint
 from .base import ComfyFamily, Shapes
 from .flux2 import Flux2
 from .qwen_image import QwenImage
+from .wan import Wan
 from .z_image import ZImage
 
-COMFY_FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (Flux2(), QwenImage(), ZImage())}
+COMFY_FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (Flux2(), QwenImage(), ZImage(), Wan())}
 
 
 def family_of(source: Checkpoint) -> ComfyFamily:

@@ -49,21 +49,25 @@ class ComfyFamily(ABC):
 
     # The MODEL.
 
-    model_class: Any
-    """ComfyUI's class of the whole model, of ``comfy.model_base``."""
     supported_class: Any
-    """ComfyUI's class of its settings, of ``comfy.supported_models``."""
+    """ComfyUI's class of its settings, of ``comfy.supported_models``, where that is one for all."""
     forward_arguments: tuple[str, ...]
     """What comes after ``x``, ``timestep`` and ``context`` where ComfyUI's own diffusion model is called by its
     wrappers, in that order: a wrapper finds them by their position."""
-    patch_size: int
+    patch_size: Any
     """Of ComfyUI's diffusion model."""
+    looked_at: tuple[str, ...] = ()
+    """Modules of ComfyUI's diffusion model of whose weight ComfyUI reads the shape."""
     empty_latent: str
     """The node that makes an empty latent for it."""
 
     @abstractmethod
     def unet_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What ComfyUI's detection would say of the transformer of a configuration."""
+
+    def supported(self, unet_config: dict[str, Any]) -> Any:
+        """ComfyUI's settings for what `unet_config` said."""
+        return self.supported_class(unet_config)
 
     @abstractmethod
     def weight_shapes(self, source: Checkpoint, unet_config: dict[str, Any]) -> Shapes:
@@ -74,14 +78,18 @@ class ComfyFamily(ABC):
         """Blocks of the transformer of a configuration."""
 
     @abstractmethod
-    def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
+    def conditioning(
+        self, x: Tensor, context: Tensor, given: dict[str, Any], config: Mapping[str, Any]
+    ) -> Conditioning:
         """What an evaluation is conditioned on.
 
         Args:
             x: the latent, of the right number of channels.
             context: ``[B, L, C]``.
-            given: all other arguments of ComfyUI's diffusion model but ``control`` and ``transformer_options``. What is
-                used is taken out; the caller refuses what is left.
+            given: all other arguments of ComfyUI's diffusion model but ``control`` and ``transformer_options``, and
+                ``concat``, the channels behind the latent's. What is used is taken out; the caller refuses what is
+                left.
+            config: of the transformer.
 
         Raises:
             ValueError: the workers would have to ignore something.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_base
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -34,7 +33,6 @@ class Flux2(ComfyFamily):
     """See `ComfyFamily`."""
 
     name = "flux2"
-    model_class = comfy.model_base.Flux2
     supported_class = comfy.supported_models.Flux2
     forward_arguments = ("y", "guidance", "ref_latents", "control", "transformer_options")
     patch_size = 1
@@ -60,7 +58,9 @@ class Flux2(ComfyFamily):
     def block_count(self, config: Mapping[str, Any]) -> int:
         return config["num_layers"] + config["num_single_layers"]
 
-    def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
+    def conditioning(
+        self, x: Tensor, context: Tensor, given: dict[str, Any], config: Mapping[str, Any]
+    ) -> Conditioning:
         given.pop("y", None)  # a pooled text, for which ComfyUI's FLUX.2 has no weights either
         if given.pop("attention_mask", None) is not None:
             raise ValueError("the conditioning has an attention mask for parts of the image, which is not supported")

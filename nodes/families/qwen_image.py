@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.model_base
 import comfy.sd
 import comfy.supported_models
 import torch
@@ -37,7 +36,6 @@ class QwenImage(ComfyFamily):
     """See `ComfyFamily`."""
 
     name = "qwen_image"
-    model_class = comfy.model_base.QwenImage
     supported_class = comfy.supported_models.QwenImage
     forward_arguments = ("attention_mask", "ref_latents", "additional_t_cond", "transformer_options")
     patch_size = 2
@@ -59,7 +57,9 @@ class QwenImage(ComfyFamily):
     def block_count(self, config: Mapping[str, Any]) -> int:
         return config["num_layers"]
 
-    def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
+    def conditioning(
+        self, x: Tensor, context: Tensor, given: dict[str, Any], config: Mapping[str, Any]
+    ) -> Conditioning:
         references = list(given.pop("ref_latents", None) or ())
         tensors, options = {}, {}
         mask = given.pop("attention_mask", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_base
 import comfy.supported_models
 import comfy.utils
 from torch import Tensor
@@ -19,7 +18,6 @@ class ZImage(ComfyFamily):
     """See `ComfyFamily`."""
 
     name = "z_image"
-    model_class = comfy.model_base.Lumina2
     supported_class = comfy.supported_models.ZImage
     forward_arguments = ("num_tokens", "attention_mask", "transformer_options")
     patch_size = 2
@@ -51,7 +49,9 @@ class ZImage(ComfyFamily):
     def block_count(self, config: Mapping[str, Any]) -> int:
         return config["n_layers"]
 
-    def conditioning(self, x: Tensor, context: Tensor, given: dict[str, Any]) -> Conditioning:
+    def conditioning(
+        self, x: Tensor, context: Tensor, given: dict[str, Any], config: Mapping[str, Any]
+    ) -> Conditioning:
         # ComfyUI's own model looks at neither: all tokens of the context count.
         given.pop("num_tokens", None)
         given.pop("attention_mask", None)

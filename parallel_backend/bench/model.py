@@ -103,7 +103,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def make_inputs(
-    shape: Shape, width: int, height: int, text: int, device: str, dtype: torch.dtype
+    shape: Shape, width: int, height: int, text: int, device: str, dtype: torch.dtype, frames: int = 1
 ) -> tuple[Tensor, dict[str, Any]]:
     """A latent, and the transformer's arguments for it with a context of ``text`` tokens: the same on every rank."""
     family, config = transformer_config(shape)
@@ -113,8 +113,9 @@ def make_inputs(
         return torch.randn(*size, generator=generator).to(device, dtype)
 
     kind = family.transformer
-    x = random(*kind.latent_shape(width, height))
-    takes_guidance = "guidance" in kind.conditioning_tensors and config.get("guidance_embeds", True)
-    tensors = {"guidance": torch.full((1,), 4.0, device=device)} if takes_guidance else {}
-    timestep = torch.full((1,), 0.5, device=device)
+    x = random(*kind.latent_shape(config, width, height, frames))
+    tensors = {name: random(*size) for name, size in kind.example_tensors(config, x.shape).items()}
+    if "guidance" in tensors:
+        tensors["guidance"] = torch.full((1,), 4.0, device=device)
+    timestep = torch.full((1,), 0.5 * kind.timestep_scale, device=device)
     return x, kind.inputs(x, timestep, Conditioning(random(1, text, shape.features), tensors=tensors))

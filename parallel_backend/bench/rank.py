@@ -53,6 +53,7 @@ class Task:
     device: str
     dtype: str
     text: int
+    frames: int = 1
     blocks: int | None = None
     compile: bool = False
     cuda_graphs: bool = False
@@ -150,7 +151,7 @@ class Sampler:
         self.transformer, self.steps = transformer, task.steps
         self.family, _ = transformer_config(shape)
         dtype = getattr(torch, task.dtype)
-        self.x, self.inputs = make_inputs(shape, task.width, task.height, task.text, task.device, dtype)
+        self.x, self.inputs = make_inputs(shape, task.width, task.height, task.text, task.device, dtype, task.frames)
         self.settings = None if task.cache is None else parse_cache(task.cache)
         self.decisions: list[Decision] = []
         if self.settings is not None:

@@ -13,13 +13,15 @@ class Shape:
 
     Args:
         transformer: diffusers class, which names the family.
-        side: pixels along a side, by default.
+        side: pixels along a side, by default; of a video those of its width.
         features: of the context.
         depths: values of the configuration that count the blocks.
         config: of the transformer; what it leaves out has diffusers' defaults.
         text_config: of the text encoder; None where the workers know none of this shape, so that it is not timed. Empty
             for that of the family's reference model.
         text_tokens: of a prompt.
+        height: pixels, where it is not ``side``.
+        frames: of pixels, by default.
     """
 
     transformer: str
@@ -29,9 +31,12 @@ class Shape:
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] | None = field(default_factory=dict)
     text_tokens: int = 512
+    height: int = 0
+    frames: int = 1
 
 
 FLUX2 = "Flux2Transformer2DModel"
+WAN = "WanTransformer3DModel"
 FLUX2_DEPTHS = ("num_layers", "num_single_layers")
 SHAPES = {
     "flux2-dev": Shape(FLUX2, 1024, 15360, FLUX2_DEPTHS),
@@ -50,6 +55,18 @@ SHAPES = {
             "guidance_embeds": False,
         },
         text_config=None,
+    ),
+    "wan-14b": Shape(WAN, 832, 4096, ("num_layers",), text_config=None, height=480, frames=81),
+    "wan-14b-i2v": Shape(WAN, 832, 4096, ("num_layers",), {"in_channels": 36}, text_config=None, height=480, frames=81),
+    "wan-5b": Shape(
+        WAN,
+        1280,
+        4096,
+        ("num_layers",),
+        {"num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30},
+        text_config=None,
+        height=704,
+        frames=121,
     ),
     "tiny": Shape(
         FLUX2,

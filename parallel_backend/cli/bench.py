@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="degree of tensor parallelism (default: 1)")
     parser.add_argument("--width", type=int, help="pixels (default: what suits the shape)")
     parser.add_argument("--height", type=int, help="pixels (default: what suits the shape)")
+    parser.add_argument("--frames", type=int, help="of a video, 4 n + 1 (default: what suits the shape)")
     parser.add_argument("--text", type=int, help="tokens of a prompt (default: what suits the shape)")
     parser.add_argument("--steps", type=int, default=20, help="that are timed (default: %(default)s)")
     parser.add_argument("--blocks", type=int, help="of each kind, instead of the true depth")
@@ -94,10 +95,15 @@ def make_task(arguments: argparse.Namespace) -> Task:
         )
     family, config = transformer_config(shape, arguments.blocks)
     kind = family.transformer
-    kind.check_layout(dict(kind.build(config).config), layout)
-    width, height, multiple = arguments.width or shape.side, arguments.height or shape.side, kind.pixel_multiple
+    full = dict(kind.build(config).config)
+    kind.check_layout(full, layout)
+    width, height = arguments.width or shape.side, arguments.height or shape.height or shape.side
+    multiple, step, frames = kind.latent_look(full).multiple, kind.frame_downscale, arguments.frames or shape.frames
     if width < 1 or height < 1 or width % multiple or height % multiple:
         raise ValueError(f"width and height are multiples of {multiple} pixels; got {width} x {height}")
+    if frames < 1 or (frames - 1) % (step or frames):
+        takes = f"takes {step} n + 1 frames, such as {4 * step + 1}" if step else "takes a single picture"
+        raise ValueError(f"{arguments.shape} {takes}; got --frames {frames}")
     return Task(
         shape=arguments.shape,
         ulysses=layout.ulysses_size,
@@ -109,6 +115,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
         device=device,
         dtype="bfloat16" if device == "cuda" else "float32",
         text=arguments.text or shape.text_tokens,
+        frames=frames,
         blocks=arguments.blocks,
         **asdict(speed_of(arguments)),
         cache=arguments.cache,

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         of_comfyui = (*check_comfyui(args.comfyui), *check_models(args.comfyui))
         findings += [Finding(*found) for found in of_comfyui]
     rows: list[LayoutFit] = []
-    model = ""
+    model = sample = ""
     choice: Choice | None = None
     if machine.versions["torch"] is not None:
         try:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             from ..planning.memory import LAYOUTS, layout_fits
 
             family = family_of_name(args.model)
-            model = family.reference_model.name
+            model, sample = family.reference_model.name, family.reference_model.sample
             if layout is not None:
                 findings += check_layout(family, layout, machine, gpus)
             rows = layout_fits(family, [layout] if layout else LAYOUTS, [(gpu.total, gpu.free) for gpu in gpus])
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         report |= {"auto": choice and [_option(option) for option in choice.options]}
         print(json.dumps(report, indent=2))
     else:
-        print(render(machine, findings, rows, layout, model, choice))
+        print(render(machine, findings, rows, layout, f"{model}, bfloat16, {sample}", choice))
     return int(failed)
 
 
@@ -305,7 +305,7 @@ def render(
     model: str,
     choice: Choice | None = None,
 ) -> str:
-    """The report as plain text, one section after the other; ``rows`` speak of the model of that name."""
+    """The report as plain text, one section after the other; ``model`` says what ``rows`` speak of."""
     lines = ["Software"]
     software = {"system": machine.system, "python": machine.python, "hybrid-dit": __version__}
     software |= {name: version or "missing" for name, version in machine.versions.items()}
@@ -321,14 +321,14 @@ def render(
     lines += ["Environment"] if machine.environment else []
     lines += [f"  {name}={value}" for name, value in machine.environment.items()]
     if rows:
-        lines.append(f"{model}, bfloat16, 1024 x 1024: GiB per GPU (weights exact; activations and runtime estimated)")
+        lines.append(f"{model}: GiB per GPU (weights exact; activations and runtime estimated)")
         lines.append(f"  {'layout':16}{'GPUs':>4}   DiT   text   VAE  act.   run  total  fits")
     for row in rows:
         sizes = (row.transformer, row.text_encoder, row.vae, row.activations, row.runtime, row.total)
         line = f"  {row.name:16}{row.ranks:4}{{:6.1f}}{{:7.1f}}{{:6.1f}}{{:6.1f}}{{:6.1f}}{{:7.1f}}"
         lines.append(f"{line.format(*sizes)}  {row.fits or 'no GPUs'}")
     if choice is not None:
-        lines.append(f"{model}, bfloat16, 1024 x 1024: a step on all of these GPUs (estimated; auto takes *)")
+        lines.append(f"{model}: a step on all of these GPUs (estimated; auto takes *)")
         lines += [f"  {line}" for line in choice.table().splitlines()]
     lines.append("Checks")
     for finding in findings:

@@ -194,10 +194,11 @@ def draw(
     if not isinstance(models, Models):
         models = Models.of_folder(models)
     drawing, complete = models.drawing, request.complete(models.drawing)
-    kind = drawing.transformer
+    kind, source = drawing.transformer, models.transformer.source
+    assert not isinstance(source, TextEncoderFile | VaeFile)
     streams = _conditionings(models, complete)
     latent = torch.randn(
-        kind.latent_shape(complete.width, complete.height),
+        kind.latent_shape(source.transformer_config, complete.width, complete.height),
         generator=torch.Generator().manual_seed(complete.seed),
         dtype=torch.float32,
     )

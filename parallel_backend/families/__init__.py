@@ -13,11 +13,12 @@ from .qwen_image.family import QWEN_IMAGE
 from .text_encoder import TextEncoder
 from .transformer import Transformer
 from .vae import VAE
+from .wan.family import WAN
 from .z_image.family import Z_IMAGE
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 """What a family may bring."""
-FAMILIES: tuple[Family, ...] = (FLUX2, QWEN_IMAGE, Z_IMAGE)
+FAMILIES: tuple[Family, ...] = (FLUX2, QWEN_IMAGE, Z_IMAGE, WAN)
 
 
 def family_of_name(name: str) -> Family:

@@ -23,6 +23,8 @@ class ReferenceModel:
         text_tokens: of a prompt.
         fp8_files: names of ComfyUI's fp8 files of transformer and text encoder.
         fp8_bytes: size of the transformer's, from which one sees how much of it stays in bf16.
+        transformers: of its size that take turns in a run, such as Wan 2.2's two experts.
+        width, height, frames: of the picture or video that layouts are judged by, in pixels.
     """
 
     name: str
@@ -31,6 +33,15 @@ class ReferenceModel:
     text_tokens: int = 512
     fp8_files: tuple[str, ...] = ()
     fp8_bytes: int = 0
+    transformers: int = 1
+    width: int = 1024
+    height: int = 1024
+    frames: int = 1
+
+    @property
+    def sample(self) -> str:
+        """That picture or video, for people."""
+        return f"{self.width} x {self.height}" + (f" x {self.frames} frames" if self.frames > 1 else "")
 
 
 @dataclass(frozen=True, eq=False)

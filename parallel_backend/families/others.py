@@ -63,7 +63,6 @@ _TRANSFORMERS = {
     "double_blocks.0.img_attn.qkv.weight": "FLUX.1",
     "cap_embedder.1.weight": "Lumina 2",
     "time_caption_embed.timestep_embedder.linear_1.bias": "OmniGen 2",
-    "head.modulation": "Wan",
     "joint_blocks.0.context_block.attn.qkv.weight": "Stable Diffusion 3",
     "mlp_t5.0.weight": "HunyuanDiT",
     "t_block.1.weight": "PixArt",

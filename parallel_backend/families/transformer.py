@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from .latents import latent_problem
 if TYPE_CHECKING:
     from ..parallel.attention import ShardedAttention
     from ..parallel.sequence import Entrance
+
+
+class LatentLook(NamedTuple):
+    """What latents look like: channels, pixels to a position along each side, and to a token."""
+
+    channels: int
+    downscale: int
+    multiple: int
 
 
 class Transformer(ABC):
@@ -37,11 +45,17 @@ class Transformer(ABC):
     latent_channels: int
     """Channels of the latent as ComfyUI and the model see it."""
     latent_dims: int = 4
-    """4 for latents ``[B, C, H, W]``, 5 for those with frames ``[B, C, F, H, W]``, of which there is one."""
+    """4 for latents ``[B, C, H, W]``, 5 for those with frames ``[B, C, F, H, W]``."""
     latent_downscale: int
     """Pixels to one latent position, along each side."""
+    frame_downscale: int = 0
+    """Frames of pixels to one of the latent, after the first of each; 0 where it takes one picture."""
     pixel_multiple: int
     """Width and height of a picture are multiples of this."""
+    timestep_scale: float = 1.0
+    """The timestep of pure noise."""
+    dtype: str = "bfloat16"
+    """What ComfyUI computes in on NVIDIA's GPUs, and so what workers do on GPUs unless something else is chosen."""
     imports: tuple[str, ...] = ()
     """Modules that it takes to build and run it, and that take seconds to import."""
     conditioning_tensors: tuple[str, ...] = ()
@@ -71,6 +85,9 @@ class Transformer(ABC):
         Each is the part of that number of a tensor's rows, cut into so many equal parts.
         """
 
+    def check_metadata(self, metadata: Mapping[str, str]) -> None:  # noqa: B027
+        """Raise ValueError for a file that says of itself that it is a model with the same tensors, but another."""
+
     @abstractmethod
     def check_layout(self, config: Mapping[str, Any], layout: ParallelismConfig) -> None:
         """Raise ValueError, naming degrees that would work, if the transformer cannot be split so."""
@@ -94,12 +111,19 @@ class Transformer(ABC):
 
     @abstractmethod
     def inputs(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        """ComfyUI's arguments of a diffusion model as those of the diffusers transformer."""
+        """ComfyUI's arguments of a diffusion model as those of the diffusers transformer.
 
-    def check_latent(self, shape: Sequence[int], what: str = "latent") -> None:
+        Timesteps are ``[B]``, or ``[B, F]`` of frames where there are some.
+        """
+
+    def latent_look(self, config: Mapping[str, Any]) -> LatentLook:
+        """What latents of a transformer of a configuration look like; of most families all are alike."""
+        return LatentLook(self.latent_channels, self.latent_downscale, self.pixel_multiple)
+
+    def check_latent(self, shape: Sequence[int], config: Mapping[str, Any], what: str = "latent") -> None:
         """Raise ValueError unless the model can take a latent (or a reference, as ``what`` says) of a shape."""
-        problem = latent_problem(shape, self.latent_channels, self.latent_dims, self.title)
-        if not problem and self.latent_dims == 5 and shape[2] != 1:
+        problem = latent_problem(shape, self.latent_look(config).channels, self.latent_dims, self.title)
+        if not problem and self.latent_dims == 5 and not self.frame_downscale and shape[2] != 1:
             problem = f"{shape[2]} frames (or layers), {self.title} takes one picture"
         if problem:
             raise ValueError(f"the {what} has {problem}")
@@ -143,8 +167,29 @@ class Transformer(ABC):
     def activation_width(self, config: Mapping[str, Any], tp: int) -> int:
         """About the features of a local token that a forward holds at its peak, on a rank of a tp degree."""
 
-    def latent_shape(self, width: int, height: int, batch: int = 1) -> tuple[int, ...]:
-        """Shape of the latent of a picture of a width and height in pixels."""
-        frames = (1,) if self.latent_dims == 5 else ()
-        down = self.latent_downscale
-        return batch, self.latent_channels, *frames, height // down, width // down
+    def latent_shape(
+        self, config: Mapping[str, Any], width: int, height: int, frames: int = 1, batch: int = 1
+    ) -> tuple[int, ...]:
+        """Shape of the latent of a picture, or of so many frames, of a width and height in pixels."""
+        look = self.latent_look(config)
+        count = (frames - 1) // self.frame_downscale + 1 if self.frame_downscale else 1
+        sides = height // look.downscale, width // look.downscale
+        return batch, look.channels, *((count,) if self.latent_dims == 5 else ()), *sides
+
+    def latent_tokens(self, config: Mapping[str, Any], width: int, height: int, frames: int = 1) -> int:
+        """Tokens of such a latent."""
+        multiple = self.latent_look(config).multiple
+        count = (frames - 1) // self.frame_downscale + 1 if self.frame_downscale else 1
+        return count * (height // multiple) * (width // multiple)
+
+    def concat_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels that ComfyUI puts behind the latent's, and `Conditioning` has as its tensor ``concat``."""
+        return 0
+
+    def example_tensors(self, config: Mapping[str, Any], latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of `Conditioning` that it cannot do without, for a latent of a shape."""
+        return {}
+
+    def kept_bytes(self, config: Mapping[str, Any], tp: int, itemsize: int) -> int:
+        """At most the bytes that a rank of a tp degree keeps of conditionings, beside what a forward holds."""
+        return 0

@@ -20,7 +20,7 @@ from ..families.others import INSTEAD, SUFFIXES, looks_like_part, looks_like_tra
 from .config_files import blamed
 from .model_folders import check_name, file_state
 from .quantized import Quantization, read_quantization
-from .safetensors_reader import StoredTensor, Weight, check_unused, read_header
+from .safetensors_reader import StoredTensor, Weight, check_unused, read_header, read_metadata
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """In front of the transformer's keys: in files that may hold more than it, and in files of it alone."""
@@ -94,6 +94,7 @@ def open_single_file(path: Path) -> SingleFile:
     quantization = read_quantization(path, keys, prefix)
     shapes, kind = quantization.shapes(), family.transformer
     with blamed(path):
+        kind.check_metadata(read_metadata(path))
         config = kind.file_config(shapes)
         model = kind.build(config)
         weights = {name: _weight(kind, name, keys, quantization) for name, _ in model.named_parameters()}

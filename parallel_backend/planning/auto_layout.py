@@ -28,7 +28,6 @@ from .gpu_speed import axis_links, slowest
 from .lost_gpus import left_out, working_gpus
 from .memory import (
     GIB,
-    IMAGE_PIXELS,
     MemoryEstimate,
     WeightBytes,
     reference_config,
@@ -37,10 +36,7 @@ from .memory import (
     weight_bytes,
 )
 from .visible_gpus import gpu_names, hidden_gpus, of_one_kind, words
-from .workload import count_workload
-
-SIDE = 1024
-"""Pixels along a side of the picture that layouts are compared for."""
+from .workload import sample_workload
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,7 @@ def choose_layout(
     work: Workload,
     need: Callable[[ParallelismConfig], MemoryEstimate],
     model: str,
+    sample: str = "1024 x 1024",
 ) -> Choice:
     """The fastest layout over all of some GPUs that fits them.
 
@@ -120,6 +117,7 @@ def choose_layout(
         work: of a step.
         need: what a layout needs on rank 0; ValueError where the model cannot be split so.
         model: what it is called.
+        sample: what the step is of.
 
     Raises:
         ValueError: none fits; says which is the nearest.
@@ -142,7 +140,7 @@ def choose_layout(
             f"GiB each, and {min(free) / GIB:.1f} are free; free memory, name more GPUs, or load fp8 weights"
         )
     best = fitting[0]
-    words = f"{best.layout.name} of {len(gpus)} GPU(s): about {_time(best.cost.ms)} a step at {SIDE} x {SIDE}"
+    words = f"{best.layout.name} of {len(gpus)} GPU(s): about {_time(best.cost.ms)} a step at {sample}"
     if len(fitting) > 1:
         second = fitting[1]
         words += f", next {second.layout.name} {_time(second.cost.ms)}"
@@ -159,7 +157,8 @@ def _time(ms: float) -> str:
 
 def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) -> Choice:
     """The choice for a family's reference model in bfloat16, with what is free now."""
-    work = count_workload(family, reference_config(family), SIDE, SIDE)
+    work = sample_workload(family, reference_config(family))
+    reference = family.reference_model
 
     @cache
     def need(layout: ParallelismConfig) -> MemoryEstimate:
@@ -167,7 +166,7 @@ def choose_for_reference(machine: Machine, gpus: Sequence[int], family: Family) 
 
     def choose(some: Sequence[int]) -> Choice:
         free = [machine.gpus[gpu].free for gpu in some]
-        return choose_layout(machine, some, free, work, need, family.reference_model.name)
+        return choose_layout(machine, some, free, work, need, reference.name, reference.sample)
 
     return choose_fastest(machine, gpus, choose)
 
@@ -235,14 +234,15 @@ def choose_for_checkpoint(source: Checkpoint, devices: str, dtype: str, fp8: str
 
 def _chooser(machine: Machine, source: Checkpoint, dtype: torch.dtype, fp8: str) -> Callable[[Sequence[int]], Choice]:
     """The fastest layout of a checkpoint over all of some GPUs, with the most that was ever free of each."""
-    work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
+    work = sample_workload(source.family, _transformer_config(source))
 
     @cache
     def need(layout: ParallelismConfig) -> MemoryEstimate:
         return checkpoint_memory(source, layout, dtype, fp8)
 
     def choose(gpus: Sequence[int]) -> Choice:
-        return choose_layout(machine, gpus, [_free[gpu] for gpu in gpus], work, need, model_name(source.path))
+        free, sample = [_free[gpu] for gpu in gpus], source.family.reference_model.sample
+        return choose_layout(machine, gpus, free, work, need, model_name(source.path), sample)
 
     return choose
 
@@ -266,14 +266,14 @@ def warning_of(source: Checkpoint, devices: str, layout: ParallelismConfig, dtyp
     names = gpu_names(len(machine.gpus))
     gpus = [names.index(name) for name in visible]
     weights = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    work = count_workload(source.family, _transformer_config(source), SIDE, SIDE)
+    work = sample_workload(source.family, _transformer_config(source))
     device, _ = slowest([machine.gpus[gpu] for gpu in gpus])
     ms = step_cost(work, layout, axis_links(machine, gpus, layout), device).ms
     with _lock:
         for gpu in gpus:
             _free[gpu] = max(_free.get(gpu, 0), machine.gpus[gpu].free)
         warning = _warning(machine, gpus, ms, _chooser(machine, source, weights, fp8))
-    return warning and f"{layout.name}: about {_time(ms)} a step at {SIDE} x {SIDE}{warning}"
+    return warning and f"{layout.name}: about {_time(ms)} a step at {source.family.reference_model.sample}{warning}"
 
 
 def _warning(machine: Machine, gpus: Sequence[int], ms: float, choose: Callable[[Sequence[int]], Choice]) -> str:
@@ -332,7 +332,7 @@ _free: dict[int, int] = {}
 
 
 def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torch.dtype, fp8: str) -> MemoryEstimate:
-    """What a checkpoint needs on rank 0 for a 1024 x 1024 picture, beside what it does not hold itself.
+    """What a checkpoint needs on rank 0 for its family's sample, beside what it does not hold itself.
 
     Raises:
         ValueError: the model cannot be split so.
@@ -355,7 +355,7 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
         table = shard_text_model(model, kind, text_config, Axis(None, kind.degree(text_config, layout.world_size), 0))
         sizes["text_encoder"] = shard_bytes(model, source.weights("text_encoder"), table, dtype, fp8)
     weights = WeightBytes(sizes["transformer"], sizes["text_encoder"], counted.vae)
-    return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
+    return MemoryEstimate(weights, step_activation_bytes(family, config, layout))
 
 
 def _transformer_config(source: Checkpoint) -> Mapping[str, Any]:

@@ -36,7 +36,7 @@ class Fit:
 
 
 def best_fit(family: Family, count: int, memory: float, fp8: bool) -> Fit:
-    """What one would take of so many GPUs with so many bytes each, for a picture of 1024 x 1024."""
+    """What one would take of so many GPUs with so many bytes each, for the family's `ReferenceModel.sample`."""
     layouts = [layout for layout in all_layouts(count) if can_split(family, layout)]
     layouts.sort(key=lambda layout: (layout.tp_size, layout.ring_size))
     for apart in (False, True):
@@ -49,14 +49,15 @@ def best_fit(family: Family, count: int, memory: float, fp8: bool) -> Fit:
 def _turns(family: Family, layout: ParallelismConfig, fp8: bool, apart: bool) -> tuple[float, ...]:
     """Bytes at the peaks of what takes turns on rank 0's GPU."""
     need = reference_memory(family, layout, fp8)
-    held, text = need.weights.transformer + need.runtime, need.weights.text_encoder
+    transformers, text = need.weights.transformer + need.others, need.weights.text_encoder
+    held = transformers + need.runtime
     if fp8:
         step = reference_step_bytes(family, layout)
         held += COMFYUI_BYTES
     else:
         step = need.activations
         held += need.weights.vae
-    return (held + step, held - need.weights.transformer + text) if apart else (held + text + step,)
+    return (held + step, held - transformers + text) if apart else (held + text + step,)
 
 
 def usable(size: int) -> float:

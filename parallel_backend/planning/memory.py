@@ -27,7 +27,6 @@ LAYOUTS = tuple(
 )
 """The layouts that people compare: one GPU, and every common one of 2, 4 and 8."""
 
-IMAGE_PIXELS = 1024 * 1024
 _VAE_DTYPE_BYTES = 4  # the workers keep the VAE in fp32
 
 
@@ -47,16 +46,18 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that rank 0, the fullest one, needs on its GPU for one 1024 x 1024 image."""
+    """Bytes that rank 0, the fullest one, needs on its GPU for one picture or video (`ReferenceModel.sample`)."""
 
     weights: WeightBytes
     activations: int
     runtime: int = RUNTIME_BYTES
+    others: int = 0
+    """Weights of the transformers that take turns with the one that is counted (`ReferenceModel.transformers`)."""
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights.total + self.activations + self.runtime
+        return self.weights.total + self.others + self.activations + self.runtime
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def transformer_activation_bytes(
 ) -> int:
     """Estimate the peak of one transformer forward on a rank, beside its weights. An estimate, not a count.
 
+    What is kept of conditionings from step to step counts with it.
+
     The family says how many features of a token are held at the peak. Ring adds accumulators in fp32, which
     `RUNTIME_BYTES` covers.
 
@@ -131,7 +134,9 @@ def transformer_activation_bytes(
         tokens: image and text tokens of the full sequence, times the batch.
         dtype_bytes: bytes of one activation.
     """
-    return -(-tokens // layout.cp_size) * family.transformer.activation_width(config, layout.tp_size) * dtype_bytes
+    kind = family.transformer
+    held = -(-tokens // layout.cp_size) * kind.activation_width(config, layout.tp_size) * dtype_bytes
+    return held + kind.kept_bytes(config, layout.tp_size, dtype_bytes)
 
 
 def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int, ranks: int = 1) -> int:
@@ -144,7 +149,7 @@ def vae_activation_bytes(family: Family, config: Mapping[str, Any], pixels: int,
 
 
 def reference_memory(family: Family, layout: ParallelismConfig, fp8: bool = False) -> MemoryEstimate:
-    """What a family's reference model needs on rank 0 for one 1024 x 1024 image.
+    """What a family's reference model needs on rank 0 for its sample (`ReferenceModel.sample`).
 
     Args:
         family: whose.
@@ -158,7 +163,8 @@ def reference_memory(family: Family, layout: ParallelismConfig, fp8: bool = Fals
     weights = weight_bytes(family, reference.transformer_config, reference.text_config, layout)
     if fp8:
         weights = _as_fp8_files(family, weights, layout)
-    return MemoryEstimate(weights, step_activation_bytes(family, config, layout, IMAGE_PIXELS))
+    others = (reference.transformers - 1) * weights.transformer
+    return MemoryEstimate(weights, step_activation_bytes(family, config, layout), others=others)
 
 
 def _as_fp8_files(family: Family, bf16: WeightBytes, layout: ParallelismConfig) -> WeightBytes:
@@ -177,27 +183,27 @@ def _as_fp8_files(family: Family, bf16: WeightBytes, layout: ParallelismConfig) 
     )
 
 
-def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
-    """Estimate the peak beside the weights on rank 0 for a picture of ``pixels``: of a step, or of its decoding.
+def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig) -> int:
+    """Estimate the peak beside the weights on rank 0 for the family's sample: of a step, or of its decoding.
 
     They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
     family's reference model; ``config`` is the transformer's, with every value.
     """
-    decoding = (
-        0
-        if family.vae is None
-        else vae_activation_bytes(family, dict(_default_vae(family).config), pixels, layout.world_size)
-    )
-    return max(_step_bytes(family, config, layout, pixels), decoding)
+    pixels = family.reference_model.width * family.reference_model.height
+    decoding = 0
+    if family.vae is not None:
+        decoding = vae_activation_bytes(family, dict(_default_vae(family).config), pixels, layout.world_size)
+    return max(_step_bytes(family, config, layout), decoding)
 
 
 def reference_step_bytes(family: Family, layout: ParallelismConfig) -> int:
-    """Estimate the peak beside the weights in a step of a family's reference model, for one 1024 x 1024 image."""
-    return _step_bytes(family, reference_config(family), layout, IMAGE_PIXELS)
+    """Estimate the peak beside the weights in a step of a family's reference model, for its sample."""
+    return _step_bytes(family, reference_config(family), layout)
 
 
-def _step_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig, pixels: int) -> int:
-    tokens = pixels // family.transformer.pixel_multiple**2 + family.reference_model.text_tokens
+def _step_bytes(family: Family, config: Mapping[str, Any], layout: ParallelismConfig) -> int:
+    model = family.reference_model
+    tokens = family.transformer.latent_tokens(config, model.width, model.height, model.frames) + model.text_tokens
     return transformer_activation_bytes(family, config, layout, tokens)
 
 
@@ -223,7 +229,8 @@ def layout_fits(
         if used and all(need.total <= total for total, _ in used):
             fits = "yes" if all(need.total <= free for _, free in used) else "busy"
         weights = need.weights
-        parts = (weights.transformer, weights.text_encoder, weights.vae, need.activations, need.runtime, need.total)
+        transformers = weights.transformer + need.others
+        parts = (transformers, weights.text_encoder, weights.vae, need.activations, need.runtime, need.total)
         dit, text, vae, activations, runtime, total = (round(size / GIB, 3) for size in parts)
         row = LayoutFit(layout.name, layout.world_size, dit, text, vae, activations, runtime, total, fits)
         rows.append(row)

@@ -21,7 +21,7 @@ from .cost_model import Workload
 
 
 def count_workload(
-    family: Family, config: Mapping[str, Any], width: int, height: int, text: int | None = None
+    family: Family, config: Mapping[str, Any], width: int, height: int, text: int | None = None, frames: int = 1
 ) -> Workload:
     """Count a step of a transformer.
 
@@ -30,14 +30,21 @@ def count_workload(
         config: the transformer's configuration; what it leaves out has diffusers' defaults.
         width, height: pixels of the picture.
         text: tokens of a prompt; by default those of the family's reference model.
+        frames: of pixels, where it is a video.
     """
     key = json.dumps(dict(config), sort_keys=True, default=list)
-    return _count(family.name, key, width, height, text or family.reference_model.text_tokens)
+    return _count(family.name, key, width, height, text or family.reference_model.text_tokens, frames)
+
+
+def sample_workload(family: Family, config: Mapping[str, Any]) -> Workload:
+    """Count a step of a transformer for its family's sample (`ReferenceModel.sample`)."""
+    size = family.reference_model
+    return count_workload(family, config, size.width, size.height, frames=size.frames)
 
 
 @lru_cache(maxsize=32)
 @torch.no_grad()
-def _count(name: str, config: str, width: int, height: int, text: int) -> Workload:
+def _count(name: str, config: str, width: int, height: int, text: int, frames: int) -> Workload:
     kind = family_of_name(name).transformer
     model = kind.build(json.loads(config))
     attention = _Recorder(SequenceShards(single_mesh("cpu")))
@@ -50,9 +57,11 @@ def _count(name: str, config: str, width: int, height: int, text: int) -> Worklo
             modules[found].__class__ = _WholeLinear
             modules[found].register_forward_hook(lambda _, args, out: outputs.append(out.numel()))
     with torch.device("meta"):
-        x = torch.empty(kind.latent_shape(width, height), dtype=torch.bfloat16)
-        context = torch.empty(1, text, kind.context_width(dict(model.config)), dtype=torch.bfloat16)
-        tensors = {name: torch.empty(1) for name in kind.conditioning_tensors if name == "guidance"}
+        full = dict(model.config)
+        x = torch.empty(kind.latent_shape(full, width, height, frames), dtype=torch.bfloat16)
+        context = torch.empty(1, text, kind.context_width(full), dtype=torch.bfloat16)
+        shapes = kind.example_tensors(full, x.shape)
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of modules that it would keep
         with FlopCounterMode(display=False) as counter:
             model(**kind.inputs(x, torch.empty(1), Conditioning(context, tensors=tensors)))

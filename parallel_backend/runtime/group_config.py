@@ -76,7 +76,8 @@ class ModelConfig:
             path: a diffusers pipeline folder, or a model in one safetensors file; the same on all hosts.
             layout: degrees.
             devices: of this host, see `resolve_devices`.
-            dtype: of the weights, one of `DTYPES`; ``auto`` is bfloat16 on GPUs and float32 on the CPU.
+            dtype: of the weights, one of `DTYPES`; ``auto`` is what suits the family on GPUs (`Transformer.dtype`) and
+                float32 on the CPU.
             fp8: what becomes of weights that are stored in fp8, one of `FP8_MODES`; ``dtype`` is that of the others.
             encoder_memory: one of `ENCODER_MEMORY`.
             hosts: that the ranks are shared out among.
@@ -100,7 +101,7 @@ class ModelConfig:
         source.check(layout)
         resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
-            dtype = "bfloat16" if resolved.kind == "cuda" else "float32"
+            dtype = source.family.transformer.dtype if resolved.kind == "cuda" else "float32"
         return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts, speed)
 
 

@@ -136,7 +136,7 @@ def test_shapes_are_of_models_that_run(name):
     shape = SHAPES[name]
     family, config = transformer_config(shape)
     model = family.transformer.build(config)
-    assert model.config.joint_attention_dim == shape.features
+    assert family.transformer.context_width(dict(model.config)) == shape.features
     # Counted by running it on the meta device.
     work = count_workload(family, config, 128, 128, 16)
     assert work.attentions == sum(len(getattr(model, stack.attribute)) for stack in family.transformer.block_stacks)
@@ -148,7 +148,9 @@ def test_klein_has_its_4_billion_weights():
 
 
 def test_an_unknown_shape_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"no shape 'flux3' .* flux2-dev, qwen-image, klein-4b, tiny"):
+    with pytest.raises(
+        ValueError, match=r"no shape 'flux3' .* flux2-dev, qwen-image, klein-4b, wan-14b, wan-14b-i2v, wan-5b, tiny"
+    ):
         shape_of("flux3")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,19 @@ def family(request) -> Family:
     return request.param
 
 
+def config(family: Family) -> dict[str, Any]:
+    return dict(family.reference_model.transformer_config)
+
+
 def shape(family: Family, **changes: int) -> list[int]:
-    sizes = {"batch": 1, "channels": family.transformer.latent_channels, "frames": 1, "height": 4, "width": 4} | changes
+    channels = family.transformer.latent_look(config(family)).channels
+    sizes = {"batch": 1, "channels": channels, "frames": 1, "height": 4, "width": 4} | changes
     return [size for name, size in sizes.items() if name != "frames" or family.transformer.latent_dims == 5]
 
 
 def refusal(family: Family, latent: list[int], reference: list[int] | None = None) -> str:
     """What `RemoteModel.predict` says; its group has nothing that could send."""
-    model = RemoteModel(None, None, SimpleNamespace(family=family), "m1")  # type: ignore[arg-type]
+    model = RemoteModel(None, None, SimpleNamespace(family=family, transformer_config=config(family)), "m1")  # type: ignore[arg-type]
     references = () if reference is None else (torch.zeros(reference),)
     with pytest.raises(ValueError, match="latent has") as caught:
         model.predict(torch.zeros(latent), torch.ones(1), Conditioning(torch.zeros(1, 3, 8), references))
@@ -34,7 +40,7 @@ def refusal(family: Family, latent: list[int], reference: list[int] | None = Non
 
 def test_what_is_right_is_taken(family):
     for sizes in ({}, {"batch": 3}, {"height": 1, "width": 1}):
-        family.transformer.check_latent(shape(family, **sizes))
+        family.transformer.check_latent(shape(family, **sizes), config(family))
 
 
 def test_other_dims(family):
@@ -58,7 +64,9 @@ def test_nothing_in_it(axis, family):
 
 
 def test_frames(family):
-    if family.transformer.latent_dims == 5:
+    if family.transformer.frame_downscale:
+        family.transformer.check_latent(shape(family, frames=3), config(family))
+    elif family.transformer.latent_dims == 5:
         assert "the latent has 3 frames (or layers)" in refusal(family, shape(family, frames=3))
     else:
         assert "(a video)" in refusal(family, [1, family.transformer.latent_channels, 3, 4, 4])

@@ -225,7 +225,6 @@ class TestBadFiles:
                 "HunyuanVideo or HunyuanImage",
             ),
             (["cap_embedder.1.weight"], "Lumina 2"),
-            (["head.modulation", "blocks.0.self_attn.q.weight"], "Wan"),
             (["joint_blocks.0.context_block.attn.qkv.weight"], "Stable Diffusion 3"),
             (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "SDXL"),
             (["input_blocks.0.0.weight"], "Stable Diffusion 1.5 or 2"),

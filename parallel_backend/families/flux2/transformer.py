@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +137,9 @@ class Flux2Transformer(Transformer):
 
     def context_width(self, config: Mapping[str, Any]) -> int:
         return config["joint_attention_dim"]
+
+    def example_tensors(self, config: Mapping[str, Any], latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {"guidance": (latent[0],)} if config.get("guidance_embeds", True) else {}
 
     def activation_width(self, config: Mapping[str, Any], tp: int) -> int:
         # The peak of a single-stream block is where queries and keys are rotated in fp32: residual, normed input and

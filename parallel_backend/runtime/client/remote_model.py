@@ -17,6 +17,8 @@ from ...cache.run import CacheRun
 from ...families import Conditioning, VisionImage
 from ...loading.adapters import NO_ADAPTERS, AdapterSet
 from ...loading.checkpoint import Checkpoint
+from ...loading.text_encoder_file import TextEncoderFile
+from ...loading.vae_file import VaeFile
 from ..errors import BatchTooLargeError, OutOfMemoryError
 from ..group_config import ModelConfig
 from ..rank.out_of_memory import advice
@@ -30,8 +32,11 @@ from .report import make_report, took
 from .same_content import looks_the_same, same_content
 
 KEPT_TENSORS, KEPT_BYTES, KEPT_ANYWAY = 64, 2**29, 16
-"""Conditioning tensors (contexts, references) that stay with the workers, the least recently used goes first: so many,
-of so many bytes, or more where they are so few. With fewer than a step uses, each would be sent anew in each step."""
+"""Conditioning tensors (contexts, references, what is beside a latent) that stay with the workers, the least recently
+used goes first: so many, of so many bytes, or more where they are so few. With fewer than a step uses, each would be
+sent anew in each step."""
+NAMED_BYTES = 2**16
+"""Tensors of `Conditioning` of so many bytes are sent once, as the context is; smaller ones go along with each step."""
 VISION = "visual."
 """What names of a text encoder's weights begin with that are its vision tower's."""
 KEPT_TIMINGS = 10_000
@@ -118,8 +123,8 @@ class RemoteModel:
 
         Args:
             x: latent ``[B, C, H, W]`` (``[B, C, F, H, W]`` where latents have frames).
-            timestep: sigma in 0..1, ``[B]``.
-            conditioning: its context and references are sent when they are new, and named afterwards.
+            timestep: ``[B]``, or ``[B, F]`` of frames; from 0 to the family's `Transformer.timestep_scale`.
+            conditioning: its context, references and large tensors are sent when they are new, and named afterwards.
             check: called every 50 ms; may raise to give the step up. The group stays usable.
             cache: has the workers use the block cache: a run, which notes what is decided, and its evaluation. Call
                 `end_run` when the run is over.
@@ -141,13 +146,17 @@ class RemoteModel:
         ]
         if unknown:
             raise ValueError(f"{kind.title} in the parallel workers does not take {', '.join(unknown)}")
-        kind.check_latent(x.shape)
+        assert not isinstance(self.source, TextEncoderFile | VaeFile)
+        config = self.source.transformer_config
+        kind.check_latent(x.shape, config)
         for reference in conditioning.references:
-            kind.check_latent(reference.shape, "reference latent")
+            kind.check_latent(reference.shape, config, "reference latent")
         self._adapt("transformer", adapters, check)
         with self._timed("steps", check):
-            given = (conditioning.context, *conditioning.references)
-            tensors = {"x": x, "timestep": timestep, **conditioning.tensors}
+            large = [name for name, tensor in conditioning.tensors.items() if tensor.nbytes >= NAMED_BYTES]
+            given = (conditioning.context, *conditioning.references, *(conditioning.tensors[name] for name in large))
+            small = {name: tensor for name, tensor in conditioning.tensors.items() if name not in large}
+            tensors = {"x": x, "timestep": timestep, **small}
             shape = (x.shape, *(tensor.shape for tensor in given))
             plan = None
             if cache is not None:
@@ -156,8 +165,11 @@ class RemoteModel:
 
             def request(names: Sequence[str]) -> Predict:
                 options = dict(conditioning.options)
-                references = list(names[1:])
-                return Predict(self.group.next_id(), self.name, names[0], references, options, plan, divisible, first)
+                end = len(names) - len(large)
+                references, kept = list(names[1:end]), dict(zip(large, names[end:], strict=True))
+                return Predict(
+                    self.group.next_id(), self.name, names[0], references, kept, options, plan, divisible, first
+                )
 
             names, guesses = self._names(given, check)
             wrong: list[str] = []

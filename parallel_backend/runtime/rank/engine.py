@@ -189,7 +189,8 @@ class Engine:
         for old in forget:
             model.kept.pop(old, None)
         for new, tensor in tensors.items():
-            model.kept[new] = tensor.to(self.device, model.settings.dtype)
+            dtype = model.settings.dtype if tensor.is_floating_point() else tensor.dtype
+            model.kept[new] = tensor.to(self.device, dtype)
 
     @torch.no_grad()
     def encode_text(self, name: str, ids: Tensor, mask: Tensor, images: Sequence[VisionImage] = ()) -> Tensor:
@@ -243,10 +244,12 @@ class Engine:
         options: Mapping[str, str] = MappingProxyType({}),
         cache: Mapping[str, Any] | None = None,
         divisible: bool = False,
+        kept: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[Tensor, Decision | None]:
-        """Prediction for latent ``x`` at ``timestep [B]`` (sigma, 0 to 1); on every rank the same.
+        """Prediction for latent ``x`` at a ``timestep`` (`Transformer.inputs`); on every rank the same.
 
-        ``context`` and ``references`` are names of kept tensors, ``tensors`` and ``options`` those of `Conditioning`.
+        ``context``, ``references`` and the values of ``kept`` are names of kept tensors. ``kept`` and ``tensors``
+        together are those of `Conditioning`, and ``options`` are its.
         With ``cache`` (``settings`` and ``evaluation``) also what the cache decided.
 
         Raises:
@@ -254,7 +257,7 @@ class Engine:
         """
         model = self._model(name)
         part = cast(TransformerComponent, self._part(name, "transformer"))
-        missing = [tensor for tensor in (context, *references) if tensor not in model.kept]
+        missing = [tensor for tensor in (context, *references, *kept.values()) if tensor not in model.kept]
         if missing:
             raise ValueError(f"conditioning {', '.join(missing)} was not sent to the workers")
         kind = model.settings.family.transformer
@@ -265,7 +268,7 @@ class Engine:
             Conditioning(
                 model.kept[context],
                 [model.kept[reference] for reference in references],
-                tensors,
+                {**tensors, **{name: model.kept[tensor] for name, tensor in kept.items()}},
                 options,
             ),
         )

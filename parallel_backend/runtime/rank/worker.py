@@ -267,6 +267,7 @@ def perform(
                     request.options,
                     request.cache,
                     request.divisible,
+                    request.kept,
                 )
             except BatchTooLargeError as error:
                 return {"too_large": str(error)}, {}

@@ -109,17 +109,19 @@ class Adapt:
 class Predict:
     """One evaluation of the transformer on tensors ``x``, ``timestep``; rank 0 answers with ``prediction``.
 
-    ``context`` and ``references`` are names of kept tensors, ``options`` and all other tensors are those of
-    `Conditioning`. ``cache`` has the cache's ``settings`` and the ``evaluation``; each rank's answer then says what was
-    decided. ``divisible`` says that the client would rather have parts of the batch evaluated than too much at once:
-    then each rank may answer with ``too_large``, why, and with nothing else. ``first`` says that no other of its size
-    went before: it may take any time, and ranks say meanwhile that they get on.
+    ``context``, ``references`` and the values of ``kept`` are names of kept tensors; ``options``, and as tensors those
+    of ``kept`` and all others that come along, are those of `Conditioning`. ``cache`` has the cache's ``settings`` and
+    the ``evaluation``; each rank's answer then says what was decided. ``divisible`` says that the client would rather
+    have parts of the batch evaluated than too much at once: then each rank may answer with ``too_large``, why, and with
+    nothing else. ``first`` says that no other of its size went before: it may take any time, and ranks say meanwhile
+    that they get on.
     """
 
     id: int
     model: str
     context: str
     references: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
     divisible: bool = False
