@@ -26,6 +26,14 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
+from .conditioning import (
+    ReferenceConditioning,
+    ReferenceRandomClip,
+    ReferenceText,
+    ReferenceVideoLatent,
+    ReferenceVideoVae,
+    ReferenceVision,
+)
 from .qwen_image import load_qwen_pipeline
 from .stock_model import stock_model
 from .text_encoders import ReferenceTextEncoder, ReferenceTokenizerOption
@@ -395,7 +403,13 @@ class ReferenceSaveConditioning:
 
 _NODES = (
     ReferencePipelineLoader,
+    ReferenceConditioning,
+    ReferenceText,
     ReferenceTextEncoder,
+    ReferenceRandomClip,
+    ReferenceVideoLatent,
+    ReferenceVideoVae,
+    ReferenceVision,
     ReferenceZImage,
     ReferenceClip,
     ReferenceNoText,
