@@ -59,7 +59,7 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
             "Prompt": [
                 *["CLIPTextEncode", "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod"],
                 *["ConditioningZeroOut", "FluxGuidance", "ReferenceLatent"],
-                *["EmptyFlux2LatentImage", "EmptySD3LatentImage"],
+                *["EmptyFlux2LatentImage", "EmptySD3LatentImage", "EmptyHunyuanLatentVideo"],
             ]
         },
     ),
@@ -68,11 +68,25 @@ COLUMNS: list[tuple[int, dict[str, list[str]]]] = [
         {
             "Sampling": [
                 *["RandomNoise", "KSamplerSelect", "Flux2Scheduler", "BasicGuider", "CFGGuider"],
-                *["SamplerCustomAdvanced", "ModelSamplingAuraFlow", "CFGNorm", "KSampler"],
+                *["SamplerCustomAdvanced", "ModelSamplingAuraFlow", "ModelSamplingSD3", "CFGNorm", "KSampler"],
+                "KSamplerAdvanced",
             ]
         },
     ),
-    (330, {"Result": ["VAEDecode", "ImageStitch", "SaveImage", "HybridDiT_WorkersReport", "HybridDiT_UnloadWorkers"]}),
+    (
+        330,
+        {
+            "Result": [
+                "VAEDecode",
+                "ImageStitch",
+                "SaveImage",
+                "CreateVideo",
+                "SaveVideo",
+                "HybridDiT_WorkersReport",
+                "HybridDiT_UnloadWorkers",
+            ]
+        },
+    ),
 ]
 """From left to right: the nodes' width, and group boxes with their nodes, from top to bottom. The note stands first."""
 HEIGHTS = {
@@ -92,6 +106,8 @@ FILES = "https://huggingface.co/Comfy-Org/flux2-dev/resolve/main/split_files"
 QWEN_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 EDIT_FILES = "https://huggingface.co/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files"
 Z_IMAGE_FILES = "https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files"
+WAN_FILES = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+WAN_TEXT_FILES = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 KLEIN_FILES = "https://huggingface.co/Comfy-Org/flux2-klein/resolve/main/split_files"
 MODELS = {
     "flux2_dev_fp8mixed.safetensors": f"{FILES}/diffusion_models",
@@ -106,6 +122,10 @@ MODELS = {
     "flux-2-klein-4b.safetensors": f"{KLEIN_FILES}/diffusion_models",
     "qwen_3_4b.safetensors": f"{Z_IMAGE_FILES}/text_encoders",
     "ae.safetensors": f"{Z_IMAGE_FILES}/vae",
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": f"{WAN_FILES}/diffusion_models",
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": f"{WAN_FILES}/diffusion_models",
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": f"{WAN_TEXT_FILES}/text_encoders",
+    "wan_2.1_vae.safetensors": f"{WAN_FILES}/vae",
 }
 """Files that ComfyUI's own templates name -> where they are to be had. The front end offers to download what is missing
 when a loader's `properties.models` says so; ComfyUI's folder is the last part of the address."""
@@ -188,6 +208,11 @@ at 0, 0.5 and 1, side by side; *Load Pipeline* says which one is on. It comes al
 ## FLUX.2 klein on many GPUs
 ComfyUI's template of the distilled 4B model. *Parallel Layout* and *Load Diffusion Model (Parallel)* split it over \
 all GPUs; text encoder and VAE are loaded by ComfyUI's own nodes. For 9B choose its files.
+""",
+    "13_wan2_2_text_to_video": """\
+## A video with Wan 2.2 on many GPUs
+ComfyUI's template without lightx2v's LoRAs: 20 steps, CFG 3.5. *Parallel Layout* and the two *Load Diffusion Model \
+(Parallel)* split both experts over all GPUs; text encoder and VAE are loaded by ComfyUI's own nodes.
 """,
 }
 

@@ -140,7 +140,7 @@ def test_nodes_can_be_read(name):
 
 MODEL_INPUTS = ("unet_name", "clip_name", "vae_name")
 TEMPLATES = ("image_flux2_fp8", "image_qwen_image", "image_qwen_Image_2512", "image_qwen_image_edit_2511",
-             "image_z_image_turbo", "image_flux2_klein_text_to_image")  # fmt: skip
+             "image_z_image_turbo", "image_flux2_klein_text_to_image", "video_wan2_2_14B_t2v")  # fmt: skip
 """ComfyUI's own, which name the same files."""
 
 
@@ -155,7 +155,7 @@ def test_files_can_be_downloaded(server: ComfyServer):
         assert sorted(model["name"] for model in models) == sorted(named)
         assert [model for model in models if model not in known] == []
         found += models
-    assert len(found) == 21
+    assert len(found) == 25
 
 
 def models_of_ui(workflow: dict[str, Any]) -> list[dict[str, str]]:
