@@ -135,9 +135,9 @@ class LoadDiffusionModel(io.ComfyNode):
                 layout_input(),
                 weight_dtype_input(
                     "'default': fp8, int8 and other quantized weights stay so, and the GPU multiplies them as they are "
-                    "where it has units for that and the file is made for it; others are bfloat16 on GPUs (Wan's float16) "
-                    "and float32 on the CPU. 'as storage': they stay, and are multiplied in that. 'bfloat16': made "
-                    "dense while they are loaded."
+                    "where it has units for that and the file is made for it; others are bfloat16 on GPUs (Wan's "
+                    "float16) and float32 on the CPU. 'as storage': they stay, and are multiplied in that. 'bfloat16': "
+                    "made dense while they are loaded."
                 ),
             ],
             hidden=HIDDEN,

@@ -13,7 +13,6 @@ from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.machine import Gpu, Link, Machine
 from parallel_backend.planning import auto_layout, gpu_speed
 from parallel_backend.planning.auto_layout import (
-    SIDE,
     all_layouts,
     checkpoint_memory,
     choose_for_checkpoint,
@@ -145,7 +144,7 @@ class TestFewerGpus:
 
     def predicted(self, found, gpus):
         """The fastest step on all of some GPUs of a machine."""
-        work = count_workload(FLUX2, reference_config(FLUX2), SIDE, SIDE)
+        work = count_workload(FLUX2, reference_config(FLUX2), 1024, 1024)
         device = slowest([found.gpus[gpu] for gpu in gpus])[0]
         layouts = [layout for layout in all_layouts(len(gpus)) if can_split(FLUX2, layout)]
         return min(step_cost(work, layout, axis_links(found, gpus, layout), device).ms for layout in layouts)
