@@ -17,7 +17,7 @@ from .loading.adapters import AdapterSet
 from .loading.lora_file import read_loras
 from .loading.weight_loader import share
 from .mesh import SINGLE, Axis, raise_together
-from .parallelize import LORA, parallel_state, refuse_peft, transformer_of
+from .parallelize import LORA, forget_values, parallel_state, refuse_peft, transformer_of
 
 
 @dataclass
@@ -109,6 +109,7 @@ def set_lora(pipe_or_model: Any, loras: Sequence[tuple[str | Path, float]]) -> A
         if name not in changed:
             clean.drop(name)
     weights.apply(adapters)
+    forget_values(transformer)
     if not changed:
         delattr(transformer, LORA)
     return pipe_or_model

@@ -249,6 +249,14 @@ def forget_graphs(transformer: Model) -> None:
             hook.forget_graphs()
 
 
+def forget_values(transformer: Model) -> None:
+    """Forget what a transformer has made of its weights for later forwards: they change, or its memory is needed."""
+    state = parallel_state(transformer)
+    for hook in () if state is None else state.hooks:
+        if isinstance(hook, Entrance):
+            hook.forget_values()
+
+
 def parallelize_text_encoder(text_encoder: Model, kind: TextEncoder, mesh: ParallelMesh, name: str) -> None:
     """Shard a whole, loaded text encoder over all ranks of the mesh (or over as many as its heads divide by)."""
     if hasattr(text_encoder, _STATE):

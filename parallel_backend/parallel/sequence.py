@@ -33,7 +33,10 @@ class Entrance:
         """Change them after the sequence was cut; tensors of the sequence are rank-local."""
 
     def forget_graphs(self) -> None:
-        """Forget CUDA graphs, which know where the weights are, and what else was made of the weights."""
+        """Forget CUDA graphs, which know where the weights are, and give their memory back."""
+
+    def forget_values(self) -> None:
+        """Forget what was made of the weights, which have other values now, or its memory is needed."""
 
     def remove(self) -> None:
         """Leave the model as it was."""

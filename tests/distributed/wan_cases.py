@@ -16,7 +16,7 @@ from parallel_backend.cache.decision import Evaluation
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import Conditioning, family_of_name
 from parallel_backend.mesh import ParallelMesh
-from parallel_backend.parallelize import disable_cache, parallelize_transformer
+from parallel_backend.parallelize import disable_cache, forget_values, parallelize_transformer
 from tests.distributed.cases import in_pieces
 from tests.distributed.qwen_cases import sharpen
 from tests.errors import relative_error
@@ -145,7 +145,7 @@ def kept_keys(mesh: ParallelMesh, layout: ParallelismConfig) -> dict[str, Any]:
     before = evaluate(contexts[4])
     model.blocks[1].attn2.to_k.weight.data.mul_(3.0)
     stale = evaluate(contexts[4])
-    entrance.forget_graphs()
+    forget_values(model)
     after = entrance.keys.nbytes(), evaluate(contexts[4])
     long = torch.randn(5, 512, TEXT, generator=generator)
     held = entrance.keys.nbytes()

@@ -60,6 +60,8 @@ class WanEntrance(Entrance):
 
     def forget_graphs(self) -> None:
         self.forwards.forget_graphs()
+
+    def forget_values(self) -> None:
         self.keys.forget()
 
     def remove(self) -> None:

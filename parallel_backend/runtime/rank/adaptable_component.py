@@ -31,8 +31,8 @@ class AdaptableComponent(Component):
     def file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
         """What makes a parameter, by the names that patches use; as `Transformer.file_rows`."""
 
-    def on_new_weights(self) -> None:
-        """Something stands beside weights that had nothing there, or does not any more."""
+    def on_new_weights(self, moved: bool) -> None:
+        """Weights have changed; ``moved``: something stands beside some that had nothing there, or not any more."""
 
     def load(self, on_bytes: Callable[[int], None]) -> None:
         super().load(on_bytes)
@@ -83,5 +83,4 @@ class AdaptableComponent(Component):
         moved = weights.apply(adapters)
         self.merged, self.adapters = now, adapters
         self.nbytes, self.beside = self.nbytes + beside - self.beside, beside
-        if moved:
-            self.on_new_weights()
+        self.on_new_weights(moved)

@@ -9,7 +9,7 @@ from ...families import Model
 from ...loading.text_encoder_file import TextEncoderFile
 from ...loading.vae_file import VaeFile
 from ...parallel.tensor import ParamShard
-from ...parallelize import forget_graphs, parallelize_transformer
+from ...parallelize import forget_graphs, forget_values, parallelize_transformer
 from ...planning.memory import transformer_activation_bytes
 from .adaptable_component import AdaptableComponent
 
@@ -33,6 +33,7 @@ class TransformerComponent(AdaptableComponent):
 
     def to_host(self) -> None:
         forget_graphs(self.module)  # which know where the weights were
+        forget_values(self.module)
         for run in self.cache.runs():
             self.cache.forget(run)
         super().to_host()
@@ -44,8 +45,10 @@ class TransformerComponent(AdaptableComponent):
     def file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
         return self.settings.family.transformer.file_rows(name)
 
-    def on_new_weights(self) -> None:
-        forget_graphs(self.module)
+    def on_new_weights(self, moved: bool) -> None:
+        forget_values(self.module)
+        if moved:
+            forget_graphs(self.module)
 
     def workspace(self, tokens: int) -> int:
         """About the bytes that an evaluation over so many tokens (of the batch, in full) takes beside the weights."""
