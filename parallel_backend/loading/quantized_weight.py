@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.formats import FORMATS, TILE_BLOCKS, TILE_ROWS, Part
+from ..parallel.kitchen import kitchen
 from ..parallel.products import Product
 from ..parallel.quantized import Layout, Quantized, SideBySide
 from ..parallel.tensor import ParamShard
@@ -160,6 +161,7 @@ class QuantizedSlice:
 
     def _products(self, native: bool) -> list[Quantized]:
         assert self._memory is not None
+        kitchen()  # now, and not in the first step
         layout = Layout(self.layer.format, self.layer.options, tuple(self.layer.parts), native)
         count = len(self.layer.parts)
         held = [part.held(self._memory) for part in self._parts]

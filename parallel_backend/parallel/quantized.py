@@ -214,6 +214,7 @@ KINDS["beside"] = _restored_blocks
 
 
 def _product(x: Tensor, layout: Layout, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    kitchen()
     named: dict[str, Any] = dict(zip(layout.names, parts, strict=True))
     if "pre_quant_scale" in named:
         x = x * named["pre_quant_scale"].to(x.dtype)
