@@ -125,7 +125,9 @@ def state_of(config: ModelConfig) -> str:
         return "not loaded: the next run loads it"
     if not model.loaded:
         return "still loading: the next run waits for the rest"
-    return "\n".join(filter(None, (f"ready: {where(config)}", model.took(), model.loras())))
+    held = model.quantized()
+    ready = f"ready: {where(config)}{f', {held}' if held else ''}"
+    return "\n".join(filter(None, (ready, model.took(), model.loras())))
 
 
 def where(config: ModelConfig) -> str:

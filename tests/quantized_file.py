@@ -33,7 +33,7 @@ GROUP = 64
 """Of awq."""
 
 
-def quantize_weight(weight: Tensor, form: str) -> tuple[dict[str, Tensor], Tensor]:
+def quantize_weight(weight: Tensor, form: str, group: int = 256) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a weight by what stands behind its layer's name, and the weight that they are, in fp32."""
     import comfy_kitchen.tensor as kitchen
 
@@ -41,7 +41,7 @@ def quantize_weight(weight: Tensor, form: str) -> tuple[dict[str, Tensor], Tenso
     layout = getattr(kitchen, name)
     if form == "awq":
         return _awq(weight, layout)
-    data, params = layout.quantize(weight, **how)
+    data, params = layout.quantize(weight, **how, **({} if group == 256 else {"convrot_groupsize": group}))
     parts = {f"weight{end}": part.contiguous() for end, part in layout.state_dict_tensors(data, params).items()}
     return parts, layout.dequantize(data, params).float()
 
@@ -71,6 +71,7 @@ def quantize(
     as_bytes: bool = False,
     full_precision: bool = False,
     smooth: bool = False,
+    group: int = 256,
     chosen: Callable[[str, Tensor], bool] = lambda name, tensor: True,
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
     """A state dict with its linears in a format, the file's metadata, and what each tensor stands for.
@@ -83,6 +84,7 @@ def quantize(
         nested: whether options stand in ``params``.
         as_bytes: whether what safetensors has had no name for is stored as bytes.
         full_precision: whether inputs are to stay as they are.
+        group: columns that are rotated together, which a file says where they are not 256.
         smooth: with a ``pre_quant_scale``, which only nvfp4 has.
         chosen: which of the weights.
     """
@@ -94,7 +96,7 @@ def quantize(
             out[name] = meant[name] = tensor
             continue
         layer = name.removesuffix(".weight")
-        parts, dense = quantize_weight(tensor.float(), form)
+        parts, dense = quantize_weight(tensor.float(), form, group)
         if smooth:
             parts["pre_quant_scale"] = torch.linspace(0.5, 1.5, tensor.shape[1])
             dense = dense * parts["pre_quant_scale"]
@@ -103,7 +105,7 @@ def quantize(
             parts = {key: p.view(torch.uint8) if p.dtype in eight else p for key, p in parts.items()}
         out |= {f"{layer}.{key}": value for key, value in parts.items()}
         meant[name] = dense
-        options = FORMATS[form][3]
+        options = FORMATS[form][3] | ({} if group == 256 else {"convrot_groupsize": group})
         layers[layer] = {"format": FORMATS[form][0], **({"params": options} if nested else options)}
         if full_precision:
             layers[layer]["full_precision_matrix_mult"] = True

@@ -60,6 +60,10 @@ class Fp8(Product):
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    @property
+    def title(self) -> str:
+        return f"fp8 ({'dequantized' if self.input_scale is None else 'units'})"
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.input_scale is not None and x.numel() and can_multiply(self.weight, x.dtype):
             rows = quantized(x, self.input_scale, self.weight.dtype).reshape(-1, x.shape[-1]).contiguous()

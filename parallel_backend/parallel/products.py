@@ -35,6 +35,11 @@ class Product(ABC):
     def dtype(self) -> torch.dtype:
         """That the weight is stored as."""
 
+    @property
+    def title(self) -> str:
+        """What it is stored as and how it is multiplied, for people: ``int8 (units)``, ``nvfp4 (dequantized)``."""
+        return str(self.dtype).removeprefix("torch.")
+
     @abstractmethod
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., in]`` times the weight, plus ``bias [out]``: ``[..., out]`` in the dtype of ``x``."""
@@ -152,6 +157,10 @@ class Adapted(Product):
     @property
     def dtype(self) -> torch.dtype:
         return self.base.dtype
+
+    @property
+    def title(self) -> str:
+        return self.base.title
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.base.product(x, bias) + F.linear(F.linear(x, self.down), self.up)
@@ -298,6 +307,15 @@ def stored_tensors(module: nn.Module) -> list[Tensor]:
     """All weights of a module: its parameters, and what its linears hold in other formats."""
     held = [m.product for m in module.modules() if isinstance(m, Multiplier) and m.product is not None]
     return [*module.parameters(), *(tensor for product in held for tensor in product.tensors())]
+
+
+def held_as(module: nn.Module) -> dict[str, int]:
+    """Bytes of a module's weights by `Product.title`, the most first."""
+    sizes: dict[str, int] = {}
+    for weight in named_weights(module).values():
+        product = weight if isinstance(weight, Product) else Plain(weight)
+        sizes[product.title] = sizes.get(product.title, 0) + sum(tensor.nbytes for tensor in product.tensors())
+    return dict(sorted(sizes.items(), key=lambda one: -one[1]))
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor | Product]:

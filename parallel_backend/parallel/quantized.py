@@ -80,6 +80,10 @@ class Quantized(Product):
     def dtype(self) -> torch.dtype:
         return self.parts[0].dtype
 
+    @property
+    def title(self) -> str:
+        return f"{FORMATS[self.layout.format].title} ({'units' if self.layout.native else 'dequantized'})"
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.hybrid_dit.quantized_product(x, self.layout.text, list(self.parts), bias)
@@ -171,6 +175,10 @@ class SideBySide(Product):
     @property
     def dtype(self) -> torch.dtype:
         return self.blocks[0].dtype
+
+    @property
+    def title(self) -> str:
+        return self.blocks[0].title
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         first = self.blocks[0].shape[1]

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.errors import relative_error
+from tests.quantized_file import FORMATS, NATIVE, needs_kitchen, quantize
 from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
 
 from .graphs import Graph, add_layout, add_loader, add_sampler, run_well, save_latent, saved_latent
@@ -14,6 +15,7 @@ from .test_errors import rejection
 
 PARITY = 1e-4
 LAYOUTS = {"Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}, "TP-2": {"ulysses": 1, "tp": 2}}
+QUANTIZED = (("int8_convrot", "Ulysses-2"), ("nvfp4", "TP-2"))
 FILES = {
     "fp32": lambda tensors: (tensors, {}),
     "fp8, a table in the header": lambda tensors: to_fp8(
@@ -63,6 +65,41 @@ def test_the_same_latents_as_with_comfyuis_own_loader(server, folder, graph, kin
     elements = sum(tensor.numel() for tensor in tensors.values())
     # Four bytes each in fp32, hardly more than one where the blocks' linears stay in fp8.
     assert max(held) <= elements / 2 * (1.9 if kind.startswith("fp8") else 4.2)
+
+
+@needs_kitchen
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [pytest.param(form, layout, marks=[] if (form, layout) in QUANTIZED else [pytest.mark.thorough])
+     for form in FORMATS if form != "awq"  # which this ComfyUI does not read
+     for layout in ("one", "TP-2", "TP-4", "Ulysses-2", "Ring-2", "Ulysses-2-TP-2")],
+)  # fmt: skip
+def test_quantized_weights(server, folder, graph, form, layout):
+    """As near to the exact model as ComfyUI's own loader of the same file, and to that."""
+    name = f"{form}.safetensors"
+    if not (folder / name).exists():
+        # ComfyUI's reader knows no name for scales of a power of two.
+        stored, metadata, _ = quantize(flux2_tensors(heads=4), form, as_bytes=form == "mxfp8")
+        write(folder / name, stored, metadata=metadata)
+    degrees = {"one": {}, "TP-4": {"tp": 4}, "TP-2": {"tp": 2}, "Ulysses-2": {"ulysses": 2}, "Ring-2": {"ring": 2},
+               "Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}}[layout]  # fmt: skip
+    place = add_layout(graph, **{"ulysses": 1, "ring": 1, "tp": 1} | degrees)
+    loader = add_loader(graph)
+    kinds = [("HybridDiT_LoadDiffusionModel", "default"), ("HybridDiT_LoadDiffusionModel", "float32"),
+             ("HybridDiT_LoadDiffusionModel", "as storage"), ("UNETLoader", "default")]  # fmt: skip
+    latents = []
+    for node, weight_dtype in kinds:
+        given = {} if node == "UNETLoader" else {"layout": place}
+        model = graph.add(node, unet_name=name, weight_dtype=weight_dtype, **given)
+        latents.append(save_latent(graph, add_sampler(graph, loader, model=model, steps=2)))
+    result = run_well(server, graph)
+    ours, exact, stored, theirs = (saved_latent(server, result, latent) for latent in latents)
+    assert relative_error(stored, exact) <= PARITY
+    rounding = relative_error(theirs, exact)
+    assert (rounding > 10 * PARITY) == (form in NATIVE)
+    # Inputs of every layer are rounded to few bits, so what differs in the last bits of fp32 ends in other roundings.
+    assert rounding / 2 - PARITY <= relative_error(ours, exact) <= max(1.3 * rounding, PARITY)
+    assert relative_error(ours, theirs) <= max(1.5 * rounding, PARITY)
 
 
 def test_scales_of_rows(server, folder, graph):

@@ -44,6 +44,7 @@ class Template:
 
 TEMPLATES = {
     "image_z_image_turbo": Template("lumina2", ("width", "height"), "KSampler", stock="ReferenceZImage"),
+    "image_z_image_turbo_int8": Template("lumina2", ("width", "height"), "KSampler", stock="ReferenceZImage"),
     # The base model, and the distilled one, which is bypassed.
     "image_flux2_klein_text_to_image": Template("flux2", ("value", "value_1"), "Flux2Scheduler", subgraphs=(0, 1)),
     "image_flux2_klein_image_edit_4b_distilled": Template("flux2", (), "Flux2Scheduler", subgraphs=(1,)),

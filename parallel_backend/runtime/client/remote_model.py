@@ -56,6 +56,8 @@ class RemoteModel:
     def __init__(self, group: Ranks, config: ModelConfig, source: Checkpoint, name: str) -> None:
         self.group, self.config, self.source, self.name = group, config, source, name
         self.loaded = False
+        self.formats: dict[str, dict[str, int]] = {}
+        """Of rank 0: bytes of each component's weights by what they are held as."""
         self.offloaded: set[str] = set()
         """Components whose device memory was freed and that were not used since."""
         self.seconds: dict[str, Any] = {"load": 0.0}
@@ -278,6 +280,10 @@ class RemoteModel:
         seconds = {"start": group.start_seconds, "imports": group.import_seconds, "first_step": self.first_step}
         seconds |= self.seconds
         return make_report(self.config, self.source.family.name, seconds, ranks, cache)
+
+    def quantized(self) -> str:
+        """What quantized weights are held as and how they are multiplied, for people; empty where there are none."""
+        return ", ".join(dict.fromkeys(name for held in self.formats.values() for name in held if "(" in name))
 
     def took(self) -> str:
         """How long starting, loading and the first step took, which compiles where that is asked for; for people."""

@@ -158,7 +158,8 @@ class WorkerGroup(Ranks):
         )
         began = time.perf_counter()
         with model.advised("transformer"):
-            self.call(request, {}, check, on_progress)
+            done, _ = self.call(request, {}, check, on_progress)
+        model.formats = done[0].data["weight_formats"]
         model.seconds["load"] += time.perf_counter() - began
         model.loaded = True
 

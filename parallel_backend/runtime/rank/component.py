@@ -20,7 +20,7 @@ from ...loading.model_folders import model_name
 from ...loading.safetensors_reader import Weight
 from ...loading.weight_loader import load_weights, shard_bytes
 from ...mesh import SINGLE, Axis, ParallelMesh, raise_together
-from ...parallel.products import stored_tensors
+from ...parallel.products import held_as, stored_tensors
 from ...parallel.tensor import ParamShard
 from .host_copy import HostCopy
 
@@ -68,6 +68,8 @@ class Component(ABC):
         self.place = Place.FILE
         self.module: Model = None
         self.host: HostCopy | None = None
+        self.formats: dict[str, int] = {}
+        """Bytes of the weights as they were loaded, by what they are held as."""
         self._built: tuple[Model, Mapping[str, ParamShard]] | None = self.build()
         self.nbytes = self._count(*self._built)
         """Bytes of this rank's weights, wherever they are."""
@@ -120,6 +122,7 @@ class Component(ABC):
         raise_together(error, settings.mesh.world)
         module.to(settings.device)  # buffers
         self.module, self.place = module, Place.DEVICE
+        self.formats = held_as(module)
 
     def to_host(self) -> None:
         """Move the weights to host memory. The copy there is kept: weights do not change, so it is made once."""

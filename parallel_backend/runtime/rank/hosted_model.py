@@ -24,6 +24,10 @@ class HostedModel:
     kept: dict[str, Tensor] = field(default_factory=dict)
     adapter_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    def formats(self) -> dict[str, dict[str, int]]:
+        """For each component its weights' bytes by what they are held as."""
+        return {kind: component.formats for kind, component in self.components.items() if component.formats}
+
     def stats(self) -> dict[str, object]:
         """This rank's figures, under the names that docs/report.md explains."""
         device = self.settings.device
@@ -39,6 +43,7 @@ class HostedModel:
             "device": str(device),
             "device_name": device_name,
             "weight_bytes": {kind: component.nbytes for kind, component in held.items()},
+            "weight_formats": self.formats(),
             "places": {kind: component.place.value for kind, component in held.items()},
             "peak_bytes": peak,
             "cache_bytes": transformer.cache.kept_bytes()

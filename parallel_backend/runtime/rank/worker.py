@@ -235,7 +235,7 @@ def perform(
                 Speed(request.compile, request.cuda_graphs, request.copy_engines),
                 request.part,
             )
-            return {}, {}
+            return {"weight_formats": engine.models[request.model].formats()}, {}
         case Offload():
             engine.offload(request.model, request.component)
             return {}, {}

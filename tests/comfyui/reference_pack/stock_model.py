@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
+import comfy.utils
 import torch
 
 
@@ -24,6 +25,7 @@ def stock_model(
         change: what is done to the model before it gets its weights.
     """
     config.set_inference_dtype(torch.float32, None)
+    config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
     model = config.get_model(weights, "")
     change(model)
     model.diffusion_model.load_state_dict(weights, strict=True)

@@ -15,11 +15,13 @@ from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
 from .stock_model import stock_model
 
 TIME, TIME_HIDDEN = 256, 1024
+WIDE = (torch.bfloat16, torch.float16)
 
 
 def load_z_image(path: str) -> comfy.model_patcher.ModelPatcher:
-    """A stock MODEL (float32) of a file in bf16, fp16 or fp32."""
-    weights = {name: tensor.float() for name, tensor in comfy.utils.load_torch_file(path, safe_load=True).items()}
+    """A stock MODEL (float32) of a file in bf16, fp16 or fp32, with linears that may be quantized."""
+    weights = comfy.utils.load_torch_file(path, safe_load=True)
+    weights = {name: tensor.float() if tensor.dtype in WIDE else tensor for name, tensor in weights.items()}
     dim, context = weights["cap_embedder.1.weight"].shape
     (head,) = weights["layers.0.attention.q_norm.weight"].shape
     unet_config = {
