@@ -83,7 +83,7 @@ class RemoteTextEncoder(nn.Module):
         """Conditioning ``[1, L, C]`` in fp32, and no pooled output."""
         ids = torch.tensor([[entry[0] for entry in tokens[TOKENS_KEY][0]]])
         part = self.remote_part
-        context = part.handle.get().encode_text(
+        context = part.handle.get("text_encoder").encode_text(
             ids, torch.ones_like(ids), check=check_interrupted, adapters=part.adapters
         )
         return context.to(comfy.model_management.intermediate_device(), torch.float32), None

@@ -100,7 +100,7 @@ class RemoteTextModel(nn.Module):
         ids = embeds[..., 0].round().long()
         images = [info["extra"] for info in embeds_info if info["type"] == "image"]
         part = self.spec.part
-        context = part.handle.get().encode_text(
+        context = part.handle.get("text_encoder").encode_text(
             ids, attention_mask.long(), images, check=check_interrupted, adapters=part.adapters
         )
         if isinstance(self.spec.layer, str):

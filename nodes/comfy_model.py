@@ -113,7 +113,7 @@ class RemoteDiffusionModel(nn.Module):
         cache = None if run is None else run.plan(self.handle, {**options, "uuids": uuids})
         each, rest = divmod(len(x), max(1, len(uuids)))
         divisible = len(uuids) > 1 and not rest
-        model = self.handle.get()
+        model = self.handle.get("transformer")
         try:
             prediction = model.predict(
                 x, timestep, conditioning, check_interrupted, cache, divisible=divisible, adapters=self.part.adapters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet
 from .comfy_lora import adapter_set, check_patches, title_of
 from .group import ModelHandle
+from .shared_memory import ANY_REQUEST
 
 LARGEST_TIMESTEP = 1.001
 """Models take timesteps up to that of pure noise, give or take what is lost in rounding."""
@@ -66,6 +68,23 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_all and part is not None:
             part.handle.offload(part.component)
         return super().detach(unpatch_all)
+
+    # ComfyUI asks a model that has more on a device for what it lacks there, and one that has less for everything.
+
+    def loaded_size(self) -> int:
+        part: RemotePart | None = getattr(self.model, "remote_part", None)
+        return ANY_REQUEST if part is not None and part.handle.is_there(self.load_device) else 0
+
+    def current_loaded_device(self) -> Any:
+        return self.offload_device  # or `loaded_size` would count as memory that the next load gives back
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
+        part: RemotePart | None = getattr(self.model, "remote_part", None)
+        return 0 if part is None else part.handle.lend(self.load_device, math.ceil(memory_to_free))
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
+        # Nothing is loaded here, so all of it, however little memory ComfyUI has left.
+        return super().partially_load(device_to, 1e32, force_patch_weights)
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.

@@ -70,7 +70,7 @@ class RemoteAutoencoder(nn.Module):
 
     def _each(self, batch: Tensor, work: Callable[[RemoteModel, Tensor, Callable[[int, int], None]], Tensor]) -> Tensor:
         """All of a batch, one after the other, with a progress bar where one is a clip."""
-        model, bar = self.handle.get(), _Progress(len(batch))
+        model, bar = self.handle.get("vae"), _Progress(len(batch))
         with _comfyuis_out_of_memory():
             return torch.cat([work(model, one, bar.told(index)) for index, one in enumerate(batch.split(1))])
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
@@ -15,6 +16,7 @@ from ..parallel_backend.runtime.client.groups import acquire_model, add_user, fi
 from ..parallel_backend.runtime.client.remote_model import RemoteModel
 from ..parallel_backend.runtime.errors import RequestFailedError, WorkersFailedError
 from ..parallel_backend.runtime.group_config import ModelConfig
+from .shared_memory import is_there, lend, take_back
 from .states import set_progress
 
 log = logging.getLogger(__name__)
@@ -33,14 +35,26 @@ class ModelHandle:
         add_user(self.config)
         weakref.finalize(self, remove_user, self.config).atexit = False
 
-    def get(self) -> RemoteModel:
+    def get(self, component: str = "") -> RemoteModel:
         """The model, ready for requests; how far it is is shown while it is loaded.
+
+        Args:
+            component: that is about to be used.
 
         Raises:
             ValueError, WorkersFailedError: it cannot be loaded; the text says why.
         """
+        take_back(self.config, component)
         with Waiting(self.config) as on_state:
             return acquire_model(self.config, on_state, check_interrupted)
+
+    def is_there(self, device: torch.device) -> bool:
+        """Whether it is loaded, and ComfyUI has it on a GPU."""
+        return is_there(self.config, device)
+
+    def lend(self, device: torch.device, asked: int) -> int:
+        """Give ComfyUI memory of a device; see `shared_memory.lend`."""
+        return lend(self.config, device, asked)
 
     def offload(self, component: str) -> None:
         """Free the device memory of a component until it is used next; nothing where the model is not loaded."""

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from parallel_backend.config import AS_IT_IS, ParallelismConfig
+from parallel_backend.families import Conditioning
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh, raise_together
 from parallel_backend.runtime.rank.component import ModelSettings, Place
 from parallel_backend.runtime.rank.components import COMPONENTS
 from parallel_backend.runtime.rank.eviction import Eviction
+from parallel_backend.runtime.rank.residents import Residents
 from parallel_backend.runtime.rank.text_component import VisionComponent
 
 
@@ -93,3 +95,36 @@ def _part(label: str) -> Any:
 
     part.drop = drop
     return part
+
+
+def lend(mesh: ParallelMesh, layout: ParallelismConfig, path: str, lender: int) -> tuple[list[int], bool, bool]:
+    """A rank lends half of its transformer, twice.
+
+    Returns:
+        Bytes that this rank has lent after each time, whether evaluations afterwards are equal to the bit, and whether
+        all of it is back.
+    """
+    settings = ModelSettings(
+        open_checkpoint(Path(path)), layout, mesh, torch.device("cpu"), torch.float32, "cast", AS_IT_IS
+    )
+    part = COMPONENTS["transformer"](settings)
+    part.load(lambda count: None)
+    held = lambda: part.nbytes - part.lent_bytes  # noqa: E731
+    room = Eviction(torch.device("cpu"), mesh.world, lambda _: None, lambda: 10**12, lambda: 10**12, held, lambda: None)
+    residents = Residents(room)
+    kind = settings.family.transformer
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(1, *shape, generator=generator) for shape in ((128, 4, 4), (7, 192)))
+
+    def evaluate() -> torch.Tensor:
+        residents.bring("m", part, 23)
+        conditioning = Conditioning(context, tensors={"guidance": torch.tensor([4.0])})
+        return kind.evaluate(part.module, kind.inputs(x, torch.tensor([0.5]), conditioning), x)
+
+    with torch.no_grad():
+        expected, lent, equal = evaluate(), [], []
+        for _ in range(2):
+            residents.lend(part.nbytes // 2, [lender])
+            lent.append(part.lent_bytes)
+            equal.append(torch.equal(evaluate(), expected))
+    return lent, all(equal), part.lent_bytes == 0

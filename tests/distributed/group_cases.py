@@ -43,9 +43,9 @@ def counted(mesh: ParallelMesh, layout: ParallelismConfig) -> int:
     """By how much one collective within the text encoder raises what a rank says that it has begun."""
     engine = Engine(torch.device("cpu"), lambda _: None)
     shards, _ = text_axes(HALF, {}, mesh)
-    before = engine.collectives_begun()
+    before = engine.meshes.collectives_begun()
     dist.all_reduce(torch.zeros(1), group=shards.group)
-    after = engine.collectives_begun()
+    after = engine.meshes.collectives_begun()
     assert before is not None
     assert after is not None
     return after - before

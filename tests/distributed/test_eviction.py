@@ -47,5 +47,18 @@ def test_a_rank_without_memory_for_its_part(world, tmp_path, layout, component):
     assert set(others) == {("RuntimeError", "file")}
 
 
+@pytest.mark.parametrize(
+    ("layout", "lender"), [(LAYOUT, 2), (ParallelismConfig(ring_size=2), 1), (ParallelismConfig(tp_size=2), 0)]
+)
+def test_what_one_rank_lends_comes_back_there_alone(world, tmp_path, layout, lender):
+    """On that device only; the same is computed as before, to the bit."""
+    pipeline = str(make_tiny_pipeline(tmp_path / "tiny"))
+    for rank, (lent, equal, back) in enumerate(world.run(eviction_cases.lend, layout, pipeline, lender)):
+        assert [size > 0 for size in lent] == [rank == lender] * 2
+        assert lent[0] == lent[1]
+        assert equal
+        assert back
+
+
 def test_a_rank_without_memory_for_what_it_is_shown(world):
     assert world.run(eviction_cases.see_without_memory, LAYOUT) == ["MemoryError", *["RuntimeError"] * 3]

@@ -22,7 +22,7 @@ EVERY_MESSAGE = [
     Load(id=1, model="m1", path="/models/Flüx 2", ulysses=2, ring=1, tp=4, dtype="bfloat16"),
     EncodeText(id=2, model="m1"),
     Keep(id=3, model="m1", forget=["t1", "t2"]),
-    Adapt(id=3, model="m1", set="of today", forget=["a1"]),
+    Adapt(id=3, model="m1", component="transformer", set="of today", forget=["a1"]),
     Predict(
         id=4, model="m1", context="t5", references=["t6", "t7"], cache={"settings": {}, "evaluation": {"position": 0.5}}
     ),
@@ -31,6 +31,7 @@ EVERY_MESSAGE = [
     messages.EncodeImage(id=6, model="m1"),
     messages.Stats(id=7, model="m1"),
     messages.Offload(id=8, model="m1", component="transformer"),
+    messages.Lend(id=8, size=3 * 2**30, ranks=[0]),
     messages.Unload(id=9, model="m1"),
     messages.Notice("what users should know"),
     Progress(rank=1, done=2**40, total=2**41),

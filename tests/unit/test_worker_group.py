@@ -108,6 +108,39 @@ def stats(group: WorkerGroup, **options):
     return group.call(Stats(group.next_id(), "m0"), {}, **options)
 
 
+def test_memory_of_one_gpu_is_lent_and_remembered_until_it_is_used(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    config = ModelConfig.create(tiny_pipeline, ParallelismConfig(ulysses_size=RANKS), "0,2")
+    group = WorkerGroup(config.group)
+    ranks = FakeRanks(group)
+    group.state = "ready"
+    monkeypatch.setattr(group._launcher, "running", lambda: True)
+    model = group.models[config] = RemoteModel(group, config, open_checkpoint(config.path), "m0")
+
+    def lent(request: int, rank: int) -> Done:
+        # What the other rank says of itself is none of that GPU's.
+        found = {"m0": {"transformer": 700 + rank}, "of another loader": {"transformer": 1}}
+        return Done(request, rank, 0.1, {"freed": 1000 * rank, "left": 50, "lent": found})
+
+    try:
+        thread = ranks.meanwhile(lent)
+        assert group.lend(900, "6") == (1000, 50)
+        thread.join()
+        (request,) = ranks.requests
+        assert (request.size, request.ranks) == (900, [1])
+        assert model.lent == {"transformer": 701}
+        assert group.lend(900, "5") == (0, 0)  # not one of its GPUs
+        thread = ranks.meanwhile(done)
+        model._use("transformer", EncodeText(group.next_id(), "m0"), {}, lambda: None)
+        thread.join()
+        assert model.lent == {}
+        group.state = "failed"
+        assert group.lend(900, "6") == (0, 0)
+    finally:
+        group.close()
+
+
 class TestJudging:
     """Nobody counts as hung, or as left behind, by the clock while there is something to read."""
 

@@ -60,6 +60,8 @@ class RemoteModel:
         """Of rank 0: bytes of each component's weights by what they are held as."""
         self.offloaded: set[str] = set()
         """Components whose device memory was freed and that were not used since."""
+        self.lent: dict[str, int] = {}
+        """Of components whose device memory was freed, wholly or in part: bytes that the next use takes there."""
         self.seconds: dict[str, Any] = {"load": 0.0}
         self.first_step: float | None = None
         """Seconds of the first evaluation, which compiles where that is asked for."""
@@ -83,8 +85,9 @@ class RemoteModel:
         """Free the device memory of a component; its next use brings it back. Nothing where the group is gone."""
         with self.group.lock:
             if self.ready:
-                self.group.call(Offload(self.group.next_id(), self.name, component), {})
+                answers, _ = self.group.call(Offload(self.group.next_id(), self.name, component), {})
                 self.offloaded.add(component)
+                self.lent[component] = max(int(answer.data.get("bytes", 0)) for answer in answers)
 
     def encode_text(
         self,
@@ -320,6 +323,7 @@ class RemoteModel:
     ) -> tuple[list[Done], dict[str, Tensor]]:
         """A request that brings a component onto the devices."""
         self.offloaded.discard(component)
+        self.lent.pop(component, None)
         with self.advised(component):
             return self.group.call(request, tensors, check, limit=limit, meanwhile=meanwhile)
 

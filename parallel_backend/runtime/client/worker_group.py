@@ -17,7 +17,7 @@ from ..errors import RequestFailedError, WorkersFailedError
 from ..group_config import GroupConfig, ModelConfig
 from ..patience import mesh_seconds, step_seconds
 from ..wire.handshake import Handshakes
-from ..wire.messages import Load, Progress, Unload
+from ..wire.messages import Lend, Load, Progress, Unload
 from .ranks import POLL_SECONDS, Check, Ranks
 from .remote_model import RemoteModel
 
@@ -162,6 +162,28 @@ class WorkerGroup(Ranks):
         model.formats = done[0].data["weight_formats"]
         model.seconds["load"] += time.perf_counter() - began
         model.loaded = True
+
+    def lend(self, size: int, device: str) -> tuple[int, int]:
+        """Free so many bytes of a GPU, with the least that helps; the next use brings back what moves for it.
+
+        Args:
+            size: bytes.
+            device: the GPU, as `Devices.visible` names it.
+
+        Returns:
+            Bytes that were freed, and of weights that are left there; 0 where the group is not up, or not on that GPU.
+        """
+        if device not in self.config.devices.visible:
+            return 0, 0
+        rank = self._local[self.config.devices.visible.index(device)]
+        with self.lock:
+            if not self.ready:
+                return 0, 0
+            answers, _ = self.call(Lend(self.next_id(), size, [rank]), {})
+            data = answers[rank].data
+            for model in self.models.values():
+                model.lent.update(data.get("lent", {}).get(model.name, {}))
+            return int(data.get("freed", 0)), int(data.get("left", 0))
 
     def unload(self, config: ModelConfig) -> None:
         """Free a model; nothing where it is not there."""

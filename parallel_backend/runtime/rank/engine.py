@@ -19,8 +19,7 @@ from ...families import Conditioning, VisionImage
 from ...loading.adapters import from_description, unpacked
 from ...loading.checkpoint import Checkpoint
 from ...loading.content import open_same_checkpoint
-from ...mesh import SINGLE, Axis, ParallelMesh, build_mesh, groups_in_use, raise_together
-from ...parallel import copies
+from ...mesh import SINGLE, Axis, raise_together
 from ...planning.memory import GIB
 from ..errors import BatchTooLargeError
 from .adaptable_component import AdaptableComponent
@@ -30,6 +29,7 @@ from .components import COMPONENTS
 from .eviction import Eviction
 from .hosted_model import HostedModel
 from .mesh_check import MeshCheck
+from .meshes import Meshes
 from .residents import Residents
 from .text_component import TextEncoderComponent, VisionComponent
 from .transformer_component import TransformerComponent
@@ -69,7 +69,7 @@ class Engine:
         self.eviction = eviction or Eviction(device, world, notify)
         self.residents = Residents(self.eviction, on_progress)
         self.models: dict[str, HostedModel] = {}
-        self._meshes: dict[tuple[ParallelismConfig, bool], ParallelMesh] = {}
+        self.meshes = Meshes(device, self.check, self.eviction.notify)
         self.alone = False
         """Whether what this rank is doing concerns no other: none waits for it, nothing changes that all have alike."""
         self._told_of = ""
@@ -140,7 +140,7 @@ class Engine:
         speed: Speed = AS_IT_IS,
         file_part: str = "",
     ) -> HostedModel:
-        mesh = self._mesh(layout, speed.copy_engines)
+        mesh = self.meshes.of(layout, speed.copy_engines)
         source: Checkpoint | ValueError
         try:
             source = open_same_checkpoint(Path(path), content, file_part)
@@ -151,21 +151,6 @@ class Engine:
         settings = ModelSettings(source, layout, mesh, self.device, dtype, fp8, speed)
         return HostedModel(settings, encoder_memory, {part: COMPONENTS[part](settings) for part in source.components})
 
-    def _mesh(self, layout: ParallelismConfig, copy_engines: bool) -> ParallelMesh:
-        """The mesh of a layout, over which ranks were seen to reach each other. Collective where it is a new one.
-
-        Raises:
-            UnreachedError: they do not.
-        """
-        key = layout, copy_engines
-        if key not in self._meshes:
-            self.check.meet()
-            with self.check.within("all ranks", range(layout.world_size)):
-                mesh = build_mesh(layout, self.device.type, copies.usable(copy_engines, self.eviction.notify))
-            self.check.run(mesh)
-            self._meshes[key] = mesh
-        return self._meshes[key]
-
     def unload(self, name: str) -> None:
         """Free a model for good; nothing where there is none of that name."""
         model = self.models.pop(name, None)
@@ -175,12 +160,27 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def offload(self, name: str, component: str) -> None:
-        """Free the device memory of a component, if it has any; the next use brings it back. Collective."""
+    def offload(self, name: str, component: str) -> int:
+        """Free the device memory of a component, if it has any; the next use brings it back. Collective.
+
+        Returns:
+            Bytes that the next use takes on this rank's device.
+        """
         part = self._model(name).components.get(component)
-        if part is not None and part.place is Place.DEVICE:
+        if part is None:
+            return 0
+        if part.place is Place.DEVICE:
             self.eviction.leave(part, "as ComfyUI asked for memory")
             self.residents.make_room_anew()
+        return part.nbytes
+
+    def lend(self, size: int, ranks: Sequence[int]) -> tuple[int, int, dict[str, dict[str, int]]]:
+        """Free device memory of some ranks; see `Residents.lend`. What is to come back is by model and component."""
+        freed, left, lent = self.residents.lend(size, ranks)
+        found: dict[str, dict[str, int]] = {}
+        for (name, component), nbytes in lent.items():
+            found.setdefault(name, {})[component] = nbytes
+        return freed, left, found
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], forget: list[str]) -> None:
         """Keep conditioning of a model on the device under its name, until it is forgotten."""
@@ -292,15 +292,6 @@ class Engine:
             # It is sent next, which waits for it anyway; here the wait counts among the worker's own seconds.
             torch.cuda.synchronize(self.device)
         return prediction, decision or part.cache.last
-
-    def collectives_begun(self) -> int | None:
-        """How many collectives this rank has begun on the groups of all its models; None where it cannot be known."""
-        meshes = list(self._meshes.values())
-        if self.device.type == "cuda" and any(mesh.ring.is_split and not mesh.ring.copies for mesh in meshes):
-            return None  # NCCL does not count what is sent from rank to rank
-        groups = groups_in_use()
-        numbers = (group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
-        return sum(numbers) + sum(copies.begun(group.group_name) for group in groups)
 
     def recover(self, alone: bool) -> None:
         """After a request that failed: give back memory that it held, and make room anew next time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,22 @@ class HostCopy:
             self.tensors.append(copy.copy_(tensor.detach(), non_blocking=True))
         if on_gpu:
             torch.cuda.synchronize()
+
+
+class HostCopies:
+    """Copies of some of a component's tensors, by their places among them; each is made once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}
+        self._pieces: list[HostCopy] = []
+
+    def add(self, tensors: Mapping[int, Tensor]) -> None:
+        """Have copies of these, too."""
+        new = {place: tensor for place, tensor in tensors.items() if place not in self.tensors}
+        if new:
+            piece = HostCopy(list(new.values()))
+            self._pieces.append(piece)
+            self.tensors.update(zip(new, piece.tensors, strict=True))
 
 
 def _page_lock(owner: HostCopy, buffer: Tensor) -> None:

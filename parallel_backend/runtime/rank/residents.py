@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from ...cache.block_cache import BlockCache
 from .byte_counter import ByteCounter, OnProgress
@@ -53,8 +54,9 @@ class Residents:
         is_there = component.place is Place.DEVICE
         if component is latest and is_there and size <= granted and not (missing and divisible):
             return missing
-        missing = self.make_room(component, 0 if is_there else component.nbytes, component.workspace(size), run)
-        if component.place is Place.HOST:
+        weights = component.lent_bytes if is_there else component.nbytes
+        missing = self.make_room(component, weights, component.workspace(size), run)
+        if component.place is Place.HOST or component.away:
             component.to_device()
         elif component.place is Place.FILE:
             component.load(ByteCounter(component.nbytes, self.on_progress).add)
@@ -77,6 +79,47 @@ class Residents:
         others = [pair for pair in others if needs_step or pair[1] or not isinstance(pair[0], TransformerComponent)]
         others.sort(key=lambda pair: not pair[1])
         return self.eviction.make(weights, workspace, f"the {component.label}", others)
+
+    def lend(self, size: int, ranks: Sequence[int]) -> tuple[int, int, dict[tuple[str, str], int]]:
+        """Free device memory of some ranks for others, with the least that helps. Collective.
+
+        First goes what the allocator keeps, then what CUDA graphs keep, then weights, tensor by tensor: of models that
+        nobody refers to, of text encoders and VAEs, and of transformers, each the least recently used first. The next
+        use brings back what moved.
+
+        Args:
+            size: bytes.
+            ranks: whose devices.
+
+        Returns:
+            Bytes that were freed here; of weights that are left on this rank's device; and of weights that it has to
+            bring back, of which component.
+        """
+        eviction, here = self.eviction, self.eviction.axis.rank in ranks
+        self.make_room_anew()
+        freed = 0
+        if here and eviction.held is not None:
+            before = eviction.held()
+            eviction.trim()
+            freed = before - eviction.held()
+        # Graphs have exchanges in them: the others of all ranks have to go with them.
+        if eviction.held is not None and eviction.most(size - freed if here else 0) > 0:
+            for component in self.used.values():
+                if component.place is Place.DEVICE:
+                    component.forget_workspace()
+            before = eviction.held()
+            eviction.trim()
+            freed += before - eviction.held()
+
+            def last(key: tuple[str, str]) -> tuple[bool, bool]:
+                return key[0] not in self.orphans, isinstance(self.used[key], TransformerComponent)
+
+            for key in sorted(self.used, key=last) if here else ():
+                if freed >= size:
+                    break
+                freed += eviction.lend(size - freed, self.used[key])
+        left = sum(part.nbytes - part.lent_bytes for part in self.used.values() if part.place is Place.DEVICE)
+        return freed, left, {key: part.lent_bytes for key, part in self.used.items() if part.away}
 
     def _runs_beside(self, run: str) -> list[tuple[BlockCache, str]]:
         """All runs but one of which caches keep something, those of the least recently used model first."""

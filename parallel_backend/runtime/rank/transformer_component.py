@@ -38,6 +38,9 @@ class TransformerComponent(AdaptableComponent):
             self.cache.forget(run)
         super().to_host()
 
+    def forget_workspace(self) -> None:
+        forget_graphs(self.module)
+
     def drop(self) -> None:
         self.__dict__.pop("cache", None)  # it holds the module; the next build makes another
         super().drop()

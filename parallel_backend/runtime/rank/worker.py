@@ -43,6 +43,7 @@ from ..wire.messages import (
     Failed,
     Hello,
     Keep,
+    Lend,
     Load,
     Message,
     Notice,
@@ -237,8 +238,10 @@ def perform(
             )
             return {"weight_formats": engine.models[request.model].formats()}, {}
         case Offload():
-            engine.offload(request.model, request.component)
-            return {}, {}
+            return {"bytes": engine.offload(request.model, request.component)}, {}
+        case Lend():
+            freed, left, lent = engine.lend(request.size, request.ranks)
+            return {"freed": freed, "left": left, "lent": lent}, {}
         case Unload():
             engine.unload(request.model)
             return {}, {}
@@ -297,7 +300,7 @@ def _failure(request_id: int, engine: Engine, error: Exception, device: str) -> 
     described = str(error) if bad_input else f"{type(error).__name__}: {error}"
     if memory is None and device_failed(error):
         return Failed(request_id, engine.rank, described, False, text, device=device, device_failed=True)
-    collectives = engine.collectives_begun()
+    collectives = engine.meshes.collectives_begun()
     return Failed(
         request_id, engine.rank, described, bad_input, text, memory and list(memory), collectives, engine.alone, device
     )

@@ -62,6 +62,19 @@ class Offload:
 
 
 @dataclass(frozen=True)
+class Lend:
+    """Free so many bytes of the devices of some ranks, with the least that helps; the next use brings back what moved.
+
+    Each rank's answer says how many it ``freed``, how many of weights are ``left``, and what it has ``lent``: model ->
+    component -> bytes.
+    """
+
+    id: int
+    size: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
 class Unload:
     """Free a model for good."""
 
@@ -225,6 +238,7 @@ Message = (
     Hello
     | Load
     | Offload
+    | Lend
     | Unload
     | EncodeText
     | Keep
