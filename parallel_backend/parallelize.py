@@ -21,7 +21,7 @@ from .parallel import copies
 from .parallel.attention import ShardedAttention
 from .parallel.modulation import gather_together
 from .parallel.sequence import Entrance, SequenceShards, shard_sequence
-from .parallel.tensor import ParamShard, apply_tensor_parallel, whole_blocks
+from .parallel.tensor import ParamShard, apply_tensor_parallel, coarser, whole_blocks
 
 _STATE = "_hybrid_parallel"
 _CACHE = "_hybrid_cache"
@@ -188,7 +188,12 @@ def disable_cache(pipe_or_model: Any) -> Any:
 
 
 def parallelize_transformer(
-    transformer: Model, kind: Transformer, layout: ParallelismConfig, mesh: ParallelMesh, speed: Speed = AS_IT_IS
+    transformer: Model,
+    kind: Transformer,
+    layout: ParallelismConfig,
+    mesh: ParallelMesh,
+    speed: Speed = AS_IT_IS,
+    unit: int = 1,
 ) -> dict[str, ParamShard]:
     """Shard one transformer over a mesh; its weights may be real or on the meta device.
 
@@ -197,6 +202,7 @@ def parallelize_transformer(
         kind: what it is.
         layout, mesh: degrees, and the ranks.
         speed: how its blocks run.
+        unit: features that its weights' number formats keep together.
 
     Returns:
         The slice of each sharded parameter that this rank holds; where none is sharded, all of those in `whole_blocks`.
@@ -205,14 +211,15 @@ def parallelize_transformer(
     kind.check_layout(config, layout)
     state = ParallelState(layout, mesh)
     shards = SequenceShards(mesh)
-    state.table = apply_tensor_parallel(transformer, kind.plan(config), mesh.tp)
+    plan = coarser(transformer, kind.plan(config), unit, mesh.tp.degree)
+    state.table = apply_tensor_parallel(transformer, plan, mesh.tp)
     gather_together(transformer, mesh.tp)
     entrance = kind.install(transformer, ShardedAttention(shards), speed)
     hooks = shard_sequence(transformer, shards, kind.sequence_inputs, kind.output_stream, entrance)
     state.hooks = [entrance, *hooks]
     setattr(transformer, _STATE, state)
     _refuse_copies(transformer, sharded=bool(state.table))
-    return state.table or whole_blocks(transformer, kind.plan(config))
+    return state.table or whole_blocks(transformer, plan)
 
 
 def _refuse_copies(module: Model, sharded: bool = False) -> None:

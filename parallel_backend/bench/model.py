@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..config import AS_IT_IS, ParallelismConfig, Speed
 from ..families import Conditioning, Family, Model, family_of_transformer
 from ..mesh import ParallelMesh
+from ..parallel.products import stored_tensors
 from ..parallel.tensor import ParamShard
 from ..parallelize import parallelize_transformer, shard_text_model, text_axes
+from .quantized import quantize
 from .shapes import Shape
 
 
@@ -31,12 +33,15 @@ def build_transformer(
     dtype: torch.dtype,
     blocks: int | None = None,
     speed: Speed = AS_IT_IS,
+    weights: str = "",
 ) -> Model:
-    """This rank's part of a shape's transformer, with random weights on the mesh's device."""
+    """This rank's part of a shape's transformer, with random weights (quantized, if that is named) on its device."""
     family, config = transformer_config(shape, blocks)
     model = family.transformer.build(config)
     table = parallelize_transformer(model, family.transformer, layout, mesh, speed)
     fill(model, torch.device(mesh.device_type), dtype, table)
+    if weights:
+        quantize(model, weights, table, dtype)
     return model
 
 
@@ -99,7 +104,7 @@ def local_part(parameter: Tensor) -> Tensor:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights that this rank holds."""
-    return sum(local_part(parameter).nbytes for parameter in model.parameters())
+    return sum(local_part(tensor).nbytes for tensor in stored_tensors(model))
 
 
 def make_inputs(

@@ -59,6 +59,7 @@ class Task:
     cuda_graphs: bool = False
     copy_engines: bool = False
     cache: str | None = None
+    weights: str = ""
     rank_only: bool = False
 
     @property
@@ -92,7 +93,7 @@ def measure(task: Task, mesh: ParallelMesh) -> dict[str, Any]:
     _measure_text(shape, mesh, dtype, task, figures)
 
     began = time.perf_counter()
-    transformer = build_transformer(shape, task.layout, mesh, dtype, task.blocks, task.speed)
+    transformer = build_transformer(shape, task.layout, mesh, dtype, task.blocks, task.speed, task.weights)
     figures["build_s"] = time.perf_counter() - began
     figures["weight_bytes"]["transformer"] = weight_bytes(transformer)
     sampler = Sampler(task, transformer, mesh)
@@ -207,7 +208,9 @@ def _compare(
             figures = {"note": f"one device does not hold it: {need / GIB:.0f} GiB of {free / GIB:.0f} free"}
         else:
             whole = single_mesh(task.device)
-            transformer = build_transformer(shape, ParallelismConfig(), whole, dtype, task.blocks, task.speed)
+            transformer = build_transformer(
+                shape, ParallelismConfig(), whole, dtype, task.blocks, task.speed, task.weights
+            )
             sampler = Sampler(replace(task, cache=None), transformer, whole)
             expected = sampler.evaluate().float()
             step = Spread.of(time_steps(sampler.step, task.steps, task.device).ms)

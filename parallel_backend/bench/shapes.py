@@ -35,6 +35,8 @@ class Shape:
     frames: int = 1
 
 
+WEIGHTS = ("fp8", "fp8 as storage", "int8", "int8_convrot", "nvfp4")
+"""What the blocks' linears can be held as, beside the number format of the rest; all but fp8 need comfy-kitchen."""
 FLUX2 = "Flux2Transformer2DModel"
 WAN = "WanTransformer3DModel"
 FLUX2_DEPTHS = ("num_layers", "num_single_layers")

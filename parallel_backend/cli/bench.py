@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..bench.shapes import SHAPES, shape_of
+from ..bench.shapes import SHAPES, WEIGHTS, shape_of
 from ..cache.config import parse_cache
 from ..config import ParallelismConfig
 from ..limits import threads_of_a_rank
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, help="of each kind, instead of the true depth")
     add_speed_arguments(parser)
     parser.add_argument("--cache", metavar="PRESET", help="have steps skip blocks, as for generate")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what the blocks' linears are held as (default: as the rest)",
+    )
     parser.add_argument(
         "--rank-only", action="store_true", help="rank 0 alone, with nothing in the place of the other ranks"
     )
@@ -84,9 +89,12 @@ def make_task(arguments: argparse.Namespace) -> Task:
 
     from ..bench.model import transformer_config
     from ..bench.rank import Task
+    from ..parallel.kitchen import has_kitchen
 
     count = torch.cuda.device_count()
     device = arguments.device if arguments.device != "auto" else ("cuda" if count else "cpu")
+    if arguments.weights and not arguments.weights.startswith("fp8") and not has_kitchen():
+        raise ValueError(f"weights in {arguments.weights} need comfy-kitchen: pip install comfy-kitchen")
     needed = 1 if arguments.rank_only else layout.world_size
     if device == "cuda" and count < needed:
         raise ValueError(
@@ -119,6 +127,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
         blocks=arguments.blocks,
         **asdict(speed_of(arguments)),
         cache=arguments.cache,
+        weights=arguments.weights or "",
         rank_only=arguments.rank_only,
     )
 
@@ -194,6 +203,7 @@ def describe(task: Task) -> str:
     """What is measured, in words."""
     parts = [f"{task.width} x {task.height}, {task.text} tokens of text", f"{task.dtype} on {task.device}"]
     parts += [f"{task.blocks} blocks of each kind"] if task.blocks else []
+    parts += [f"weights in {task.weights}"] if task.weights else []
     parts += [task.speed.describe()]
     parts += [f"cache {task.cache}"] if task.cache else []
     return ", ".join(parts)

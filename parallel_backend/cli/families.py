@@ -98,7 +98,8 @@ def _lines(family: FamilySupport) -> list[tuple[str, str]]:
 def _file_line(files: Mapping[str, tuple[str, ...]]) -> str:
     return (
         f"Single files: {_list(files['dtypes'])}, and {_list(files['fp8_dtypes'])} plain or with a scale a tensor or "
-        f"a row ({_list(f'`{name}`' for name in files['fp8_scales'])})"
+        f"a row ({_list(f'`{name}`' for name in files['fp8_scales'])}); with comfy-kitchen also "
+        f"{_list(f'`{name}`' for name in files['quantized'])}"
     )
 
 

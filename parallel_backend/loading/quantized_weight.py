@@ -7,7 +7,7 @@ quantized. Elsewhere what is around the slice is read, made dense, and cut then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,12 @@ def blocks_of(weight: Weight, shard: ParamShard | None) -> tuple[list[Block], bo
             column += end - first
         row += count
     return blocks, on_grid
+
+
+def column_unit(weights: Iterable[Weight]) -> int:
+    """Columns that a model's weights keep together, as far as its features can be cut there: 1 where none are."""
+    layers = [weight.layer for weight in weights if weight.layer is not None]
+    return max((FORMATS[layer.format].grid(layer.options)[1] for layer in layers), default=1)
 
 
 def stored_rows(weight: Weight, shard: ParamShard | None) -> Ranges:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -221,6 +221,25 @@ def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, Shard], axis: Axi
             replacement = _shard_module(modules[name], shard, axis, name, table)
             setattr(modules[parent], leaf, replacement)
     return table
+
+
+def coarser(model: nn.Module, plan: Mapping[str, Shard], unit: int, degree: int) -> dict[str, Shard]:
+    """A plan whose unequal parts (of MLPs, whose features are alike) end at multiples of so many features.
+
+    Args:
+        model: that it is of, in full.
+        plan: its shards.
+        unit: features that number formats of its weights keep together; see `Format.grid`.
+        degree: over how many ranks; where some would have nothing, the plan's own units stay.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Shard] = dict(plan)
+    for pattern, shard in plan.items():
+        if shard.groups == 1 and shard.units and unit > 1:
+            size: int = modules[fnmatch.filter(modules, pattern)[0]].weight.shape[shard.dim]  # type: ignore[index, union-attr, assignment]
+            if size % unit == 0 and size // shard.units % unit and size // unit >= degree:
+                found[pattern] = replace(shard, units=size // unit)
+    return found
 
 
 def whole_blocks(model: nn.Module, plan: Mapping[str, Shard]) -> dict[str, ParamShard]:

@@ -15,11 +15,12 @@ from ..config import ParallelismConfig
 from ..families import Family
 from ..loading.checkpoint import Checkpoint
 from ..loading.model_folders import model_name
+from ..loading.quantized_weight import column_unit
 from ..loading.vae_file import VaeFile
 from ..loading.weight_loader import shard_bytes
 from ..machine import Machine, collect
 from ..mesh import Axis
-from ..parallel.tensor import apply_tensor_parallel, whole_blocks
+from ..parallel.tensor import apply_tensor_parallel, coarser, whole_blocks
 from ..parallelize import shard_text_model
 from .cost_model import StepCost, Workload, step_cost
 from .devices import gpu_numbers, resolve_devices
@@ -346,7 +347,8 @@ def checkpoint_memory(source: Checkpoint, layout: ParallelismConfig, dtype: torc
         sizes["text_encoder"] = 0  # a model with another text encoder (FLUX.2 klein), which the workers do not hold
     if "transformer" in source.components:
         model = family.transformer.build(config)
-        plan = family.transformer.plan(dict(model.config))
+        unit = column_unit(source.weights("transformer").values())
+        plan = coarser(model, family.transformer.plan(dict(model.config)), unit, layout.tp_size)
         table = apply_tensor_parallel(model, plan, Axis(None, layout.tp_size, 0)) or whole_blocks(model, plan)
         sizes["transformer"] = shard_bytes(model, source.weights("transformer"), table, dtype, fp8)
     if "text_encoder" in source.components:

@@ -15,6 +15,7 @@ from ..families import FAMILIES, Family
 from ..loading.quantized import FP8_LAYOUTS
 from ..loading.safetensors_reader import DTYPES, FP8_DTYPES, WEIGHT_DTYPES
 from ..mesh import Axis
+from ..parallel.formats import FORMATS
 from ..parallel.tensor import Shard
 from .memory import GIB, can_split, reference_config, reference_memory
 
@@ -125,12 +126,13 @@ def family_support(family: Family) -> FamilySupport:
 
 
 def file_formats() -> dict[str, tuple[str, ...]]:
-    """What weights in single files may be stored as: torch's dtypes, and where fp8 files keep scales."""
+    """What weights in single files may be stored as: torch's dtypes, where fp8 files keep scales, and formats."""
     names = {dtype: str(DTYPES[dtype]).removeprefix("torch.") for dtype in WEIGHT_DTYPES}
     return {
         "dtypes": tuple(name for dtype, name in names.items() if dtype not in FP8_DTYPES),
         "fp8_dtypes": tuple(name for dtype, name in names.items() if dtype in FP8_DTYPES),
         "fp8_scales": FP8_LAYOUTS,
+        "quantized": tuple(FORMATS),
     }
 
 

@@ -5,26 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from torch import nn
 
 from parallel_backend.loading import quantized, staging, targets, weight_loader
 from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.quantized_weight import QuantizedSlice
 from parallel_backend.loading.single_file import open_single_file
+from parallel_backend.loading.text_encoder_file import open_text_encoder_file
 from parallel_backend.loading.weight_loader import load_weights, shard_bytes
 from parallel_backend.mesh import Axis
 from parallel_backend.parallel.formats import FORMATS as KNOWN
 from parallel_backend.parallel.products import Adapted, Product, named_weights, product_of, restored, stored_tensors
 from parallel_backend.parallel.quantized import Quantized, SideBySide, has_units
-from parallel_backend.parallel.tensor import WholeLinear, apply_tensor_parallel, whole_blocks
+from parallel_backend.parallel.tensor import Shard, WholeLinear, apply_tensor_parallel, coarser, whole_blocks
+from parallel_backend.parallelize import shard_text_model
 from parallel_backend.runtime.rank.host_copy import HostCopy
 from tests.errors import relative_error
 from tests.quantized_file import FORMATS, NATIVE, needs_kitchen, quantize, quantize_weight
 from tests.single_file import flux2_tensors, write
+from tests.text_encoder_file import text_tensors
 
 pytestmark = needs_kitchen
 CPU = torch.device("cpu")
@@ -411,3 +416,38 @@ def test_every_cut_of_every_part(form, degree, tmp_path):
                 near(out, expected)
                 if part.on_grid:
                     near(part.product(False).dense(torch.float32), expected)
+
+
+@pytest.mark.parametrize("form", ["int8_convrot", "nvfp4", "mxfp8"])
+def test_a_text_encoder(tmp_path, form):
+    """Linears stay quantized, the table of tokens is made dense; both on each of two ranks."""
+    tensors = text_tensors(layers=30, hidden=256)
+    kept = {key: tensor for key, tensor in tensors.items() if key != "tekken_model"}
+    chosen = lambda name, tensor: tensor.shape[1] % 256 == 0 and not re.search(r"layers\.[1-9]", name)  # noqa: E731
+    stored, metadata, meant = quantize(kept, form, part="model.", chosen=chosen)
+    path = write(tmp_path / "text.safetensors", stored | {"tekken_model": tensors["tekken_model"]}, metadata=metadata)
+    source = open_text_encoder_file(path)
+    kind = source.family.needs_text_encoder()
+    for degree in (1, 2):
+        model = kind.build(source.text_config)
+        table = shard_text_model(model, kind, source.text_config, Axis(None, degree, degree - 1))
+        load_weights(model, source.weights("text_encoder"), table, device=CPU, dtype=torch.float32, fp8="stored")
+        held = named_weights(model)
+        assert isinstance(held["layers.0.self_attn.q_proj.weight"], Product)
+        assert isinstance(held["embed_tokens.weight"], torch.Tensor)
+        for name, weight in held.items():
+            full = meant[f"model.{name}"]
+            expected = table[name].take(full) if name in table else full
+            near(weight.dense(torch.float32) if isinstance(weight, Product) else weight.detach(), expected)
+
+
+def test_unequal_parts_end_where_groups_do():
+    """Wan's MLP of 54 groups on 4 ranks; in the number formats that keep no more together it is cut as before."""
+    model = nn.ModuleDict({"into": nn.Linear(8, 13824), "out": nn.Linear(13824, 8)})
+    plan = {name: Shard(style, units=108, groups=1) for name, style in (("into", "column"), ("out", "row"))}
+    assert coarser(model, plan, 1, 4) == coarser(model, plan, 128, 4) == plan
+    shards = coarser(model, plan, 256, 4)
+    ranges = [shards["into"].ranges(13824, Axis(None, 4, rank)) for rank in range(4)]
+    assert ranges == [shards["out"].ranges(13824, Axis(None, 4, rank)) for rank in range(4)]
+    assert sorted(b - a for ((a, b),) in ranges) == [13 * 256, 13 * 256, 14 * 256, 14 * 256]
+    assert coarser(model, plan, 8192, 4) == plan, "no rank is left without any"

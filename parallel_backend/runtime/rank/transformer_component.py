@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ...cache.block_cache import BlockCache
 from ...families import Model
+from ...loading.quantized_weight import column_unit
 from ...loading.text_encoder_file import TextEncoderFile
 from ...loading.vae_file import VaeFile
 from ...parallel.tensor import ParamShard
@@ -26,7 +27,9 @@ class TransformerComponent(AdaptableComponent):
         self.shards = settings.mesh.tp
         kind = settings.family.transformer
         module = kind.build(self.config)
-        table = parallelize_transformer(module, kind, settings.layout, settings.mesh, settings.speed)
+        table = parallelize_transformer(
+            module, kind, settings.layout, settings.mesh, settings.speed, column_unit(self._weights.values())
+        )
         self.table = table
         self.cache = BlockCache(module, kind.block_stacks, settings.mesh.world, kind.picture_tokens)
         return module, table
