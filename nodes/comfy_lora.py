@@ -28,23 +28,37 @@ SHOWN_TITLES = 4
 TAKEN = "LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, and plain differences of weights"
 
 
+Patches = Mapping[str, Sequence[tuple[Any, ...]]]
+"""ComfyUI's: key -> ``(strength, value, model strength, offset, function)``, in order."""
+
+
 def adapter_set(
-    patches: Mapping[str, Sequence[tuple[Any, ...]]], name: str, anchor: str, titles: Sequence[str] = ()
+    patches: Patches,
+    name: str,
+    anchor: str,
+    titles: Sequence[str] = (),
+    hooks: Sequence[tuple[float, Patches]] = (),
 ) -> AdapterSet:
     """All patches of a MODEL's diffusion model, or of a CLIP's language model.
 
     Args:
-        patches: ``ModelPatcher.patches``: key -> ``(strength, value, model strength, offset, function)``, in order.
-        name: tells sets apart, ``ModelPatcher.patches_uuid``.
+        patches: ``ModelPatcher.patches``.
+        name: tells sets apart.
         anchor: what of a key stands before the names that the workers know.
         titles: what people call them, `title_of` each.
+        hooks: the patches of all hooks that have some, and how strong each is now; 0 where it is off.
 
     Raises:
         ValueError: a kind that workers do not apply; names it and the key.
     """
-    if not patches:
+    if not patches and not hooks:
         return NO_ADAPTERS
     found = {key: [patch for one in of for patch in patch_of(key, *one)] for key, of in patches.items()}
+    for hook_strength, of_hook in hooks:
+        for key, of in of_hook.items():
+            for strength, value, model_strength, offset, function in of:
+                one = patch_of(key, hook_strength * strength, value, model_strength, offset, function, switched=True)
+                found.setdefault(key, []).extend(one)
     shown = titles[:SHOWN_TITLES]
     title = ", ".join([*shown, *([f"{len(titles) - len(shown)} more"] if len(titles) > len(shown) else [])])
     return AdapterSet(name, {key.partition(anchor)[2]: of for key, of in found.items() if of}, title)
@@ -64,9 +78,15 @@ def title_of(strength: float) -> str:
 
 
 def patch_of(
-    key: str, strength: float, value: Any, model_strength: float, offset: tuple[int, int, int] | None, function: Any
+    key: str,
+    strength: float,
+    value: Any,
+    model_strength: float,
+    offset: tuple[int, int, int] | None,
+    function: Any,
+    switched: bool = False,
 ) -> list[Patch]:
-    """One of ComfyUI's patches as the workers have it; nothing where it changes nothing.
+    """One of ComfyUI's patches as the workers have it; nothing where it changes nothing and is not switched.
 
     Raises:
         ValueError: see `adapter_set`.
@@ -75,7 +95,8 @@ def patch_of(
         raise ValueError(f"a node changes the weight {key} by a function of its own, which workers do not have")
     swap = function is not None
     one = _kind_of(key, value)
-    if one.kind != "set" and strength == 0.0:
+    # A hook's LoRA that is off now keeps its place, for when it is on.
+    if one.kind != "set" and strength == 0.0 and not (switched and one.low_rank()):
         if model_strength == 1.0:
             return []
         one = Patch("scale", ())
@@ -87,7 +108,8 @@ def patch_of(
         changes = {"strength": strength * turn * one.alpha, "alpha": 1.0}
     else:
         changes = {"strength": strength, "alpha": one.alpha * turn}
-    return [replace(one, model_strength=model_strength, offset=offset, swap=swap, **changes)]
+    how = {"model_strength": model_strength, "offset": offset, "swap": swap, "switched": switched}
+    return [replace(one, **how, **changes)]
 
 
 def _kind_of(key: str, value: Any) -> Patch:

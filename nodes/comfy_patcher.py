@@ -88,19 +88,30 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.
-        part = self._patched_part()
-        if part is not None:
-            titles = self.get_attachment(TITLES) or ()
-            part.adapters = adapter_set(self.patches, str(self.patches_uuid), ANCHORS[part.component], titles)
-        elif self.patches:  # put there past `add_patches`
-            _refuse_weights(len(self.patches))
+        self._patch(None)
         super().load(*args, **kwargs)
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        result = super().unpatch_model(device_to, unpatch_weights)
         part = self._patched_part()
         if unpatch_weights and part is not None:
             part.adapters = NO_ADAPTERS
-        return super().unpatch_model(device_to, unpatch_weights)
+        return result
+
+    def _patch(self, hooks: Any) -> None:
+        """Have the workers' weights be patched as this object's are, and by a group of hooks; with the next request."""
+        part = self._patched_part()
+        if part is None:
+            if self.patches:  # put there past `add_patches`
+                _refuse_weights(len(self.patches))
+            return
+        now = {} if hooks is None else {hook.hook_ref: hook.strength for hook in hooks.hooks}
+        # All hooks' patches are there, those that are off with a strength of 0: the workers change numbers alone.
+        strengths = [now.get(reference, 0.0) for reference in self.hook_patches]
+        name = " ".join(map(str, [self.patches_uuid, *strengths]))
+        of = list(zip(strengths, self.hook_patches.values(), strict=True))
+        titles = self.get_attachment(TITLES) or ()
+        part.adapters = adapter_set(self.patches, name, ANCHORS[part.component], titles, of)
 
     def _patched_part(self) -> RemotePart | None:
         """What patches of weights go to; None where there is none that takes them."""
@@ -110,21 +121,27 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     # What cannot be honoured is refused by the node that asks for it, before anything is computed.
 
     def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        self._check_patches(patches, strength_patch, strength_model)
+        if self._patched_part() is None:
+            return list(patches)
+        if patches and strength_patch:
+            # Clones take attachments along.
+            self.set_attachments(TITLES, (*(self.get_attachment(TITLES) or ()), title_of(strength_patch)))
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def _check_patches(self, patches: Mapping[Any, Any], strength: float, model_strength: float) -> None:
+        """Raise ValueError for patches that this object's weights cannot have."""
         part = self._patched_part()
         if part is None:
-            if patches and (strength_patch, strength_model) != (0.0, 1.0):
+            if patches and (strength, model_strength) != (0.0, 1.0):
                 _refuse_weights(len(patches))
-            return list(patches)
-        if not patches and part.component == "transformer":  # few LoRAs have something for a text encoder
+            return
+        if not patches and strength and part.component == "transformer":  # few LoRAs have something for a text encoder
             raise ValueError(
                 "the LoRA changes no weight that this model has; it is for another model, or in a form that ComfyUI "
                 "does not read (its log names the weights)"
             )
         check_patches(patches, {key: tensor.shape for key, tensor in self.model.state_dict().items()})
-        if patches and strength_patch:
-            # Clones take attachments along.
-            self.set_attachments(TITLES, (*(self.get_attachment(TITLES) or ()), title_of(strength_patch)))
-        return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key: str, injections: list[Any]) -> None:
         if injections:
@@ -149,15 +166,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             "bypass it"
         )
 
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        self._check_patches(patches, strength_patch, strength_model)
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
     def patch_hooks(self, hooks: Any) -> None:
-        if hooks is not None and self.get_combined_hook_patches(hooks):
-            raise ValueError(
-                "a LoRA or weight hook (Create Hook LoRA) changes weights that live in the parallel workers, which is "
-                "not possible in this version; bypass that node"
-            )
+        if hooks is not None or self.current_hooks is not None:  # else it may be a clone's turn
+            self._patch(hooks)
+        self.current_hooks = hooks
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        pass
+        self.patch_hooks(None)
 
     def add_weight_wrapper(self, name: str, function: Any) -> None:
         raise ValueError(

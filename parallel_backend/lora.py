@@ -99,7 +99,7 @@ def set_lora(pipe_or_model: Any, loras: Sequence[tuple[str | Path, float]]) -> A
     if clean is None:
         sizes = {name: weight.numel() for name, weight in places.items()}
         clean = _Clean(world, replicas, share(sizes, replicas.degree))
-    changed = weights.merged(adapters)
+    changed = weights.changed(adapters)
     for name in sorted(changed):
         clean.keep(name, places[name].data)
     # From here on weights may be anything until this is through; a later call puts all of them back.
@@ -108,7 +108,7 @@ def set_lora(pipe_or_model: Any, loras: Sequence[tuple[str | Path, float]]) -> A
         clean.restore(name, places[name].data)
         if name not in changed:
             clean.drop(name)
-    weights.apply(adapters)
+    weights.apply(adapters, changed)
     forget_values(transformer)
     if not changed:
         delattr(transformer, LORA)

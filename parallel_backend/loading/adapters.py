@@ -13,10 +13,11 @@ others ranks exchange little (`wide_adapters`). Formulas and their order are Com
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Patch:
         dora: lengths of the rows ``[rows, 1]`` or of the columns ``[1, columns]`` of the sum. The weight then goes so
             far towards it as ``strength`` says.
         alpha: times which what is added goes into that sum.
+        switched: whether it comes and goes within a run, with each evaluation perhaps. It comes after all that do not.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Patch:
     swap: bool = False
     dora: Tensor | None = None
     alpha: float = 1.0
+    switched: bool = False
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless it fits a weight of a shape, with both shapes."""
@@ -84,6 +87,11 @@ class Patch:
     def all_tensors(self) -> tuple[Tensor, ...]:
         """Its `tensors`, and `dora` where it has that."""
         return self.tensors if self.dora is None else (*self.tensors, self.dora)
+
+    @property
+    def rank(self) -> int:
+        """Of a product of thin matrices."""
+        return self.tensors[0].shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,6 +136,13 @@ class Patch:
         """Whether it is a product of two thin matrices, which can stand beside a weight that is not touched."""
         return self.kind == "lora" and self.model_strength == 1.0 and self.dora is None
 
+    def same_but_strength(self, other: Patch) -> bool:
+        """Whether another one has the very same tensors, and differs in its strength at most."""
+        if not all(a is b for a, b in itertools.zip_longest(self.all_tensors, other.all_tensors)):
+            return False
+        kept = {"strength": self.strength, "tensors": self.tensors, "dora": self.dora}
+        return self == replace(other, **kept)
+
     def wide(self) -> bool:
         """Whether what it does to a slice depends on more of the weight than that slice; see `wide_adapters`."""
         return self.dora is not None or self.kind in OF_WEIGHT
@@ -146,6 +161,24 @@ class AdapterSet:
     name: str
     patches: Mapping[str, Sequence[Patch]] = field(default_factory=dict)
     title: str = ""
+
+    def same_but_strengths(self, other: AdapterSet) -> bool:
+        """Whether another set has the very same tensors for the same weights, in other strengths at most."""
+        return same_patches(self.patches, other.patches, strengths=False)
+
+
+Patches = Mapping[str, Sequence[Patch]]
+
+
+def same_patches(some: Patches, others: Patches, strengths: bool = True) -> bool:
+    """Whether patches by key are the same, whatever their strengths if those do not matter."""
+    if some.keys() != others.keys():
+        return False
+    pairs = [(a, b) for key, of in some.items() for a, b in itertools.zip_longest(of, others[key])]
+    return all(
+        a is not None and b is not None and a.same_but_strength(b) and not (strengths and a.strength != b.strength)
+        for a, b in pairs
+    )
 
 
 NO_ADAPTERS = AdapterSet("")
@@ -205,43 +238,57 @@ def _patch_part(part: Tensor, rows: Tensor, columns: slice, patch: Patch) -> Non
 
 
 def branch_of(
-    patches: Sequence[Patch], pieces: Sequence[tuple[int, int, int]], rows: int, columns: Ranges, dtype: torch.dtype
+    parts: Sequence[tuple[Sequence[Patch], Sequence[tuple[int, int, int]]]],
+    shape: tuple[int, int],
+    columns: Ranges,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Low-rank patches of a slice of a weight as one product beside it: ``x @ down.T @ up.T``.
+    """Low-rank patches of a slice of a weight as one product beside it: ``(x @ down.T * strengths) @ up.T``.
 
     Args:
-        patches: of which each is `Patch.low_rank`.
-        pieces: ``(row of the slice, row of the weight, count)``: where the slice's rows are in the weight.
-        rows: of the slice.
+        parts: patches, of which each is `Patch.low_rank`, and ``(row of the slice, row of the weight, count)`` of where
+            the slice's rows are in the weight that they are for.
+        shape: of the slice.
         columns: of the slice, as ranges of the weight's.
-        dtype: of both matrices.
+        rank: of both matrices, at least the sum of the patches'; what is left is zero.
+        dtype, device: of both matrices.
 
     Returns:
-        ``down [R, columns]`` and ``up [rows, R]`` with the strengths in it, R the sum of all ranks.
+        ``down [rank, columns]`` and ``up [rows, rank]``; `strengths_of` has the third.
     """
-    ranks = [patch.tensors[0].shape[1] for patch in patches]
-    width = sum(b - a for a, b in columns)
-    up, down = torch.zeros(rows, sum(ranks)), torch.zeros(sum(ranks), width)
+    up = torch.zeros(shape[0], rank, dtype=dtype, device=device)
+    down = torch.zeros(rank, shape[1], dtype=dtype, device=device)
     at = 0
-    for patch, rank in zip(patches, ranks, strict=True):
+    for patch, pieces in ((patch, pieces) for patches, pieces in parts for patch in patches):
         dim, start, length = patch.offset or (0, 0, patch.shape[0])
-        first, second = (tensor.float() for tensor in patch.tensors)
+        first, second = patch.tensors
+        inner = slice(at, at + patch.rank)
         if patch.swap:
             first = torch.cat(first.chunk(2)[::-1])
         for local, row, count in pieces:
             a, b = (max(row, start), min(row + count, start + length)) if dim == 0 else (row, row + count)
             if a < b:
                 shift = start if dim == 0 else 0
-                up[local + a - row : local + b - row, at : at + rank] = patch.strength * first[a - shift : b - shift]
+                up[local + a - row : local + b - row, inner] = first[a - shift : b - shift].to(device, dtype)
         place = 0
         for c0, c1 in columns:
             x0, x1 = (max(c0, start), min(c1, start + length)) if dim == 1 else (c0, c1)
             if x0 < x1:
                 shift = start if dim == 1 else 0
-                down[at : at + rank, place + x0 - c0 : place + x1 - c0] = second[:, x0 - shift : x1 - shift]
+                down[inner, place + x0 - c0 : place + x1 - c0] = second[:, x0 - shift : x1 - shift].to(device, dtype)
             place += c1 - c0
-        at += rank
-    return down.to(dtype), up.to(dtype)
+        at += patch.rank
+    return down, up
+
+
+def strengths_of(patches: Sequence[Patch], rank: int) -> Tensor:
+    """What stands between the two matrices of `branch_of` is multiplied by it: fp32 ``[rank]``."""
+    each = torch.zeros(rank)
+    ranks = torch.tensor([patch.rank for patch in patches])
+    each[: int(ranks.sum())] = torch.tensor([patch.strength for patch in patches]).repeat_interleave(ranks)
+    return each
 
 
 def described(adapters: AdapterSet, name_of: Callable[[Tensor], str]) -> dict[str, Any]:
@@ -256,6 +303,7 @@ def described(adapters: AdapterSet, name_of: Callable[[Tensor], str]) -> dict[st
                 p.offset,
                 p.swap,
                 p.alpha,
+                p.switched,
             ]
             for p in patches
         ]
@@ -270,16 +318,17 @@ def from_description(name: str, description: Mapping[str, Any], tensors: Mapping
         for key, stated in description.items():
             patches[key] = []
             for one in stated:
-                if len(one) != 7:
+                if len(one) != 8:
                     raise ValueError(f"a patch of {len(one)} fields")
-                kind, names, strength, model_strength, offset, swap, alpha = one
+                kind, names, strength, model_strength, offset, swap, alpha, switched = one
                 found, count = tuple(tensors[one] for one in names), KINDS[kind]
                 if len(found) not in (count, count + 1):
                     raise ValueError(f"{len(found)} tensors of a patch of kind {kind}")
                 place = None if offset is None else (int(offset[0]), int(offset[1]), int(offset[2]))
                 dora = found[count] if len(found) > count else None
                 numbers = float(strength), float(model_strength)
-                patches[key].append(Patch(kind, found[:count], *numbers, place, bool(swap), dora, float(alpha)))
+                more = dora, float(alpha), bool(switched)
+                patches[key].append(Patch(kind, found[:count], *numbers, place, bool(swap), *more))
         return AdapterSet(name, patches)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"what arrived describes no patches ({error!r})") from None

@@ -141,10 +141,11 @@ class Adapted(Product):
     Args:
         base: of the weight.
         down, up: ``[r, in]`` and ``[out, r]``.
+        strengths: ``[r]``, by which what stands between them is multiplied.
     """
 
-    def __init__(self, base: Product, down: Tensor, up: Tensor) -> None:
-        self.base, self.down, self.up = base, down, up
+    def __init__(self, base: Product, down: Tensor, up: Tensor, strengths: Tensor) -> None:
+        self.base, self.down, self.up, self.strengths = base, down, up, strengths
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -163,22 +164,29 @@ class Adapted(Product):
         return self.base.title
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.base.product(x, bias) + F.linear(F.linear(x, self.down), self.up)
+        return self.base.product(x, bias) + self.beside(x)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """What is added to the product of ``base``."""
+        return F.linear(F.linear(x, self.down) * self.strengths, self.up)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.added(y, x) if torch.is_grad_enabled() else self.base.add_to(y, x).add_(self.beside(x))
 
     def rows(self, first: int, end: int) -> Adapted:
-        return Adapted(self.base.rows(first, end), self.down, self.up[first:end])
+        return Adapted(self.base.rows(first, end), self.down, self.up[first:end], self.strengths)
 
     def columns(self, first: int, end: int) -> Adapted:
-        return Adapted(self.base.columns(first, end), self.down[:, first:end], self.up)
+        return Adapted(self.base.columns(first, end), self.down[:, first:end], self.up, self.strengths)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.base.dense(dtype) + (self.up @ self.down).to(dtype)
+        return self.base.dense(dtype) + (self.up * self.strengths @ self.down).to(dtype)
 
     def repeated(self, dtype: torch.dtype) -> Product:
-        return Adapted(self.base.repeated(dtype), self.down, self.up)
+        return Adapted(self.base.repeated(dtype), self.down, self.up, self.strengths)
 
     def tensors(self) -> Sequence[Tensor]:
-        return (*self.base.tensors(), self.down, self.up)
+        return (*self.base.tensors(), self.down, self.up, self.strengths)
 
 
 class Instead(Plain):
@@ -290,10 +298,14 @@ class Multiplier(nn.Module):
     product: Product | None = None
 
     def hold(self, product: Product) -> None:
-        """Multiply with it instead of the parameter."""
-        if "weight" in self._parameters:
-            del self.weight
-        self.product = product
+        """Multiply with it instead of the parameter, which stays where it is a part of the product."""
+        parameter = self._parameters.get("weight")
+        if parameter is None or all(parameter is not tensor for tensor in product.tensors()):
+            if parameter is not None:
+                del self.weight
+            self.product = product
+        else:
+            self.product = None if type(product) is Plain else product
 
 
 def product_of(linear: Any) -> Product:
@@ -304,9 +316,10 @@ def product_of(linear: Any) -> Product:
 
 
 def stored_tensors(module: nn.Module) -> list[Tensor]:
-    """All weights of a module: its parameters, and what its linears hold in other formats."""
+    """All weights of a module, each once: its parameters, and what its linears hold in other formats."""
     held = [m.product for m in module.modules() if isinstance(m, Multiplier) and m.product is not None]
-    return [*module.parameters(), *(tensor for product in held for tensor in product.tensors())]
+    found = [*module.parameters(), *(tensor for product in held for tensor in product.tensors())]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 def held_as(module: nn.Module) -> dict[str, int]:
@@ -331,8 +344,8 @@ def restored(kind: str, tensors: Sequence[Tensor]) -> Product:
     """A product of its `Product.kind` and `Product.tensors`, which is how one is given to an operator."""
     name, _, options = kind.partition(" ")
     if name == "adapted":
-        *base, down, up = tensors
-        return Adapted(restored(options, base), down, up)
+        *base, down, up, strengths = tensors
+        return Adapted(restored(options, base), down, up, strengths)
     if name == "instead":
         *base, weight = tensors
         return Instead(restored(options, base), weight)

@@ -181,7 +181,7 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
     before = part.nbytes
     part.adapt(kept, asked.append)
     held = adapted(part.module)
-    size = sum(product.down.nbytes + product.up.nbytes for product in held.values())
+    size = sum(t.nbytes for product in held.values() for t in (product.down, product.up, product.strengths))
     assert [size] == asked
     assert part.nbytes == before + size
     full = {key: torch.zeros(shape) for key, shape in flux2_shapes(**SIZE).items()}
@@ -192,7 +192,13 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         shard = part.table.get(name)
         wanted = whole if shard is None else shard.take(whole)
         assert product.shape == tuple(wanted.shape)
-        worst = max(worst, float((product.up @ product.down - wanted).abs().max() / wanted.abs().max()))
+        worst = max(
+            worst,
+            float(
+                (product.up * product.strengths @ product.down - wanted).abs().max()
+                / wanted.abs().max()
+            ),
+        )
     # Another strength, and another LoRA of about that rank, are values alone.
     places = {name: (product.down.data_ptr(), product.up.data_ptr()) for name, product in held.items()}
     part.adapt(AdapterSet("stronger", {key: [replace(p, strength=2 * p.strength) for p in of]
@@ -205,7 +211,13 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         whole = torch.cat([rows_of(deltas, *piece) for piece in part.settings.family.transformer.file_rows(name)])
         shard = part.table.get(name)
         wanted = 2 * (whole if shard is None else shard.take(whole))
-        worst = max(worst, float((product.up @ product.down - wanted).abs().max() / wanted.abs().max()))
+        worst = max(
+            worst,
+            float(
+                (product.up * product.strengths @ product.down - wanted).abs().max()
+                / wanted.abs().max()
+            ),
+        )
     part.adapt(NO_ADAPTERS)
     assert part.nbytes == before
     return {"error": worst, "count": count, "left": bool(adapted(part.module))}

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel_backend.loading import adapters
-from parallel_backend.loading.adapters import AdapterSet, Patch, branch_of, described, from_description, patch_rows
+from parallel_backend.loading.adapters import (
+    AdapterSet,
+    Patch,
+    branch_of,
+    described,
+    from_description,
+    patch_rows,
+    same_patches,
+    strengths_of,
+)
 
 ROWS, COLUMNS = 24, 20
 
@@ -88,14 +98,29 @@ def test_bf16_is_rounded_once():
 
 @pytest.mark.parametrize("name", ["lora", "rows of it", "columns of it", "halves swapped"])
 def test_branch(name):
-    """What stands beside a weight adds what would have been merged into it."""
+    """What stands beside a weight adds what would have been merged into it; what is left of its rank adds nothing."""
     patches, wanted = PATCHES[name]
     full = torch.zeros(ROWS, COLUMNS)
-    expected = wanted(full) + wanted(full)
-    columns = ((2, 9), (12, 20))
-    down, up = branch_of([*patches, *patches], [(0, 16, 6), (6, 3, 8)], 14, columns, torch.float32)
-    rows = torch.cat([expected[16:22], expected[3:11]])
-    assert torch.allclose(up @ down, torch.cat([rows[:, a:b] for a, b in columns], dim=1), atol=1e-5)
+    expected = wanted(full) + 2 * wanted(full)
+    columns, twice = ((2, 9), (12, 20)), [*patches, *(replace(patch, strength=2 * patch.strength) for patch in patches)]
+    parts = [(twice, [(0, 16, 6), (6, 3, 8)])]
+    down, up = branch_of(parts, (14, 15), columns, 16, torch.float32, torch.device("cpu"))
+    rows, strengths = torch.cat([expected[16:22], expected[3:11]]), strengths_of(twice, 16)
+    assert torch.allclose(up * strengths @ down, torch.cat([rows[:, a:b] for a, b in columns], dim=1), atol=1e-5)
+    assert (down.shape, up.shape) == ((16, 15), (14, 16))
+    assert not strengths[6:].any()
+
+
+def test_same_but_strengths():
+    one = AdapterSet("one", {"a": [lora(), lora(offset=(0, 0, 24))], "b": [Patch("diff", (random(3),))]})
+    other = AdapterSet("other", {key: [replace(p, strength=3.0) for p in of] for key, of in one.patches.items()})
+    assert one.same_but_strengths(other)
+    assert not same_patches(one.patches, other.patches)
+    assert same_patches(one.patches, dict(one.patches))
+    first, second = one.patches["a"]
+    for a in ([first], [first, second, second], [lora(), second], [first, replace(second, swap=True)]):
+        assert not one.same_but_strengths(AdapterSet("other", {**one.patches, "a": a}))
+    assert not one.same_but_strengths(AdapterSet("other", {"a": one.patches["a"]}))
 
 
 def test_what_does_not_fit_is_told_with_both_shapes():
@@ -113,7 +138,7 @@ def test_what_does_not_fit_is_told_with_both_shapes():
 
 
 def test_description():
-    dora = lora(dora=random(ROWS, 1), alpha=0.5)
+    dora = lora(dora=random(ROWS, 1), alpha=0.5, switched=True)
     adapters = AdapterSet("one", {"a": [lora(offset=(0, 0, 24)), Patch("scale", (), model_strength=2.0), dora]})
     names: dict[str, Tensor] = {}
 
@@ -124,10 +149,10 @@ def test_description():
     text = json.loads(json.dumps(described(adapters, name_of)))
     assert from_description("one", text, names) == adapters
     for patch in (
-        ["lora", ["t0"], 1, 1, None, False, 1],
-        ["diff", ["t0", "t1", "t2"], 1, 1, None, False, 1],
-        ["x", [], 1, 1, None, False, 1],
-        ["scale", [], 1, 1, None, False],
+        ["lora", ["t0"], 1, 1, None, False, 1, False],
+        ["diff", ["t0", "t1", "t2"], 1, 1, None, False, 1, False],
+        ["x", [], 1, 1, None, False, 1, False],
+        ["scale", [], 1, 1, None, False, 1],
         3,
     ):
         broken = {"a": [patch]}

@@ -49,10 +49,26 @@ def fp8_units(out, width):
 
 
 def adapted(out, width):
-    return Adapted(fp8(out, width), draw(4, width, seed=2), draw(out, 4, seed=3))
+    return beside(fp8(out, width))
 
 
-MAKERS = {"plain": plain, "fp8": fp8, "fp8 rows": fp8_rows, "fp8 units": fp8_units, "adapted": adapted}
+def adapted_plain(out, width):
+    return beside(plain(out, width))
+
+
+def beside(base):
+    out, width = base.shape
+    return Adapted(base, draw(4, width, seed=2), draw(out, 4, seed=3), draw(4, seed=7))
+
+
+MAKERS = {
+    "plain": plain,
+    "fp8": fp8,
+    "fp8 rows": fp8_rows,
+    "fp8 units": fp8_units,
+    "adapted": adapted,
+    "adapted plain": adapted_plain,
+}
 
 
 @pytest.fixture(params=MAKERS)

@@ -210,7 +210,7 @@ def test_a_product_and_its_parts(form):
     assert torch.equal(again.product(x, bias), whole)
     both = restored(beside.kind, beside.tensors())
     assert torch.equal(both.product(x, bias), beside.product(x, bias))
-    adapted = Adapted(product, torch.ones(2, 1024), torch.ones(512, 2))
+    adapted = Adapted(product, torch.ones(2, 1024), torch.ones(512, 2), torch.ones(2))
     near(restored(adapted.kind, adapted.tensors()).product(x), adapted.product(x))
 
 

@@ -42,15 +42,16 @@ class SentAdapters:
         self._unsure += self._pending
         self._pending = {}
         names = {_identity(tensor): name for name, tensor in self._held.items()}
-        alike: dict[tuple[Any, ...], list[str]] = {}
-        for name, tensor in self._held.items():
-            alike.setdefault(_look(tensor), []).append(name)
+        looks: dict[tuple[Any, ...], list[str]] = {}
         used: set[str] = set()
 
         def name_of(tensor: Tensor) -> str:
             name = names.get(_identity(tensor))
             if name is None:
-                same = (one for one in alike.get(_look(tensor), ()) if same_content(self._held[one], tensor))
+                if not looks:  # hardly ever there is something new
+                    for held, other in self._held.items():
+                        looks.setdefault(_look(other), []).append(held)
+                same = (one for one in looks.get(_look(tensor), ()) if same_content(self._held[one], tensor))
                 name = next(same, None)
                 if name is not None:
                     names[_identity(tensor)], self._held[name] = name, tensor

@@ -106,10 +106,13 @@ class RemoteModel:
         """
         of_vision = {key: of for key, of in adapters.patches.items() if key.startswith(VISION)}
         of_text = {key: of for key, of in adapters.patches.items() if key not in of_vision}
-        self._adapt("text_encoder", _part_of(adapters, of_text), check)
-        if images:
-            self._adapt("vision_tower", _part_of(adapters, of_vision), check)
-        with self._timed("text", check):
+
+        def adapt() -> None:
+            self._adapt("text_encoder", _part_of(adapters, of_text), check)
+            if images:
+                self._adapt("vision_tower", _part_of(adapters, of_vision), check)
+
+        with self._timed("text", check, adapt):
             request = EncodeText(self.group.next_id(), self.name, [list(image.grid) for image in images])
             tensors = {f"image{index}": image.patches for index, image in enumerate(images)}
             return self._use("text_encoder", request, {"ids": ids, "mask": mask, **tensors}, check)[1]["context"]
@@ -156,8 +159,7 @@ class RemoteModel:
         kind.check_latent(x.shape, config)
         for reference in conditioning.references:
             kind.check_latent(reference.shape, config, "reference latent")
-        self._adapt("transformer", adapters, check)
-        with self._timed("steps", check):
+        with self._timed("steps", check, lambda: self._adapt("transformer", adapters, check)):
             large = [name for name, tensor in conditioning.tensors.items() if tensor.nbytes >= NAMED_BYTES]
             given = (conditioning.context, *conditioning.references, *(conditioning.tensors[name] for name in large))
             small = {name: tensor for name, tensor in conditioning.tensors.items() if name not in large}
@@ -207,13 +209,12 @@ class RemoteModel:
     def _adapt(self, component: str, adapters: AdapterSet, check: Check) -> None:
         """Have a component's weights be changed by a set, and by nothing else."""
         sent = self._sent_adapters[component]
-        with self.group.held(check):
-            if adapters.name == sent.applied:
-                return
-            tensors, forget = sent.prepare(adapters)
-            request = Adapt(self.group.next_id(), self.name, component, adapters.name, forget)
-            self._use(component, request, tensors, check)
-            sent.done(adapters)
+        if adapters.name == sent.applied:
+            return
+        tensors, forget = sent.prepare(adapters)
+        request = Adapt(self.group.next_id(), self.name, component, adapters.name, forget)
+        self._use(component, request, tensors, check)
+        sent.done(adapters)
 
     def end_run(self, run: CacheRun) -> None:
         """Have the workers free what their cache keeps of a run. It is asked for, not waited for, and never raises.
@@ -328,9 +329,10 @@ class RemoteModel:
             return self.group.call(request, tensors, check, limit=limit, meanwhile=meanwhile)
 
     @contextmanager
-    def _timed(self, name: str, check: Check) -> Iterator[None]:
-        """Holds the group's lock and notes the seconds of what succeeded."""
+    def _timed(self, name: str, check: Check, prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Holds the group's lock and notes the seconds of what succeeded after ``prepare``."""
         with self.group.held(check):
+            prepare()
             began = time.perf_counter()
             yield
             self.seconds[name].append(time.perf_counter() - began)

@@ -20,8 +20,8 @@ class AdaptableComponent(Component):
     """The slices that this rank holds of what is sharded; `build` sets it."""
     adapters = NO_ADAPTERS
     """What the weights are changed by."""
-    merged: frozenset[str] = frozenset()
-    """Parameters that are not as the file has them."""
+    patched: AdaptedWeights | None = None
+    """The weights that are there, and what is on."""
     beside = 0
     """Bytes that stand beside weights or in their place; they count among `nbytes`."""
     shards: Axis = SINGLE
@@ -36,17 +36,28 @@ class AdaptableComponent(Component):
 
     def load(self, on_bytes: Callable[[int], None]) -> None:
         super().load(on_bytes)
-        adapters, self.adapters, self.merged = self.adapters, NO_ADAPTERS, frozenset()
-        self.beside = 0
-        self.adapt(adapters)
+        adapters, self.adapters, self.beside = self.adapters, NO_ADAPTERS, 0
+        settings = self.settings
+        self.patched = AdaptedWeights(self.module, self.file_rows, self.table, self.shards, settings.dtype)
+        try:
+            self.adapt(adapters)
+        except BaseException:
+            self.drop()  # the next use loads it again, with the patches
+            self.adapters = adapters
+            raise
+
+    def drop(self) -> None:
+        self.patched = None
+        super().drop()
 
     def adapt(self, adapters: AdapterSet, make_room: Callable[[int], object] = lambda size: None) -> None:
         """Have the weights be those of the file with a set of patches, and with no others. Collective.
 
         Plain weights are patched in place, and read again from the file before other patches. Those that are stored in
         other formats stay as they are: beside them stands a product of two thin matrices, of which a change of strength
-        or a LoRA of about that rank changes the values alone, or in their place a plain weight. Where no memory is
-        taken or given back, compiled code and CUDA graphs stay valid.
+        or a LoRA of about that rank changes the values alone, or in their place a plain weight. What is switched within
+        a run stands beside plain weights, too. Where no memory is taken or given back, compiled code and CUDA graphs
+        stay valid.
 
         Args:
             adapters: the set.
@@ -58,29 +69,33 @@ class AdaptableComponent(Component):
         """
         if adapters.name == self.adapters.name:
             return
-        settings = self.settings
-        weights = AdaptedWeights(self.module, self.file_rows, self.table, self.shards, settings.dtype)
+        settings, weights = self.settings, self.patched
+        assert weights is not None
         error: Exception | None = None
         try:
             weights.check(adapters)
         except ValueError as found:
             error = found
         raise_together(error, settings.mesh.world)
-        beside = weights.beside_bytes(adapters)
-        make_room(max(0, beside - self.beside) + weights.working_bytes(adapters))
-        again, now = self.merged, weights.merged(adapters)
-        self.merged, self.adapters = again | now, AdapterSet("unknown")
+        beside, changed = weights.beside_bytes(adapters), weights.changed(adapters)
+        make_room(max(0, beside - self.beside) + weights.working_bytes(adapters, changed))
+        self.adapters = AdapterSet("unknown")
         self.host = None  # has other weights
+        again = weights.again(changed)
         try:
-            if again:
-                load_weights(
-                    self.module, self._weights, self.table, device=settings.device, dtype=settings.dtype,
-                    replicas=self.replicas, fp8=settings.fp8, again=again,
-                )  # fmt: skip
-        except ValueError as found:
-            error = found
-        raise_together(error, settings.mesh.world)
-        moved = weights.apply(adapters)
-        self.merged, self.adapters = now, adapters
+            try:
+                if again:
+                    load_weights(
+                        self.module, self._weights, self.table, device=settings.device, dtype=settings.dtype,
+                        replicas=self.replicas, fp8=settings.fp8, again=again,
+                    )  # fmt: skip
+            except ValueError as found:
+                error = found
+            raise_together(error, settings.mesh.world)
+            moved = weights.apply(adapters, changed)
+        except BaseException:
+            weights.lose_track(changed)
+            raise
+        self.adapters = adapters
         self.nbytes, self.beside = self.nbytes + beside - self.beside, beside
         self.on_new_weights(moved)

@@ -229,8 +229,10 @@ class Engine:
             tensors.pop(old, None)
         self.residents.bring(name, part, 0)
         adapters = from_description(set_name, description, tensors)
+        same = part.adapters.same_but_strengths(adapters)  # and so takes no more memory, or less
         part.adapt(adapters, lambda size: self.residents.make_room(part, size, 0))
-        self.residents.make_room_anew()
+        if not same:
+            self.residents.make_room_anew()
 
     @torch.no_grad()
     def predict(
