@@ -57,7 +57,9 @@ def meta_state_dict(
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher around a module without parameters. Sampling options work as ever; changes to weights do not."""
+    """A ModelPatcher around a module without parameters. Sampling options and patches of weights work as ever."""
+
+    current_hooks: Any
 
     def __init__(self, model, load_device, offload_device, size=1, weight_inplace_update=False):
         super().__init__(model, load_device, offload_device, size=size, weight_inplace_update=weight_inplace_update)

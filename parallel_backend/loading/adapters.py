@@ -140,8 +140,7 @@ class Patch:
         """Whether another one has the very same tensors, and differs in its strength at most."""
         if not all(a is b for a, b in itertools.zip_longest(self.all_tensors, other.all_tensors)):
             return False
-        kept = {"strength": self.strength, "tensors": self.tensors, "dora": self.dora}
-        return self == replace(other, **kept)
+        return self == replace(other, strength=self.strength, tensors=self.tensors, dora=self.dora)
 
     def wide(self) -> bool:
         """Whether what it does to a slice depends on more of the weight than that slice; see `wide_adapters`."""
@@ -327,8 +326,9 @@ def from_description(name: str, description: Mapping[str, Any], tensors: Mapping
                 place = None if offset is None else (int(offset[0]), int(offset[1]), int(offset[2]))
                 dora = found[count] if len(found) > count else None
                 numbers = float(strength), float(model_strength)
-                more = dora, float(alpha), bool(switched)
-                patches[key].append(Patch(kind, found[:count], *numbers, place, bool(swap), *more))
+                patches[key].append(
+                    Patch(kind, found[:count], *numbers, place, bool(swap), dora, float(alpha), bool(switched))
+                )
         return AdapterSet(name, patches)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"what arrived describes no patches ({error!r})") from None

@@ -99,7 +99,9 @@ def test_what_is_no_product_of_thin_matrices(server, loras, style):
 
 def test_on_the_clip(server):
     """Set CLIP Hooks: the conditioning is stock's, and without it as before."""
-    file = write_text(server.models / "text_encoders" / "hooked.safetensors").name
+    folder = server.models / "text_encoders"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_text(folder / "hooked.safetensors").name
     lora = write_lora(server, "hooked-text.safetensors")
     graph, nodes = Graph(), []
     for clip in (add_clip(graph, file), add_stock_clip(graph, file)):
