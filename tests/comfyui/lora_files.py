@@ -134,6 +134,20 @@ def write_loras(server: ComfyServer) -> dict[str, str]:
     return {name: f"{name}.safetensors" for name in STYLES}
 
 
+def write_tiny_lora(server: ComfyServer) -> str:
+    """A LoRA that changes the tiny pipeline a lot."""
+    generator = torch.Generator().manual_seed(0)
+    base = "diffusion_model.double_blocks.0.img_attn.proj"
+    weights = {
+        f"{base}.lora_A.weight": torch.randn(4, 128, generator=generator),
+        f"{base}.lora_B.weight": torch.randn(128, 4, generator=generator),
+    }
+    folder = server.models / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "tiny-lora.safetensors")
+    return "tiny-lora.safetensors"
+
+
 def with_loras(graph: Graph, model: NodeId, *files: tuple[str, float]) -> NodeId:
     for file, strength in files:
         model = graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=strength)

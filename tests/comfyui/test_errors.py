@@ -23,6 +23,7 @@ from .graphs import (
     latents_of_both,
     save_latent,
 )
+from .lora_files import write_tiny_lora
 from .processes import group_processes
 from .server import ComfyServer, PromptRejected
 from .test_model import TOLERANCE
@@ -124,17 +125,7 @@ def test_heads_that_do_not_divide(server):
 
 @pytest.fixture(scope="module")
 def lora(server: ComfyServer) -> str:
-    """A LoRA file with ComfyUI's key names, of rank 4, that changes the tiny model a lot."""
-    generator = torch.Generator().manual_seed(0)
-    base = "diffusion_model.double_blocks.0.img_attn.proj"
-    weights = {
-        f"{base}.lora_A.weight": torch.randn(4, 128, generator=generator),
-        f"{base}.lora_B.weight": torch.randn(128, 4, generator=generator),
-    }
-    folder = server.models / "loras"
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "tiny-lora.safetensors")
-    return "tiny-lora.safetensors"
+    return write_tiny_lora(server)
 
 
 def test_bypass_lora_is_refused(lora, server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,10 +14,10 @@ from torch import Tensor
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
 
-from .graphs import Graph, add_loader, add_prompt, add_sampler, save_latent
-from .lora_files import HEADS, LAYOUTS, PARITY, RANK, SHAPES, STYLES, draw, ours, random, with_loras, write_loras
+from .graphs import Graph, add_loader, add_prompt, add_sampler, save_latent, unload
+from .lora_files import FILE, HEADS, LAYOUTS, PARITY, RANK, SHAPES, STYLES, draw, ours, random, with_loras, write_loras
 from .processes import worker_ranks
-from .server import ComfyServer
+from .server import ComfyServer, PromptRejected
 from .test_errors import failure
 
 
@@ -48,7 +49,7 @@ def test_several_and_other_strengths(server, loras):
 
 
 def test_it_lasts(server, loras):
-    """After its group was killed, and after ComfyUI has asked for all memory."""
+    """After its group was killed, after ComfyUI has asked for all memory or for models', and on another layout."""
     on = [(loras["kohya"], 1.0)]
     (wanted,) = draw(server, ("TP-2", on))
     for process in worker_ranks(server):
@@ -59,6 +60,33 @@ def test_it_lasts(server, loras):
     server.post("/free", {"unload_models": True, "free_memory": True})
     (again,) = draw(server, ("TP-2", on))
     assert torch.equal(again, wanted)
+    unload(server)
+    (elsewhere,) = draw(server, ("Ulysses-2", on))
+    assert relative_error(elsewhere, wanted) <= PARITY
+    before, again, after = draw(server, ("TP-2", []), ("TP-2", on), ("TP-2", []))
+    assert torch.equal(again, wanted)
+    assert torch.equal(before, after)
+
+
+def test_files_that_are_gone(server, loras):
+    """The LoRA's or the model's: it is named, and when it is there again all is well."""
+    name, model = "passing.safetensors", "passing-model.safetensors"
+    shutil.copy(server.models / "loras" / loras["kohya"], server.models / "loras" / name)
+    file = server.models / "diffusion_models" / model
+    shutil.copy(file.with_name(FILE), file)
+    before, wanted = draw(server, ("TP-2", []), ("TP-2", [(name, 1.0)]), file=model)
+    (server.models / "loras" / name).unlink()
+    with pytest.raises(PromptRejected, match=name):
+        draw(server, ("TP-2", [(name, 0.5)]), file=model)
+    (again,) = draw(server, ("TP-2", [(loras["kohya"], 1.0)]), file=model)
+    assert torch.equal(again, wanted)
+    gone = file.with_suffix(".gone")
+    file.rename(gone)
+    with pytest.raises(PromptRejected, match=model):
+        draw(server, ("TP-2", [(loras["lycoris"], 0.5)]), file=model)
+    gone.rename(file)
+    (clean,) = draw(server, ("TP-2", []), file=model)
+    assert torch.equal(clean, before)
 
 
 def test_beside_weights_in_8_bits(server, loras):

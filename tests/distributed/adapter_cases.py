@@ -194,10 +194,7 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         assert product.shape == tuple(wanted.shape)
         worst = max(
             worst,
-            float(
-                (product.up * product.strengths @ product.down - wanted).abs().max()
-                / wanted.abs().max()
-            ),
+            float((product.up * product.strengths @ product.down - wanted).abs().max() / wanted.abs().max()),
         )
     # Another strength, and another LoRA of about that rank, are values alone.
     places = {name: (product.down.data_ptr(), product.up.data_ptr()) for name, product in held.items()}
@@ -213,10 +210,7 @@ def beside(mesh: ParallelMesh, layout: ParallelismConfig, path: str) -> dict[str
         wanted = 2 * (whole if shard is None else shard.take(whole))
         worst = max(
             worst,
-            float(
-                (product.up * product.strengths @ product.down - wanted).abs().max()
-                / wanted.abs().max()
-            ),
+            float((product.up * product.strengths @ product.down - wanted).abs().max() / wanted.abs().max()),
         )
     part.adapt(NO_ADAPTERS)
     assert part.nbytes == before

@@ -19,6 +19,7 @@ from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.config import ParallelismConfig
+from parallel_backend.loading.adapters import AdapterSet, Patch
 from parallel_backend.runtime.client import other_hosts
 from parallel_backend.runtime.client.groups import acquire_model, close_groups
 from parallel_backend.runtime.client.remote_model import RemoteModel
@@ -136,6 +137,25 @@ def test_two_hosts_compute_what_one_does(model, untouched, hosts, worker):
     assert len(hosts.processes(RANK)) == 1
     assert [rank["host"] for rank in model.report()["ranks"]] == [os.uname().nodename, OTHER_NAME]
     assert "joined a group of 2 ranks: rank 1 on the CPU" in worker.said()
+
+
+def test_a_lora(model, untouched):
+    """It reaches the ranks of both hosts, its strength too, and is off again to the bit."""
+    given, key = inputs(seed=3), "double_blocks.0.img_attn.proj.weight"
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(128, 4, generator=generator), torch.randn(4, 128, generator=generator)
+    before = evaluate(model, **given)
+    weight = untouched.transformer.transformer_blocks[0].attn.to_out[0].weight
+    clean = weight.detach().clone()
+    for strength in (0.1, -0.3):
+        adapters = AdapterSet(f"lora {strength}", {key: [Patch("lora", (up, down), strength)]})
+        with torch.no_grad():
+            weight.copy_(clean + strength * up @ down)
+            expected = expected_prediction(untouched, **given)
+            weight.copy_(clean)
+        assert relative_error(evaluate(model, **given, adapters=adapters), expected) <= TOLERANCE
+        assert relative_error(expected, before) > 100 * TOLERANCE
+    assert torch.equal(evaluate(model, **given), before)
 
 
 @pytest.mark.parametrize(("name", "what"), [("missing", "is not a"), ("other", "is another checkpoint")])
