@@ -17,10 +17,11 @@ from torch._dynamo.utils import counters
 
 from parallel_backend.config import AS_IT_IS, ParallelismConfig, Speed
 from parallel_backend.families import Conditioning
+from parallel_backend.loading import adapted_weights
 from parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
-from parallel_backend.runtime.rank import adaptable_component, adapted_weights
+from parallel_backend.runtime.rank import adaptable_component
 from parallel_backend.runtime.rank.component import ModelSettings, Place
 from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.distributed.adapter_cases import adapted, applied, parameters, patches, random, rows_of
