@@ -1,4 +1,4 @@
-"""What a user does by hand in an open workflow: set widgets, bypass nodes, and put one node in the place of another.
+"""What a user does by hand in an open workflow: set widgets, and put one node in the place of another.
 
 All of it is LiteGraph's own API, called in the page, and reaches into subgraphs as a user does by opening them.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 from .frontend import Frontend
 
-BYPASS, ALWAYS = 4, 0
-"""LiteGraph's modes of a node that hands its input on ("Bypass" in the menu, Ctrl+B), and of one that runs."""
+ALWAYS = 0
+"""LiteGraph's mode of a node that runs."""
 
 _NODES = "app.graph.nodes.flatMap(node => node.subgraph ? [node, ...node.subgraph.nodes] : [node])"
 
@@ -19,8 +19,6 @@ _SET = f"""([type, name, values]) => {_NODES}
   .filter(node => type === null ? node.subgraph : node.type === type)
   .flatMap(node => node.widgets ?? []).filter(widget => widget.name === name)
   .map(widget => widget.value = values[String(widget.value)] ?? values["*"] ?? widget.value)"""
-
-_SET_MODE = f"""([type, mode]) => {_NODES}.filter(node => node.type === type).map(node => node.mode = mode)"""
 
 # The key of a node in the API form: that of its subgraph's node comes first.
 _KEY = """const host = app.graph.nodes.filter(node => node.subgraph)[number];
@@ -95,11 +93,6 @@ def set_widgets(frontend: Frontend, node_type: str | None, name: str, values: di
         values: what becomes of which value; ``"*"`` stands for all others.
     """
     return len(frontend.call(_SET, [node_type, name, values]))
-
-
-def bypass(frontend: Frontend, node_type: str) -> int:
-    """Bypass all nodes of a type; how many there were."""
-    return len(frontend.call(_SET_MODE, [node_type, BYPASS]))
 
 
 def run_all(frontend: Frontend) -> None:

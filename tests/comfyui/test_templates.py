@@ -1,7 +1,7 @@
 """ComfyUI's own FLUX.2 templates with UNETLoader and CLIPLoader replaced, and nothing else: the same pictures.
 
 Each template is opened in the real front end and changed in the page as by hand. The models have the names that the
-template asks for and are small and random; the LoRA is not there, and its loader is bypassed.
+template asks for and are small and random, and so has the turbo LoRA.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ..browser.edits import Replaced, bypass, replace, set_widgets, wire
+from tests.errors import relative_error
+
+from ..browser.edits import Replaced, replace, set_widgets, wire
 from ..browser.frontend import Frontend, what_is_missing
 from .graphs import run_well
 from .server import CHECKOUT, ComfyServer
-from .template_models import MISTRAL_CONFIG, QWEN3_CONFIG, REFERENCE, STOCK, all_nodes, write_models
+from .template_models import EXACT, MISTRAL_CONFIG, QWEN3_CONFIG, REFERENCE, STOCK, all_nodes, write_models
 
 LOADER, TEXT_LOADER, LAYOUT = "HybridDiT_LoadDiffusionModel", "HybridDiT_LoadCLIP", "HybridDiT_ParallelLayout"
 LORA = "LoraLoaderModelOnly"
@@ -40,6 +44,8 @@ SWITCH, STEPS = "value", {"20": 2, "8": 3}
 
 # Rounding to 8 bits may differ by one where the latents differ in the fifth digit; two leaves room for another kernel.
 MOST, MEAN = 2, 0.5
+PARITY = 1e-4
+"""Of latents, in fp32: sums in another order."""
 
 pytestmark = [
     pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
@@ -106,13 +112,15 @@ def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Fronte
         assert set_widgets(frontend, "ImageScaleToTotalPixels", "megapixels", {"*": MEGAPIXELS})
     assert set_widgets(frontend, "PrimitiveInt", "value", STEPS) == 2
     stock = both_ways(frontend)
-    assert bypass(frontend, LORA) == 1
     opened = frontend.graph()
     clip_name = next(node for node in stock[False].values() if node["class_type"] == "CLIPLoader")["inputs"][
         "clip_name"
     ]
     assert replace(frontend, "CLIPLoader", REFERENCE, clip_name=clip_name, config=MISTRAL_CONFIG).lost == []
     reference = both_ways(frontend)
+    for node in reference[True].values():  # with the LoRA
+        if node["class_type"] == "UNETLoader":
+            node["inputs"]["unet_name"] = EXACT + node["inputs"]["unet_name"]
 
     show(frontend, opened, name)
     text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER, type="flux2")
@@ -161,6 +169,16 @@ def draw(server: ComfyServer, prompt: Prompt) -> np.ndarray:
     return np.asarray(server.image(**file).convert("RGB")).astype(int)
 
 
+def draw_latent(server: ComfyServer, prompt: Prompt) -> Tensor:
+    """What the only sampler of a graph makes, which is not decoded."""
+    (sampler,) = (key for key, node in prompt.items() if node["class_type"] in ("KSampler", "SamplerCustomAdvanced"))
+    kept = {key: node for key, node in prompt.items() if node["class_type"] not in ("VAEDecode", "SaveImage")}
+    save = {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/template"}}
+    result = run_well(server, {**kept, "latent": save}, timeout=200)
+    (file,) = result.outputs["latent"]["latents"]
+    return load_file(server.output / file["subfolder"] / file["filename"])["latent_tensor"].float()
+
+
 def same(picture: np.ndarray, other: np.ndarray) -> bool:
     difference = np.abs(picture - other)
     return bool(difference.max() <= MOST and difference.mean() < MEAN)
@@ -188,11 +206,10 @@ def types(prompt: Prompt) -> set[str]:
 @pytest.mark.parametrize("on", [False, True], ids=["turbo off", "turbo on"])
 def test_nothing_else_changes(edited: Edited, on: bool):
     before, after = edited.stock[on], edited.ours[on]
-    assert types(before) - types(after) == {"UNETLoader", "CLIPLoader", LORA}
+    assert types(before) - types(after) == {"UNETLoader", "CLIPLoader"}
     assert types(after) - types(before) == {LOADER, TEXT_LOADER, LAYOUT}
     clip, model = edited.text_encoder, edited.model
-    (lora,) = (key for key, node in before.items() if node["class_type"] == LORA)
-    moved = {clip.old: [clip.new, clip.output], model.old: [model.new, model.output], lora: [model.new, model.output]}
+    moved = {clip.old: [clip.new, clip.output], model.old: [model.new, model.output]}
     new = (clip.new, model.new, edited.layout)
     assert linked(before, moved) == {key: node for key, node in linked(after, {}).items() if key not in new}
     assert (clip.lost, model.lost) == ([], [])
@@ -217,8 +234,20 @@ def test_the_same_picture_as_with_comfyuis_own_loaders(edited: Edited, server: C
         assert drawn[on].shape == (height, width, 3)
         assert drawn[on].std() > 10
         assert same(drawn[on], draw(server, edited.reference[on]))
-    # The switch does something: the numbers of steps differ.
+    # The switch does something: the numbers of steps differ, and the LoRA is on.
     assert not same(drawn[False], drawn[True])
+    check_lora(server, edited.ours[True], edited.reference[True])
+
+
+def check_lora(server: ComfyServer, ours: Prompt, reference: Prompt) -> None:
+    """Latents with the LoRA are those of ComfyUI's own classes, and others than without it."""
+    latent = draw_latent(server, ours)
+    assert relative_error(latent, draw_latent(server, reference)) <= PARITY
+    without = copy.deepcopy(ours)
+    (lora,) = (node for node in without.values() if node["class_type"] == LORA)
+    assert lora["inputs"]["strength_model"] == 1
+    lora["inputs"]["strength_model"] = 0.0
+    assert relative_error(draw_latent(server, without), latent) > 100 * PARITY
 
 
 @DRAWN
