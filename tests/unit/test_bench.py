@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import eight_gpus
+from benchmarks import eight_gpus, neighbours
 from benchmarks.against_cache_dit import cache_of, layout_of, measured, to_markdown
 from benchmarks.eight_gpus import MASKS, Row, rows_of
 from parallel_backend.bench.alone import start_alone
@@ -211,3 +211,27 @@ def test_the_table_says_why_a_side_has_no_figures():
 def test_a_task_knows_its_layout():
     task = Task("tiny", 2, 1, 4, 128, 128, 3, "cpu", "float32", 64)
     assert task.layout == ParallelismConfig(ulysses_size=2, tp_size=4)
+
+
+def test_what_moved_for_neighbours():
+    """As the server's log has it, in each picture."""
+    log = (
+        "got prompt\nworkers: 16.2 GiB a rank of the transformer of neighbours_transformer.safetensors moved to host "
+        "memory as ComfyUI asked for memory\nComfyUI has 1.3 GiB of GPU 0 from the workers, of 2.7 asked for\n"
+        "workers: 10.9 GiB a rank of the text encoder of t.safetensors unloaded to make room for the transformer\n"
+    )
+    said = neighbours.moves(log)
+    assert said == [
+        "16.2 GiB a rank of the transformer of neighbours_transformer.safetensors moved to host memory",
+        "ComfyUI has 1.3 GiB of GPU",
+        "10.9 GiB a rank of the text encoder of t.safetensors unloaded",
+    ]
+    pictures = [
+        {"seconds": 3.0, "moves": said[1:2], "tiled": False},
+        {"seconds": 1.5, "moves": [], "tiled": False},
+        {"seconds": 1.5, "moves": [], "tiled": True},
+    ]
+    rows = [{"flags": ("--reserve-vram", "2"), "side": "ours", "pictures": pictures}]
+    assert neighbours.report(rows).splitlines()[-1] == (
+        "| --reserve-vram 2 | ours | 3.00, 1.50, 1.50 | 1: ComfyUI has 1.3 GiB of GPU, 3: tiled decoding |"
+    )
