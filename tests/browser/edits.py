@@ -26,10 +26,10 @@ _KEY = """const host = app.graph.nodes.filter(node => node.subgraph)[number];
 
 # In the order in which it loses nothing: the new node is wired before the old one goes. An input of the old one that
 # comes from the subgraph's own input is drawn from there; both nodes have it for a moment.
-_REPLACE = f"""([number, oldType, newType, values]) => {{
+_REPLACE = f"""([number, oldType, newType, values, count]) => {{
   {_KEY}
-  const [old, ...others] = graph.nodes.filter(node => node.type === oldType);
-  if (!old || others.length) throw new Error(`${{1 + others.length}} nodes of type ${{oldType}}`);
+  const all = graph.nodes.filter(node => node.type === oldType), old = all[0];
+  if (all.length !== count) throw new Error(`${{all.length}} nodes of type ${{oldType}}`);
   const node = LiteGraph.createNode(newType);
   graph.add(node);
   node.pos = [...old.pos];
@@ -100,14 +100,17 @@ def run_all(frontend: Frontend) -> None:
     frontend.call("mode => app.graph.nodes.map(node => node.mode = mode)", ALWAYS)
 
 
-def replace(frontend: Frontend, old_type: str, new_type: str, *, number: int = 0, **values: Any) -> Replaced:
-    """Put a new node in the place of the only one of a type in a subgraph, with the links whose inputs it has.
+def replace(
+    frontend: Frontend, old_type: str, new_type: str, *, number: int = 0, of: int = 1, **values: Any
+) -> Replaced:
+    """Put a new node in the place of the first of a type in a subgraph, with the links whose inputs it has.
 
     Args:
         number: of the subgraph's node among those of the graph.
+        of: how many of the type there are in it.
         values: of the new node's widgets.
     """
-    return Replaced(**frontend.call(_REPLACE, [number, old_type, new_type, values]))
+    return Replaced(**frontend.call(_REPLACE, [number, old_type, new_type, values, of]))
 
 
 def wire(frontend: Frontend, node_type: str, name: str, *, number: int = 0, **values: Any) -> str:

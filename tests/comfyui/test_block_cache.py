@@ -88,7 +88,7 @@ def test_custom_values_arrive(server, graph):
         ({"taylorseer_order": 5}, "taylorseer_order must be 1, 2, 3 or 4; got 5"),
         ({"steps_computation_mask": "quick"}, "a step mask is one of slow, medium, fast, ultra or ones and zeros"),
         ({"steps_computation_policy": "sometimes"}, "steps_computation_policy must be 'dynamic' or 'static'"),
-        ({"preset": "best"}, "preset must be one of quality, speed, custom"),
+        ({"preset": "best"}, "preset must be one of quality, speed, high_noise, low_noise, custom"),
     ],
 )
 def test_wrong_values_are_refused(server, graph, fields, message):
