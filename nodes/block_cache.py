@@ -43,8 +43,9 @@ class BlockCache(io.ComfyNode):
                         *(io.DynamicCombo.Option(name, []) for name in PRESETS),
                         io.DynamicCombo.Option(CUSTOM, custom_inputs()),
                     ],
-                    tooltip="'quality' stays close to the uncached picture, 'speed' skips more, "
-                    "'custom' opens all settings.",
+                    tooltip="'quality' stays close to the uncached picture, 'speed' skips more. 'high_noise' and "
+                    "'low_noise' are for Wan 2.2's experts, each of which has half of the steps. 'custom' opens all "
+                    "settings.",
                 ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="The same MODEL; samplers behind it use the cache.")],

@@ -1,4 +1,4 @@
-"""What a user chooses about the cache: thresholds, calibrator, step mask, and the two presets. No torch here."""
+"""What a user chooses about the cache: thresholds, calibrator, step mask, and the presets. No torch here."""
 
 from __future__ import annotations
 
@@ -183,12 +183,16 @@ def _checked_mask(mask: Sequence[Any]) -> tuple[int, ...]:
 
 
 PRESETS = {
-    name: CacheSettings(
-        DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=threshold), TaylorSeerCalibratorConfig(1)
-    )
-    for name, threshold in (("quality", 0.08), ("speed", 0.2))
+    name: CacheSettings(DBCacheConfig(Fn_compute_blocks=1, **values), TaylorSeerCalibratorConfig(1))
+    for name, values in {
+        "quality": {"residual_diff_threshold": 0.08},
+        "speed": {"residual_diff_threshold": 0.2},
+        "high_noise": {"residual_diff_threshold": 0.08, "max_warmup_steps": 4, "max_cached_steps": 8},
+        "low_noise": {"residual_diff_threshold": 0.08, "max_warmup_steps": 2, "max_cached_steps": 20},
+    }.items()
 }
-"""Points of the frontier that docs/cache.md shows, quality first or speed first."""
+"""Points of the frontier that docs/cache.md shows, quality first or speed first; and cache-dit's for Wan 2.2's two
+experts, each of which has a run of its own of half of the steps."""
 
 
 def parse_cache(text: str) -> CacheSettings:

@@ -77,8 +77,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
     add("port", "TCP port of the rendezvous; 0 takes a free one", type=int, default=0)
     add(
         "cache",
-        "have steps skip blocks: quality, speed, or settings such as Fn_compute_blocks=4,residual_diff_threshold=0.2,"
-        "taylorseer_order=1",
+        "have steps skip blocks: quality, speed, high_noise, low_noise, or settings such as "
+        "Fn_compute_blocks=4,residual_diff_threshold=0.2,taylorseer_order=1",
         metavar="PRESET",
         otherwise="every step is computed",
     )

@@ -98,3 +98,13 @@ def test_cache(world, name):
         assert computed == expected
         assert max(map(relative_error, predictions, wanted)) <= TOLERANCE
         assert all(torch.isfinite(one).all() for one in predictions)
+
+
+@pytest.mark.parametrize("name", ["single", "USP-2-2-TP-2"])
+def test_presets_for_two_experts(world, name):
+    """Those for few steps leave out most of both halves; the others compute the first 8 of each 10."""
+    for found in world.run(wan_cases.preset_runs, LAYOUTS[name]):
+        assert found["high_noise"][:2] == (6, 8)
+        assert found["quality"][:2] == found["speed"][:2] == (2, 2)
+        assert 0.02 < found["high_noise"][2] < 0.06
+        assert found["quality"][2] < found["high_noise"][2] / 4

@@ -33,7 +33,8 @@ def plain(group):
 
 def test_presets_trade_quality_for_speed(group, plain):
     psnr, cached = {}, {}
-    for name, settings in PRESETS.items():
+    for name in ("quality", "speed"):
+        settings = PRESETS[name]
         picture = np.asarray(draw(group, REQUEST, cache=settings))
         report = group.report()
         psnr[name], cached[name] = peak_signal_noise_ratio(plain, picture), report["cache"]["cached"]

@@ -400,7 +400,7 @@ BAD = {
     "devices": (["--devices", "gpu0"], "cannot read the device 'gpu0'; write 'auto', 'cpu', or GPUs such as '0,1,2,3'"),
     "dtype": (["--dtype", "fp8"], "dtype 'fp8' is not known; choose one of auto, bfloat16, float16, float32"),
     "model": (["--model", "nowhere"], "nowhere is not a folder; name a diffusers pipeline folder"),
-    "cache": (["--cache", "quick"], "'quick' is neither a preset .quality, speed. nor name=value"),
+    "cache": (["--cache", "quick"], "'quick' is neither a preset .quality, .*low_noise. nor name=value"),
     "cache's threshold": (["--cache", "residual_diff_threshold=2"], "residual_diff_threshold must be between 0 and 1"),
     "port": (["--port", "99999", "--devices", "cpu"], "port 99999 cannot be used .*leave the port at 0"),
 }
