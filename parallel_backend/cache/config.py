@@ -183,12 +183,12 @@ def _checked_mask(mask: Sequence[Any]) -> tuple[int, ...]:
 
 
 PRESETS = {
-    name: CacheSettings(DBCacheConfig(Fn_compute_blocks=1, **values), TaylorSeerCalibratorConfig(1))
-    for name, values in {
-        "quality": {"residual_diff_threshold": 0.08},
-        "speed": {"residual_diff_threshold": 0.2},
-        "high_noise": {"residual_diff_threshold": 0.08, "max_warmup_steps": 4, "max_cached_steps": 8},
-        "low_noise": {"residual_diff_threshold": 0.08, "max_warmup_steps": 2, "max_cached_steps": 20},
+    name: CacheSettings(config, TaylorSeerCalibratorConfig(1))
+    for name, config in {
+        "quality": DBCacheConfig(Fn_compute_blocks=1),
+        "speed": DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.2),
+        "high_noise": DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, max_cached_steps=8),
+        "low_noise": DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, max_cached_steps=20),
     }.items()
 }
 """Points of the frontier that docs/cache.md shows, quality first or speed first; and cache-dit's for Wan 2.2's two
