@@ -82,7 +82,7 @@ def quantize(
         part: of the names of what is quantized.
         table: whether the header says how, rather than a tensor beside each weight.
         nested: whether options stand in ``params``.
-        as_bytes: whether what safetensors has had no name for is stored as bytes.
+        as_bytes: whether scales in 8 bits, which safetensors has had no names for, are stored as bytes.
         full_precision: whether inputs are to stay as they are.
         group: columns that are rotated together, which a file says where they are not 256.
         smooth: with a ``pre_quant_scale``, which only nvfp4 has.
@@ -102,7 +102,7 @@ def quantize(
             dense = dense * parts["pre_quant_scale"]
         if as_bytes:
             eight = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
-            parts = {key: p.view(torch.uint8) if p.dtype in eight else p for key, p in parts.items()}
+            parts = {k: p.view(torch.uint8) if p.dtype in eight and k != "weight" else p for k, p in parts.items()}
         out |= {f"{layer}.{key}": value for key, value in parts.items()}
         meant[name] = dense
         options = FORMATS[form][3] | ({} if group == 256 else {"convrot_groupsize": group})

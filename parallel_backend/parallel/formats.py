@@ -143,7 +143,7 @@ FORMATS: dict[str, Format] = {
     "mxfp8": Format(
         "mxfp8",
         {
-            "weight": _weight(("F8_E4M3", "U8")),
+            "weight": _weight(("F8_E4M3",)),
             "weight_scale": Part(("F8_E8M0", "U8"), _tiles(32), TILE_ROWS, 32 * TILE_BLOCKS, TILE_BYTES),
         },
     ),
