@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -216,17 +216,13 @@ def refuse_generation() -> NoReturn:
     raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
 
 
-def weight_shapes(source: TextEncoderFile | PipelineFolder, prefix: str = "model") -> dict[str, tuple[int, ...]]:
-    """The weights under ComfyUI's names, and their shapes: those that a LoRA may name.
-
-    Args:
-        source: has them.
-        prefix: of the language model's.
-    """
-    parts = {"text_encoder": prefix, "vision_tower": "visual"}
+def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[int, ...]]:
+    """The weights under ComfyUI's names, and their shapes: those that a LoRA may name."""
+    kind = source.family.needs_text_encoder()
+    names: dict[str, Callable[[str], str]] = {"text_encoder": kind.patch_name, "vision_tower": "visual.{}".format}
     return {
-        f"{part}.{name}": weight.shape
-        for component, part in parts.items()
+        named(name): weight.shape
+        for component, named in names.items()
         if component in source.components
         for name, weight in source.weights(component).items()
     }

@@ -182,6 +182,8 @@ class LoadCLIP(io.ComfyNode):
                 "multi gpu clip",
                 "mistral parallel",
                 "qwen parallel",
+                "umt5 parallel",
+                "wan clip parallel",
                 *ALIASES,
             ],
             inputs=[
@@ -189,13 +191,13 @@ class LoadCLIP(io.ComfyNode):
                     "clip_name",
                     options=file_names(ENCODER_FILES),
                     tooltip="A .safetensors (or .sft) file under models/text_encoders (or models/clip), such as "
-                    "mistral_3_small_flux2_bf16.safetensors or qwen_2.5_vl_7b.safetensors.",
+                    "mistral_3_small_flux2_bf16.safetensors, qwen_2.5_vl_7b.safetensors or umt5_xxl_fp16.safetensors.",
                 ),
                 io.Combo.Input(
                     "type",
                     options=[family.clip_type for family in COMFY_FAMILIES.values() if family.clip_type],
-                    tooltip="The model family of the text encoder. ComfyUI's own Load CLIP loads those of Z-Image, "
-                    "FLUX.2 klein and Wan.",
+                    tooltip="The model family of the text encoder. ComfyUI's own Load CLIP loads those of Z-Image "
+                    "and FLUX.2 klein.",
                 ),
                 layout_input(),
                 weight_dtype_input(

@@ -92,7 +92,7 @@ def write_umt5(path: Path, kind: str = "fp32", **size: Any) -> Path:
     if kind in ("fp32", "fp16"):
         dtype = torch.float32 if kind == "fp32" else torch.float16
         return write(path, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
-    tables = {name: tensor for name, tensor in tensors.items() if "relative" in name}
+    tables = {name: tensor.bfloat16() for name, tensor in tensors.items() if "relative" in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in tables}
     stored, metadata = to_fp8(rest, kind, part=".block.")
     return write(path, {**stored, **tables}, metadata=metadata)

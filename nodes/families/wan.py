@@ -1,4 +1,4 @@
-"""Wan in ComfyUI: the transformer in the workers, with ComfyUI's own CLIP and VAE."""
+"""Wan in ComfyUI: its transformers, and umT5."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_detection
+import comfy.sd
+import folder_paths
+import torch
+from comfy.text_encoders.wan import WanT5Model, WanT5Tokenizer
 from torch import Tensor
 
 from ...parallel_backend.families import Conditioning
 from ...parallel_backend.loading.checkpoint import Checkpoint
+from ...parallel_backend.loading.text_encoder_file import TextEncoderFile
+from ..comfy_clip import PromptOnly, RemoteEncoder, TextModelSpec, weight_shapes, wrap_clip
+from ..comfy_patcher import RemotePart
+from ..group import ModelHandle
 from .base import ComfyFamily, Shapes
 
 FIRST_FRAME = "first_frame_channels"
@@ -23,6 +31,7 @@ class Wan(ComfyFamily):
     patch_size = (1, 2, 2)
     looked_at = ("patch_embedding",)
     empty_latent = "EmptyHunyuanLatentVideo (Wan22ImageToVideoLatent for the 5B model)"
+    clip_type = "wan"
 
     def unet_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         found = {
@@ -85,3 +94,30 @@ class Wan(ComfyFamily):
             )
         references = list(given.pop("context_latents", None) or ())
         return Conditioning(context, references, {name: one for name, one in tensors.items() if one is not None})
+
+    def clip_of_file(self, handle: ModelHandle, source: TextEncoderFile) -> comfy.sd.CLIP:
+        # As a tensor, which is how ComfyUI hands a file's tokenizer on.
+        data = torch.frombuffer(bytearray(source.read_tokenizer()), dtype=torch.uint8)
+        try:
+            tokenizer = _Tokenizer(folder_paths.get_folder_paths("embeddings"), {"spiece_model": data})
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the tokenizer in {source.path} cannot be read ({error!r}); download the file again"
+            ) from error
+        spec = TextModelSpec(
+            RemotePart(handle, "text_encoder"),
+            count=source.text_config["num_layers"],
+            shapes=weight_shapes(source),
+            layer="last",
+            special_tokens={"end": 1, "pad": 0},
+            gives_mask=False,
+        )
+        return wrap_clip(_TextEncoder(spec, "umt5xxl"), tokenizer)
+
+
+class _Tokenizer(PromptOnly, WanT5Tokenizer):
+    """ComfyUI's tokenizer of umT5, which refuses what it would drop without a word."""
+
+
+class _TextEncoder(RemoteEncoder, WanT5Model):
+    """ComfyUI's text encoder of Wan with everything but umT5 itself."""

@@ -146,9 +146,8 @@ def drawing_of_files(transformer: Checkpoint, text_encoder: Checkpoint, vae: Che
 def files_drawing(family: Family, path: Path) -> Drawing:
     """How models of a family's files draw; ValueError for a family whose files do not say enough."""
     if not family.pipeline_classes:
-        raise ValueError(
-            f"{path} is of {family.title}, of which the workers hold the transformer alone: draw with it in ComfyUI"
-        )
+        why = "of which the workers hold the transformer alone" if family.text_encoder is None else "which makes videos"
+        raise ValueError(f"{path} is of {family.title}, {why}: draw with it in ComfyUI")
     drawing = family.drawing(family.pipeline_classes[0])
     if drawing.scheduler is None:
         raise ValueError(

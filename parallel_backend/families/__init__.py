@@ -56,6 +56,11 @@ def family_of_pipeline(class_name: str) -> Family:
         if class_name in family.pipeline_classes:
             return family
         if class_name in family.pipelines_of_others:
+            if family.text_encoder is not None and not family.drawings:
+                raise ValueError(
+                    f"folders of {class_name} are not read; load this model's files with Load Diffusion Model "
+                    "(Parallel), Load CLIP (Parallel) and Load VAE (Parallel)"
+                )
             raise ValueError(
                 f"folders of {class_name} are not read: of this model the workers hold the transformer alone; load its "
                 "file with Load Diffusion Model (Parallel), and text encoder and VAE with ComfyUI's own nodes"

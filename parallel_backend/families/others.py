@@ -95,7 +95,9 @@ _VAE = (
     "taesd_decoder.1.weight",
 )
 _SOME_VAE = "a VAE"
+_WANS_UMT5 = "umT5 by the names of Wan's own code"
 _TEXT_ENCODERS = {
+    "blocks.0.pos_embedding.embedding.weight": _WANS_UMT5,
     "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
     "encoder.block.0.layer.0.SelfAttention.k.weight": "T5",
     "shared.weight": "T5",
@@ -187,6 +189,8 @@ def looks_like_vae(keys: Collection[str]) -> Look | None:
 def looks_like_text_encoder(keys: Collection[str]) -> Look | None:
     """What a file is that is no supported text encoder; None if nothing here tells."""
     if name := _find(_TEXT_ENCODERS, keys):
+        if name == _WANS_UMT5:
+            return Look(name, "take the file that ComfyUI's templates name")
         return Look(name, "ComfyUI's own Load CLIP loads it")
     look = looks_like_transformer(keys)
     return Look(f"the diffusion model {look.name}") if look and look.name in _TRANSFORMERS.values() else look

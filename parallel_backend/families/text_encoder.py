@@ -65,6 +65,10 @@ class TextEncoder(ABC):
     def keys(self, names: Sequence[str]) -> dict[str, str]:
         """From parameter names of the text model to the names in a checkpoint that has ``names``."""
 
+    def patch_name(self, name: str) -> str:
+        """What patches (LoRA) call a parameter of the text model."""
+        return f"model.{name}"
+
     def _sees_nothing(self) -> ValueError:
         return ValueError(f"the text encoder {self.title} does not look at images; give it a prompt alone")
 

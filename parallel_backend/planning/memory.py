@@ -189,9 +189,11 @@ def step_activation_bytes(family: Family, config: Mapping[str, Any], layout: Par
     They take turns, so the larger counts. The VAE is that of its class's defaults, the prompt is as long as that of the
     family's reference model; ``config`` is the transformer's, with every value.
     """
-    pixels = family.reference_model.width * family.reference_model.height
-    decoding = 0
+    reference, decoding = family.reference_model, 0
     if family.vae is not None:
+        # A clip is decoded a latent frame at a time.
+        frames = 1 if reference.frames == 1 else max(1, family.vae.latent_shape({}).frames)
+        pixels = reference.width * reference.height * frames
         decoding = vae_activation_bytes(family, dict(_default_vae(family).config), pixels, layout.world_size)
     return max(_step_bytes(family, config, layout), decoding)
 

@@ -76,8 +76,8 @@ class ModelConfig:
             path: a diffusers pipeline folder, or a model in one safetensors file; the same on all hosts.
             layout: degrees.
             devices: of this host, see `resolve_devices`.
-            dtype: of the weights, one of `DTYPES`; ``auto`` is what suits the family on GPUs (`Transformer.dtype`) and
-                float32 on the CPU.
+            dtype: of the weights, one of `DTYPES`; ``auto`` is what suits the family on GPUs (`Transformer.dtype`; of a
+                text encoder alone bfloat16) and float32 on the CPU.
             fp8: what becomes of weights that are stored in fp8, one of `FP8_MODES`; ``dtype`` is that of the others.
             encoder_memory: one of `ENCODER_MEMORY`.
             hosts: that the ranks are shared out among.
@@ -101,7 +101,9 @@ class ModelConfig:
         source.check(layout)
         resolved = check_devices(devices, layout, hosts)
         if dtype == "auto":
-            dtype = source.family.transformer.dtype if resolved.kind == "cuda" else "float32"
+            # A T5 leaves float16's range.
+            on_gpu = source.family.transformer.dtype if "transformer" in source.components else "bfloat16"
+            dtype = on_gpu if resolved.kind == "cuda" else "float32"
         return cls(str(source.path), layout, resolved, dtype, source.fingerprint(), fp8, encoder_memory, hosts, speed)
 
 

@@ -265,7 +265,7 @@ class TestRefusals:
 
     def test_a_type_that_is_not_supported(self, server, file):
         graph = Graph()
-        clip = graph.add("HybridDiT_LoadCLIP", clip_name=file.name, type="wan", layout=add_layout(graph))
+        clip = graph.add("HybridDiT_LoadCLIP", clip_name=file.name, type="ltxv", layout=add_layout(graph))
         save_conditioning(graph, graph.add("CLIPTextEncode", text="", clip=clip))
         assert "type" in rejection(server, graph, clip)
 

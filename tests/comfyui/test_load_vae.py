@@ -84,6 +84,7 @@ def assert_both_ways(server, name, latent, image, layout=None, tiling=None):
     ("name", "latent", "image"),
     [
         ("wan21.safetensors", (1, 16, 3, 9, 13), (10, 72, 100, 3)),
+        ("wan22.safetensors", (1, 48, 3, 5, 7), (10, 80, 112, 3)),
     ],
 )
 def test_clips(vaes, name, latent, image):
@@ -119,7 +120,7 @@ def test_without_a_layout_and_a_batch_of_clips(vaes):
 
 @pytest.mark.parametrize(
     ("node", "name"),
-    [("WanImageToVideo", "wan21.safetensors")],
+    [("WanImageToVideo", "wan21.safetensors"), ("Wan22ImageToVideoLatent", "wan22.safetensors")],
 )
 def test_video_nodes(vaes, node, name):
     """What the nodes of Wan's templates encode, with the VAE as one of their inputs."""

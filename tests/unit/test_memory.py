@@ -14,12 +14,14 @@ from parallel_backend.planning.memory import (
     layout_fits,
     reference_config,
     reference_memory,
+    reference_step_bytes,
+    step_activation_bytes,
     transformer_activation_bytes,
     vae_activation_bytes,
     weight_bytes,
 )
 
-FLUX2, QWEN = family_of_name("flux2"), family_of_name("qwen_image")
+FLUX2, QWEN, WAN = (family_of_name(name) for name in ("flux2", "qwen_image", "wan"))
 
 
 def weights(family=FLUX2, dtype_bytes=2, **degrees):
@@ -135,6 +137,14 @@ def test_total_agrees_with_what_a_gpu_needed(degrees, measured):
     estimate = reference_memory(FLUX2, ParallelismConfig(**degrees))
     # Nothing is promised to fit that does not, and nothing is refused for want of more than half a GiB.
     assert measured < (estimate.total - RUNTIME_BYTES) / GIB < measured + 0.7
+
+
+def test_a_clip_is_decoded_a_latent_frame_at_a_time():
+    for layout in (ParallelismConfig(), ParallelismConfig(ulysses_size=8)):
+        frames = vae_activation_bytes(WAN, {"base_dim": 96}, 832 * 480 * 4, layout.world_size)
+        found = step_activation_bytes(WAN, reference_config(WAN), layout)
+        assert found == max(frames, reference_step_bytes(WAN, layout))
+    assert found * 8 >= vae_activation_bytes(WAN, {"base_dim": 96}, 832 * 480 * 4)
 
 
 def test_total_of_rank_0():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from parallel_backend.mesh import Axis
 from parallel_backend.parallel.products import product_of
 from parallel_backend.parallel.tensor import apply_tensor_parallel
 from parallel_backend.planning.memory import reference_config, transformer_activation_bytes
+from parallel_backend.runtime import group_config
+from parallel_backend.runtime.group_config import ModelConfig
 from tests.single_file import to_fp8, write
+from tests.umt5_file import write_umt5
 from tests.wan_file import wan_tensors
 
 CPU = torch.device("cpu")
@@ -140,7 +144,7 @@ class TestRefused:
         self.refused(write(tmp_path / "wan.safetensors", tensors), r"its tokens are \[1, 4, 4\] .* of another model")
 
     def test_a_pipeline_folder(self):
-        with pytest.raises(ValueError, match=r"WanPipeline are not read.*file with Load Diffusion Model \(Parallel\)"):
+        with pytest.raises(ValueError, match=r"WanPipeline are not read.*files with Load Diffusion Model \(Parallel\)"):
             family_of_pipeline("WanPipeline")
 
 
@@ -168,3 +172,11 @@ def test_what_a_480p_clip_needs_beside_the_weights():
         transformer_activation_bytes(WAN, config, ParallelismConfig(ulysses_size=n), tokens) - kept for n in (1, 8)
     )
     assert eighth * 8 == whole == tokens * 10 * 5120 * 2
+
+
+def test_number_formats_on_gpus(tmp_path, monkeypatch):
+    """float16 as in ComfyUI for the transformer, whose range umT5's activations would leave."""
+    monkeypatch.setattr(group_config, "check_devices", lambda *_: SimpleNamespace(kind="cuda"))
+    transformer, text = write(tmp_path / "wan.safetensors", wan_tensors()), write_umt5(tmp_path / "umt5.safetensors")
+    for file, dtype in ((transformer, "float16"), (text, "bfloat16")):
+        assert ModelConfig.create(file, ParallelismConfig(), "cuda").dtype == dtype

@@ -79,6 +79,9 @@ class Umt5(TextEncoder):
             found["embed_tokens.weight"] = "shared.weight"
         return found
 
+    def patch_name(self, name: str) -> str:
+        return "shared.weight" if name == "embed_tokens.weight" else _PREFIX + name
+
     def encode(
         self,
         text_model: Model,

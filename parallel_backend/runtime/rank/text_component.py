@@ -41,7 +41,7 @@ class TextEncoderComponent(AdaptableComponent):
         return module, self.table
 
     def file_rows(self, name: str) -> tuple[tuple[str, int, int], ...]:
-        return ((f"model.{name}", 0, 1),)
+        return ((self.kind.patch_name(name), 0, 1),)
 
     def encode(self, ids: Tensor, mask: Tensor, images: Tensor | None, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Context ``[B, L, C]``, as `TextEncoder.encode` makes it."""

@@ -10,12 +10,14 @@ import comfy.sd
 import comfy.text_encoders.z_image
 import comfy.utils
 import folder_paths
+from comfy.text_encoders import wan
 from comfy.text_encoders.flux import Flux2Tokenizer, KleinTokenizer, flux2_te, klein_te
 from comfy.text_encoders.hunyuan_video import llama_detect
+from comfy.text_encoders.sd3_clip import t5_xxl_detect
 
 
 def _load(clip_name: str, type: str, config: str) -> comfy.sd.CLIP:
-    """The CLIP of a file: Mistral 3 where it has a tokenizer, else Qwen3 as a type of Load CLIP's has it."""
+    """The CLIP of a file: Mistral 3 or umT5 where it has their tokenizer, else Qwen3 of a type of Load CLIP's."""
     path = folder_paths.get_full_path_or_raise("text_encoders", clip_name)
     weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     weights, metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
@@ -24,6 +26,9 @@ def _load(clip_name: str, type: str, config: str) -> comfy.sd.CLIP:
         pruned = "model.layers.39.mlp.up_proj.weight" not in weights
         name, data = "mistral3_24b", {"tekken_model": weights["tekken_model"]}
         encoder, tokenizer = flux2_te(**found, pruned=pruned), Flux2Tokenizer
+    elif "spiece_model" in weights:
+        name, data = "umt5xxl", {"spiece_model": weights["spiece_model"]}
+        encoder, tokenizer = wan.te(**t5_xxl_detect(weights)), wan.WanT5Tokenizer
     elif type == "flux2":
         encoder, tokenizer = klein_te(**found, model_type=name), KleinTokenizer
     else:
