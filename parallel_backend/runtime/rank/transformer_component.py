@@ -43,6 +43,7 @@ class TransformerComponent(AdaptableComponent):
 
     def forget_workspace(self) -> None:
         forget_graphs(self.module)
+        forget_values(self.module)
 
     def drop(self) -> None:
         self.__dict__.pop("cache", None)  # it holds the module; the next build makes another
