@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if machine.versions["torch"] is not None:
         try:
             gpus = choose_gpus(machine, args.devices, layout)
+            findings.append(check_quantized())
             from ..families import family_of_name
             from ..planning.memory import LAYOUTS, layout_fits
 
@@ -233,6 +234,17 @@ def check_formats(family: Family, gpus: list[Gpu]) -> list[Finding]:
             apart = f" ({APART})" if any(fit.apart for _, fit in fits) else ""
             found.append(Finding("ok", f"{title}: {', '.join(f'{gpus}: {fit}' for gpus, fit in fits)}{apart}"))
     return found
+
+
+def check_quantized() -> Finding:
+    """Whether files in ComfyUI's quantized formats are read here."""
+    from ..parallel.formats import FORMATS
+    from ..parallel.kitchen import REMEDY, has_kitchen
+
+    titles = ", ".join(form.title for form in FORMATS.values())
+    if has_kitchen():
+        return Finding("ok", f"files in {titles} are read, with comfy-kitchen")
+    return Finding("warn", f"files in {titles} are not read: comfy-kitchen is not installed", REMEDY)
 
 
 def choose(family: Family, machine: Machine, gpus: list[Gpu]) -> Choice | None:

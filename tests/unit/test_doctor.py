@@ -376,3 +376,15 @@ def test_it_says_what_auto_would_take_and_what_the_others_would_cost(examine):
 def test_where_nothing_fits_there_is_no_choice(examine):
     _, out = examine(with_gpus(2, total=16), "--json")
     assert json.loads(out)["auto"] is None
+
+
+@pytest.mark.parametrize(
+    ("there", "level", "words"), [(True, "ok", "are read, with"), (False, "warn", "not installed")]
+)
+def test_quantized_files(monkeypatch, there, level, words):
+    monkeypatch.setattr("parallel_backend.parallel.kitchen.has_kitchen", lambda: there)
+    found = doctor.check_quantized()
+    assert found.level == level
+    assert "int8, nvfp4, mxfp8" in found.text
+    assert words in found.text
+    assert ("pip install comfy-kitchen" in found.remedy) == (not there)
