@@ -21,7 +21,8 @@ from .injection import IN_STEP, Order, Orders
 from .test_cancel import Canceller
 from .test_death import FAIL_SECONDS, GONE_SECONDS, assert_all_gone
 
-AXES = ("ulysses", "ring", "tp")
+AXES = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "tp": {"tp": 2}, "all ranks": {"ulysses": 2, "tp": 2}}
+"""What of a mesh is exchanged over, and degrees with which it is."""
 FOREVER = 600.0
 TEXT = "a yellow square"
 _seeds = itertools.count(7000)
@@ -30,7 +31,7 @@ _widths = itertools.count(160, 32)
 
 
 def drawing(axis: str, **options: Any) -> Drawing:
-    degrees = {"ulysses": 1, "ring": 1, "tp": 1} | {axis: 2}
+    degrees = {"ulysses": 1, "ring": 1, "tp": 1} | AXES[axis]
     return Drawing(TEXT, layout=degrees, seed=next(_seeds), **options)
 
 
@@ -71,7 +72,7 @@ def fails(server: ComfyServer, orders: Orders, graph: Drawing, moment: str, axis
     [
         pytest.param(axis, moment, marks=[] if few else [pytest.mark.thorough])
         for axis, moment, few in (
-            *((axis, "mesh", True) for axis in AXES),
+            *((axis, "mesh", axis != "all ranks") for axis in AXES),
             *((axis, "first", axis == "ring") for axis in AXES),
             *((axis, "later", axis == "tp") for axis in AXES),
         )
@@ -80,22 +81,23 @@ def fails(server: ComfyServer, orders: Orders, graph: Drawing, moment: str, axis
 def test_an_exchange_that_never_ends(axis, moment, server, orders):
     size = {"width": next(_widths), "height": 64}
     steps = {"steps": 40} if moment == "later" else {}
-    if moment == "mesh":
-        unload(server)
-    else:
+    unload(server)  # also a group of as many ranks as another axis has
+    if moment != "mesh":
         drawing(axis, width=64, height=64).run_well(server)
         ranks = worker_ranks(server)
     broken = drawing(axis, **size, **steps)
     text, took = fails(server, orders, broken, moment, axis)
     print(f"an exchange on {axis} that never ends, {moment}: told after {took:.1f} s")
+    *others, last = range(2 * (len(AXES[axis])))
     deadline = MESH_DEADLINE if moment == "mesh" else STEP_DEADLINE
     assert deadline - 1 < took < deadline + FAIL_SECONDS
     if moment == "mesh":
-        who = f"rank 0 (the CPU) and rank 1 (the CPU) did not reach each other within 4 s, on the axis {axis}"
+        names = ", ".join(f"rank {rank} (the CPU)" for rank in others)
+        who = f"{names} and rank {last} (the CPU) did not reach each other within 4 s, on the axis {axis}"
         assert text.startswith(who), text
         assert "What would help: " in text
     else:
-        assert text.startswith("rank 0, 1 did not answer within 8 s"), text
+        assert text.startswith(f"rank {', '.join(map(str, (*others, last)))} did not answer within 8 s"), text
     assert "the next run starts a fresh group" in text
     orders.withdraw()
     again = drawing(axis, **size)
