@@ -37,7 +37,8 @@ class ChatTokenizer:
         refused = [name for name, value in options.items() if value is not None and name != "tokenizer_options"]
         if refused:
             raise ValueError(
-                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} too"
+                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} "
+                "too; disconnect that input"
             )
         encoded = self.tokenizer.apply_chat_template(
             self.conversation(text), add_generation_prompt=False, tokenize=True, return_dict=True

@@ -213,7 +213,9 @@ def refuse_clip_layer(layer: int | None) -> None:
 
 def refuse_generation() -> NoReturn:
     """Raise ValueError for nodes that have the text encoder write."""
-    raise ValueError("the text encoder in the parallel workers only encodes; it cannot generate text")
+    raise ValueError(
+        "the text encoder in the parallel workers only encodes, it cannot generate text; use ComfyUI's own Load CLIP"
+    )
 
 
 def weight_shapes(source: TextEncoderFile | PipelineFolder) -> dict[str, tuple[int, ...]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import torch
@@ -18,7 +21,10 @@ from ..parallel_backend.runtime.errors import BatchTooLargeError
 from .cache_run import RUN_KEY
 from .comfy_patcher import LARGEST_TIMESTEP, RemotePart, RemotePatcher, meta_state_dict
 from .families import Shapes, family_of
+from .graph_nodes import makers_before, nodes_before
 from .group import ModelHandle, check_interrupted
+from .model_options import NodeOf, check_transformer_options
+from .remote_modules import RemoteModule, add_modules, refuse_reach
 from .states import refresh
 
 log = logging.getLogger(__name__)
@@ -27,16 +33,28 @@ HOST_MEMORY = 64 * 2**20
 """Bytes that an evaluation takes in ComfyUI's own process, generously."""
 
 
-class RemoteDiffusionModel(nn.Module):
-    """Stands where ComfyUI's diffusion model stands, with its attributes but without parameters.
+class _Settings(SimpleNamespace):
+    """The settings of a model, for nodes that look at them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_reach(f"its params.{name}")
+
+
+class RemoteDiffusionModel(RemoteModule):
+    """Stands where ComfyUI's diffusion model stands, with its attributes and modules but without weights.
+
+    To ``isinstance`` it is what it stands for, as to ``hasattr`` and ``named_modules``.
 
     Args:
         handle: of the model in the workers.
         source: its checkpoint.
         shapes: its weights under ComfyUI's names.
+        config: what ComfyUI's detection says of it.
     """
 
-    def __init__(self, handle: ModelHandle, source: Checkpoint, shapes: Shapes) -> None:
+    label = "the diffusion model"
+
+    def __init__(self, handle: ModelHandle, source: Checkpoint, shapes: Shapes, config: dict[str, Any]) -> None:
         super().__init__()
         self.handle, self.source, self.family = handle, source, family_of(source)
         self.part = RemotePart(handle, "transformer")
@@ -44,23 +62,52 @@ class RemoteDiffusionModel(nn.Module):
         """Name of the patches of the last evaluation."""
         self.block_count = self.family.block_count(source.transformer_config)
         self.patch_size = self.family.patch_size
-        for name in self.family.looked_at:
-            setattr(self, name, SimpleNamespace(weight=torch.empty(shapes[f"{name}.weight"], device="meta")))
         self.dtype = getattr(torch, handle.config.dtype)
-        self._shapes = shapes
+        self.node_of: NodeOf = lambda path: None
+        """Which node of the MODEL whose turn it is put something into its options; `RemotePatcher` sets it."""
+        self.stands_for: Any = None
+        """ComfyUI's class of the diffusion model."""
+        self._shapes, self._config = shapes, config
+        add_modules(self, shapes, self.dtype)
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         return meta_state_dict(self._shapes, destination, prefix, self.dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteDiffusionModel:
+        copied = RemoteDiffusionModel(self.handle, self.source, self._shapes, self._config)
+        copied.part, copied.stands_for = self.part, self.stands_for
+        return copied
+
+    @property
+    def _sealed(self) -> bool:  # type: ignore[override]
+        return self.__dict__.get("stands_for") is not None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self.__dict__.get("stands_for") or type(self)
+
     def __getattr__(self, name: str) -> Any:
-        # Who looks for a block here wants to change it. ComfyUI's bypass LoRA goes on with a line in the log where the
-        # block is not found, and the LoRA would be ignored.
-        if any(weight.partition(".")[0] == name for weight in self.__dict__.get("_shapes", ())):
-            raise ValueError(
-                f"a node (such as a bypass LoRA loader) reaches into the model's {name}, which lives in the parallel "
-                "workers; bypass that node"
-            )
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What ComfyUI's own model has by this name: a setting, or a method that would run blocks.
+            real, config = self.__dict__.get("stands_for"), self.__dict__.get("_config", {})
+            if real is None or name.startswith("__"):
+                raise
+            if name == "params" and name in _set_by(real):
+                return _Settings(**config)
+            if name in config and name in _set_by(real):
+                return config[name]
+            if callable(getattr(real, name, None)):
+                return lambda *_, **__: refuse_reach(f"its {name}")
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        real = self.__dict__.get("stands_for")
+        known = self._sealed and (name in self._modules or hasattr(real, name) or name in _set_by(real))
+        if known and name != "training":
+            refuse_reach(f"its {name}")
+        nn.Module.__setattr__(self, name, value)
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, *positional: Any, **named: Any) -> Tensor:
         """Prediction from latent ``[B, C, H, W]`` (``[B, C, F, H, W]`` where latents have frames).
@@ -89,6 +136,7 @@ class RemoteDiffusionModel(nn.Module):
         conditioning = self.family.conditioning(x, context, given, self.source.transformer_config)
         for reference in conditioning.references:
             self.check_latent(reference, "reference latent")
+        given.pop("crossattn_controlnet", None)  # for ControlNets, which alone read it
         left = [name for name, value in given.items() if value is not None]
         if left:
             raise ValueError(
@@ -159,24 +207,17 @@ class RemoteDiffusionModel(nn.Module):
         """Raise ValueError for what no family's workers can honour."""
         self.check_latent(x)
         if control is not None:
-            raise ValueError("a ControlNet is applied, which parallel models do not take in this version; bypass it")
-        patched = [str(name) for kind in ("patches", "patches_replace") for name in options.get(kind) or ()]
-        if patched:
+            who = ", ".join(nodes_before("control_net")) or "a node"
             raise ValueError(
-                f"a node patches the model's blocks ({', '.join(patched)}), which live in the parallel workers; "
-                "bypass it"
+                f"{who} applies a ControlNet, which parallel models do not take in this version; bypass it"
             )
-        if options.get("rope_options"):
-            raise ValueError(
-                "a node changes the model's position encoding (rope_options), which is not supported; bypass it"
-            )
-        if options.get("optimized_attention_override") is not None:
-            raise ValueError("a node chooses an attention kernel, which the parallel workers do not take; bypass it")
+        check_transformer_options(options, self.node_of, ours=(RUN_KEY,))
         scale = self.source.family.transformer.timestep_scale
         if not (timestep.min() >= 0 and timestep.max() <= LARGEST_TIMESTEP * scale):  # which NaN is not, either
+            who = self.node_of(("object_patches", "model_sampling")) or ", ".join(makers_before("SIGMAS"))
             raise ValueError(
-                f"timesteps up to {timestep.max().item():g} arrived where 0 to {scale:g} are expected; a model "
-                "sampling node with another multiplier is in the way"
+                f"timesteps up to {timestep.max().item():g} arrived where 0 to {scale:g} are expected; "
+                f"{who or 'a model sampling node with another multiplier'} is in the way: bypass it"
             )
 
 
@@ -237,16 +278,42 @@ def _remote_class(model_class: Any) -> Any:
         def memory_required(self, input_shape, cond_shapes=None):
             return HOST_MEMORY
 
+    # Nodes see what kind of model it is by its class' name, too.
+    Remote.__name__, Remote.__qualname__ = model_class.__name__, model_class.__qualname__
     return Remote
+
+
+def _diffusion_class(model: Any) -> Any:
+    """The class of the diffusion model that ComfyUI would have built for one of its models."""
+
+    class Noted(comfy.model_base.BaseModel):
+        """Comes between ComfyUI's class and its base, and keeps what the one tells the other to build."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+            self.unet_class = given.get("unet_model")
+
+    return type("Noted", (type(model), Noted), {})(model.model_config).unet_class
+
+
+@functools.cache
+def _set_by(model_class: Any) -> frozenset[str]:
+    """The attributes that a class' ``__init__`` sets."""
+    inits = [vars(cls)["__init__"] for cls in model_class.__mro__ if "__init__" in vars(cls) and cls is not nn.Module]
+    steps = (step for init in inits if hasattr(init, "__code__") for step in dis.get_instructions(init))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def make_model(handle: ModelHandle, source: Checkpoint) -> RemotePatcher:
     """The MODEL of a checkpoint whose transformer is in the workers."""
     family = family_of(source)
     unet_config = {**family.unet_config(source.transformer_config), "disable_unet_model_creation": True}
-    diffusion_model = RemoteDiffusionModel(handle, source, family.weight_shapes(source, unet_config))
+    shapes = family.weight_shapes(source, unet_config)
+    diffusion_model = RemoteDiffusionModel(handle, source, shapes, unet_config)
     # ComfyUI's own model, as its kind has it, but without weights.
     model: Any = family.supported(unet_config).get_model({}, "")
+    diffusion_model.stands_for = _diffusion_class(model)
     model.__class__ = _remote_class(model.__class__)
     model.attach(diffusion_model)
     return RemotePatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 
 import comfy.model_patcher
 import torch
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet
 from .comfy_lora import adapter_set, check_patches, title_of
+from .graph_nodes import executing_node
 from .group import ModelHandle
+from .model_options import SAMPLING_FUNCTIONS, Path, paths, say_once
 from .shared_memory import ANY_REQUEST
 
 LARGEST_TIMESTEP = 1.001
@@ -57,12 +58,94 @@ def meta_state_dict(
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher around a module without parameters. Sampling options and patches of weights work as ever."""
+    """A ModelPatcher around a module without weights. Options and patches of weights work as ever.
+
+    What cannot be honoured is refused by the node that asks for it, before anything is computed; what a node puts there
+    past the methods, when it would be used, by the name of the node. ``docs/comfyui_nodes.md`` has the whole list.
+    """
 
     current_hooks: Any
 
     def __init__(self, model, load_device, offload_device, size=1, weight_inplace_update=False):
         super().__init__(model, load_device, offload_device, size=size, weight_inplace_update=weight_inplace_update)
+        self._device, self._device_was_chosen = load_device, False
+        self._made_by: str | None = None
+        """The node that this is the output of."""
+        self._earlier: tuple[tuple[str | None, frozenset[Path]], ...] = ()
+        """The nodes before it, each with what there was when the next one took over."""
+
+    def clone(self, *args: Any, force_deepcopy: bool = False, **kwargs: Any) -> RemotePatcher:
+        if force_deepcopy:
+            raise ValueError(
+                f"{_this_node()} (such as one that trains) takes a copy of the model's weights to change, which live "
+                "in the parallel workers; use ComfyUI's own loader for it"
+            )
+        clone = super().clone(*args, **kwargs)
+        clone._earlier = (*self._earlier, (self._made_by, self._carried()))
+        clone._made_by = executing_node()
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemotePatcher:
+        return self.clone()  # the weights are not here
+
+    def _carried(self) -> frozenset[Path]:
+        here = {("object_patches", name) for name in self.object_patches} | {
+            ("injections", key) for key in self.injections
+        }
+        return paths(self.model_options) | here | {("weights", name) for name in self.weight_wrapper_patches}
+
+    def node_of(self, path: Path) -> str | None:
+        """The node that put something into this patcher; of ``transformer_options``, where the path has none before.
+
+        What none has put there, a function may add that is called while sampling: then those that have one.
+        """
+        wanted = path if path[0] in ("object_patches", "injections", "weights") else ("transformer_options", *path)
+        adders: dict[str | None, None] = {}
+        before: frozenset[Path] = frozenset()
+        for node, carried in (*self._earlier, (self._made_by, self._carried())):
+            if wanted in carried:
+                return node
+            if any(new[0] in SAMPLING_FUNCTIONS for new in carried - before):
+                adders[node] = None
+            before = carried
+        return " or ".join(node for node in adders if node) or None
+
+    def pre_run(self) -> None:
+        super().pre_run()
+        part = self._patched_part()
+        if part is not None and part.component == "transformer":
+            self.model.diffusion_model.node_of = self.node_of
+
+    @property
+    def load_device(self) -> Any:
+        """Where ComfyUI hands its tensors over; the workers' devices are the layout's."""
+        return self._device
+
+    @load_device.setter
+    def load_device(self, device: Any) -> None:
+        if not hasattr(self, "_device"):
+            self._device = device
+        else:
+            self._keep_device(device)
+
+    def _keep_device(self, device: Any) -> None:
+        self._device_was_chosen = True
+        say_once(
+            f"{_this_node()} chooses the device {device} for a model in parallel workers: it stays on those of its "
+            "Parallel Layout"
+        )
+
+    def deepclone_multigpu(self, new_load_device: Any = None, models_cache: Any = None) -> RemotePatcher:
+        clone = self.clone()
+        clone._keep_device(new_load_device)
+        return clone
+
+    def set_additional_models(self, key: str, models: list[Any]) -> None:
+        # MultiGPU CFG Split has one copy of the model for each of ComfyUI's devices.
+        super().set_additional_models(key, [] if key == "multigpu" else models)
+
+    def _load_list(self, *_: Any, **__: Any) -> list[Any]:
+        return []  # no weights to move or patch
 
     def detach(self, unpatch_all: bool = True) -> Any:
         # ComfyUI wants memory back (for something else, or its user unloads models), unless a clone takes over.
@@ -85,6 +168,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return 0 if part is None else part.handle.lend(self.load_device, math.ceil(memory_to_free))
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
+        self._check_carried()
         # Nothing is loaded here, so all of it, however little memory ComfyUI has left.
         return super().partially_load(device_to, 1e32, force_patch_weights)
 
@@ -92,6 +176,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         # Clones (such as one with a LoRA) share the model; ComfyUI loads the one whose turn it is.
         self._patch(None)
         super().load(*args, **kwargs)
+
+    def patch_model(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_carried()
+        return super().patch_model(*args, **kwargs)
+
+    def _check_carried(self) -> None:
+        """Refuse what a node has put there past the methods below, before ComfyUI makes use of it."""
+        for key, injections in self.injections.items():
+            self._check_injections(key, injections, self.node_of(("injections", key)) or "a node")
+        for name in self.weight_wrapper_patches:
+            self._refuse_weight_wrapper(name, self.node_of(("weights", name)) or "a node")
+        for name, obj in self.object_patches.items():
+            self._check_object_patch(name, obj, self.node_of(("object_patches", name)) or "a node")
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         result = super().unpatch_model(device_to, unpatch_weights)
@@ -120,8 +217,6 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         part: RemotePart | None = getattr(self.model, "remote_part", None)
         return part if part is not None and part.component in ANCHORS else None
 
-    # What cannot be honoured is refused by the node that asks for it, before anything is computed.
-
     def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         self._check_patches(patches, strength_patch, strength_model)
         if self._patched_part() is None:
@@ -146,12 +241,15 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         check_patches(patches, {key: tensor.shape for key, tensor in self.model.state_dict().items()})
 
     def set_injections(self, key: str, injections: list[Any]) -> None:
+        self._check_injections(key, injections, _this_node())
+        super().set_injections(key, injections)
+
+    def _check_injections(self, key: str, injections: list[Any], node: str) -> None:
         if injections:
             raise ValueError(
-                f"{key} (such as a bypass LoRA loader) changes modules that live in the parallel workers, which is not "
-                "possible; bypass the node"
+                f"{node} ({key}, such as a bypass LoRA loader) changes modules that live in the parallel workers, "
+                "which is not possible; use Load LoRA (Model) in its place, or bypass it"
             )
-        super().set_injections(key, injections)
 
     def set_model_patch(self, patch: Any, name: str) -> None:
         _refuse_block_patch(name)
@@ -159,13 +257,10 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def set_model_patch_replace(self, patch: Any, name: str, block_name: str, number: int, *_: Any, **__: Any) -> None:
         _refuse_block_patch(f"{name} in {block_name} {number}")
 
-    def set_model_optimized_attention(self, optimized_attention: Any) -> None:
-        _refuse_block_patch("attention")
-
     def set_model_rope_options(self, *_: Any, **__: Any) -> None:
         raise ValueError(
-            "this node changes the model's position encoding (rope_options), which the parallel workers do not take; "
-            "bypass it"
+            f"{_this_node()} changes the model's position encoding (rope_options), which the parallel workers do not "
+            "take; bypass it"
         )
 
     def add_hook_patches(
@@ -183,55 +278,80 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.patch_hooks(None)
 
     def add_weight_wrapper(self, name: str, function: Any) -> None:
+        self._refuse_weight_wrapper(name, _this_node())
+
+    def _refuse_weight_wrapper(self, name: str, node: str) -> NoReturn:
         raise ValueError(
-            f"a node (such as one that trains a LoRA) wraps the weight {name}, which lives in the parallel workers; "
+            f"{node} (such as one that trains a LoRA) wraps the weight {name}, which lives in the parallel workers; "
             "bypass it"
         )
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        if name.split(".")[0] in ("diffusion_model", "first_stage_model", "cond_stage_model"):
-            raise ValueError(
-                f"a node (such as TorchCompileModel) replaces {name}, which lives in the parallel workers; bypass it"
-            )
-        if name == "model_sampling":
-            self._check_sampling(float(obj.timestep(obj.sigma_max)))
+        self._check_object_patch(name, obj, _this_node())
         super().add_object_patch(name, obj)
 
-    def _check_sampling(self, largest: float) -> None:
+    def _check_object_patch(self, name: str, obj: Any, node: str) -> None:
+        if name.split(".")[0] in ("diffusion_model", "first_stage_model", "cond_stage_model"):
+            raise ValueError(
+                f"{node} (such as TorchCompileModel) replaces {name}, which lives in the parallel workers; bypass it"
+            )
+        if name == "manual_cast_dtype":
+            self._refuse_compute_dtype(node)
+        if name == "model_sampling":
+            self._check_sampling(float(obj.timestep(obj.sigma_max)), node)
+
+    def _check_sampling(self, largest: float, node: str) -> None:
         scale = self.model.diffusion_model.source.family.transformer.timestep_scale
         if largest > LARGEST_TIMESTEP * scale:
             raise ValueError(
-                f"this model sampling hands the model timesteps up to {largest:g}, where it expects 0 to {scale:g}; "
-                "bypass the node, or use ModelSamplingAuraFlow or ModelSamplingFlux"
+                f"{node} chooses a model sampling that hands the model timesteps up to {largest:g}, where it expects 0 "
+                f"to {scale:g}; bypass the node, or use ModelSamplingAuraFlow or ModelSamplingFlux"
             )
 
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
-        if key == COMPILE_KEY:
+        # TorchCompileModel's key is "torch.compile"; other packs' are much like it.
+        if "compile" in str(key).lower():
             raise ValueError(
-                "TorchCompileModel compiles the diffusion model, which lives in the parallel workers; bypass that node"
+                f"{_this_node()} (as TorchCompileModel does) compiles the diffusion model, which lives in the parallel "
+                "workers; bypass it"
             )
         super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
     def set_model_compute_dtype(self, dtype: Any) -> None:
+        if not self._device_was_chosen:  # or ComfyUI asks for what that device would need
+            self._refuse_compute_dtype(_this_node())
+
+    def _refuse_compute_dtype(self, node: str) -> NoReturn:
         raise ValueError(
-            "the compute dtype of a parallel model is chosen on its loader node; bypass the node that sets it"
+            f"{node} sets the compute dtype of a parallel model, which is chosen on its loader node; bypass it"
         )
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
-        raise ValueError("a parallel model has no weights in this process: it can be neither merged nor saved")
+        raise ValueError(
+            f"{_this_node()} wants the weights of a parallel model, which are not in this process: it can be neither "
+            "merged nor saved, and no LoRA can be made of it; use ComfyUI's own loader for that"
+        )
+
+    def patch_weight_to_device(self, *_: Any, **__: Any) -> Any:
+        return self.get_key_patches()
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
         return self.get_key_patches()
 
 
+def _this_node() -> str:
+    return executing_node() or "this node"
+
+
 def _refuse_weights(count: int) -> NoReturn:
     raise ValueError(
-        f"a node changes {count} weights of a VAE that lives in the parallel workers, which is not possible; bypass "
-        "it, or use ComfyUI's own loader"
+        f"{_this_node()} changes {count} weights of a VAE that lives in the parallel workers, which is not possible; "
+        "bypass it, or use ComfyUI's own loader"
     )
 
 
 def _refuse_block_patch(what: str) -> NoReturn:
     raise ValueError(
-        f"this node patches the model's blocks ({what}), which live in the parallel workers; bypass the node"
+        f"{_this_node()} patches the model's blocks ({what}), which live in the parallel workers; bypass the node, or "
+        "use ComfyUI's own loader"
     )

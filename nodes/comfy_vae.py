@@ -136,6 +136,10 @@ class RemoteVAE(comfy.sd.VAE):
         self.output_device = comfy.model_management.intermediate_device()
         self.patcher = RemotePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
 
+    def get_sd(self) -> dict[str, Tensor]:
+        self.patcher.get_key_patches()  # refuses
+        return {}
+
 
 def make_vae(handle: ModelHandle, source: VaeSource) -> RemoteVAE:
     """The VAE of a checkpoint that is in the workers."""

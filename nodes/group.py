@@ -35,6 +35,9 @@ class ModelHandle:
         add_user(self.config)
         weakref.finalize(self, remove_user, self.config).atexit = False
 
+    def __deepcopy__(self, memo: object) -> ModelHandle:
+        return self  # it names the model; a copy would name the same
+
     def get(self, component: str = "") -> RemoteModel:
         """The model, ready for requests; how far it is is shown while it is loaded.
 

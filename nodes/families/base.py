@@ -56,8 +56,6 @@ class ComfyFamily(ABC):
     wrappers, in that order: a wrapper finds them by their position."""
     patch_size: Any
     """Of ComfyUI's diffusion model."""
-    looked_at: tuple[str, ...] = ()
-    """Modules of ComfyUI's diffusion model of whose weight ComfyUI reads the shape."""
     empty_latent: str
     """The node that makes an empty latent for it."""
 

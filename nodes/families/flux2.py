@@ -50,6 +50,21 @@ class Flux2(ComfyFamily):
             "depth_single_blocks": config["num_single_layers"],
             "context_in_dim": config["joint_attention_dim"],
             "patch_size": 1,
+            "axes_dim": list(config.get("axes_dims_rope", (32, 32, 32, 32))),
+            "theta": config.get("rope_theta", 2000),
+            "mlp_ratio": config.get("mlp_ratio", 3.0),
+            "guidance_embed": config.get("guidance_embeds", True),
+            # As detection says for each FLUX.2.
+            "vec_in_dim": None,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "qkv_bias": False,
+            "ops_bias": False,
+            "default_ref_method": "index",
+            "ref_index_scale": 10.0,
+            "txt_ids_dims": [3],
+            "yak_mlp": False,
+            "txt_norm": False,
         }
 
     def weight_shapes(self, source: Checkpoint, unet_config: dict[str, Any]) -> Shapes:
@@ -63,7 +78,10 @@ class Flux2(ComfyFamily):
     ) -> Conditioning:
         given.pop("y", None)  # a pooled text, for which ComfyUI's FLUX.2 has no weights either
         if given.pop("attention_mask", None) is not None:
-            raise ValueError("the conditioning has an attention mask for parts of the image, which is not supported")
+            raise ValueError(
+                "the conditioning has an attention mask for parts of the image, which is not supported; bypass the "
+                "node that sets it"
+            )
         method = given.pop("ref_latents_method", None) or "index"
         if method != "index":
             raise ValueError(

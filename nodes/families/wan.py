@@ -29,7 +29,6 @@ class Wan(ComfyFamily):
     name = "wan"
     forward_arguments = ("clip_fea", "time_dim_concat", "transformer_options")
     patch_size = (1, 2, 2)
-    looked_at = ("patch_embedding",)
     empty_latent = "EmptyHunyuanLatentVideo (Wan22ImageToVideoLatent for the 5B model)"
     clip_type = "wan"
 

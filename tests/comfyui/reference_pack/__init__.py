@@ -34,6 +34,7 @@ from .conditioning import (
     ReferenceVideoVae,
     ReferenceVision,
 )
+from .probes import ReferenceChange, ReferenceControl, ReferenceLook, ReferenceLoraModel, ReferenceStandIn
 from .qwen_image import load_qwen_pipeline
 from .stock_model import stock_model
 from .text_encoders import ReferenceTextEncoder, ReferenceTokenizerOption
@@ -355,7 +356,7 @@ class ReferenceLittleRoom:
                 raise errors.BatchTooLargeError(f"a batch of {len(args[0])} is too large")
             return handle.get().predict(*args, **options)
 
-        changed.model.diffusion_model.handle = SimpleNamespace(get=lambda: SimpleNamespace(predict=predict))
+        changed.model.diffusion_model.handle = SimpleNamespace(get=lambda *_: SimpleNamespace(predict=predict))
         return (changed,)
 
 
@@ -422,6 +423,11 @@ _NODES = (
     ReferenceFloatMask,
     ReferenceLittleRoom,
     ReferenceExtraArgument,
+    ReferenceChange,
+    ReferenceControl,
+    ReferenceLook,
+    ReferenceLoraModel,
     ReferenceSaveConditioning,
+    ReferenceStandIn,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
