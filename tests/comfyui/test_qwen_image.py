@@ -296,8 +296,8 @@ def test_another_type_is_refused(qwen):
     assert "text encoder of Qwen-Image" in text
     assert "choose the type 'qwen_image'" in text
     assert worker_ranks(qwen) == before  # nothing was loaded for it
-    graph[clip]["inputs"]["type"] = "wan"
-    assert "'wan' not in ['flux2', 'qwen_image']" in rejection(qwen, graph, clip)
+    graph[clip]["inputs"]["type"] = "sdxl"
+    assert "'sdxl' not in ['flux2', 'qwen_image', 'wan']" in rejection(qwen, graph, clip)
 
 
 def test_images_with_an_alpha_channel_are_refused(qwen):

@@ -81,7 +81,7 @@ def references(qwen: ComfyServer, home: Path) -> dict[str, str]:
                 write(path, vae_tensors())
         pipelines[name] = f"{name}-reference"
         made = models / pipelines[name]
-        shutil.copytree(models / folder, made)
+        shutil.copytree(models / folder, made, dirs_exist_ok=True)  # other modules may have made them
         save_file(dequantized(stored), made / "transformer" / "diffusion_pytorch_model.safetensors")
         config = made / "transformer" / "config.json"
         blocks = len({key.split(".")[1] for key in transformer if key.startswith("transformer_blocks")})

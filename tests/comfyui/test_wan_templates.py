@@ -299,7 +299,8 @@ def test_skipped_layers_are_refused(server: ComfyServer, frontend: Frontend):
     show(frontend, workflow, name)
     result = server.run(with_our_loaders(small(frontend.prompt(), TEMPLATES[name])))
     assert result.error is not None
+    assert '"SkipLayerGuidanceDiT" (node ' in result.error["exception_message"]
     assert (
-        "a node patches the model's blocks (dit), which live in the parallel workers; bypass it"
-        in (result.error["exception_message"])
+        "patches the model's blocks (dit), which live in the parallel workers; bypass it"
+        in result.error["exception_message"]
     )

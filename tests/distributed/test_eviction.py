@@ -30,7 +30,7 @@ def test_what_fits_on_all_but_one_is_refused_on_all(world):
 def test_an_error_of_one_rank_is_raised_on_all(world, failing):
     """Or the others would wait for it, and the group would have to end."""
     found = world.run(eviction_cases.fail_alone, LAYOUT, failing, MemoryError("none left"))
-    others = ("RuntimeError", f"rank {failing} failed: MemoryError: none left")
+    others = ("AnotherRankError", f"rank {failing} failed: MemoryError: none left")
     assert found == [("MemoryError", "none left") if rank == failing else others for rank in range(4)]
     assert world.run(eviction_cases.fail_alone, LAYOUT, failing, ValueError("bad")) == [("ValueError", "bad")] * 4
 
@@ -44,7 +44,7 @@ def test_a_rank_without_memory_for_its_part(world, tmp_path, layout, component):
     pipeline = str(make_tiny_pipeline(tmp_path / "tiny"))
     first, *others = world.run(eviction_cases.load_without_memory, layout, pipeline, component)
     assert first == ("MemoryError", "file")
-    assert set(others) == {("RuntimeError", "file")}
+    assert set(others) == {("AnotherRankError", "file")}
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_what_one_rank_lends_comes_back_there_alone(world, tmp_path, layout, len
 
 
 def test_a_rank_without_memory_for_what_it_is_shown(world):
-    assert world.run(eviction_cases.see_without_memory, LAYOUT) == ["MemoryError", *["RuntimeError"] * 3]
+    assert world.run(eviction_cases.see_without_memory, LAYOUT) == ["MemoryError", *["AnotherRankError"] * 3]

@@ -162,8 +162,8 @@ class TestParts:
         """The text encoder's is not read; the transformer alone is, and only of the text encoder is it said."""
         path = write_flux2(tmp_path / "all.safetensors", "metadata")
         tensors = load_file(path)
-        layers = '{"layers": {"%smodel.layers.3.mlp.up_proj": {"format": "nvfp4"}}}' % TEXT  # noqa: UP031
+        layers = '{"layers": {"%smodel.layers.3.mlp.up_proj": {"format": "w3a3"}}}' % TEXT  # noqa: UP031
         save_file(tensors, path, metadata={"_quantization_metadata": layers})
         assert open_checkpoint(path).components == ("transformer",)
-        with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.up_proj in the format nvfp4"):
+        with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.up_proj in the format w3a3"):
             open_checkpoint(path, "text_encoder")
