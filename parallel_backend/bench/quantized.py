@@ -15,7 +15,7 @@ from ..parallel.formats import FORMATS, TILE_BLOCKS, TILE_ROWS
 from ..parallel.fp8 import Fp8, can_multiply, has_fp8_units
 from ..parallel.products import Multiplier, Product
 from ..parallel.quantized import Layout, Quantized, SideBySide, has_units
-from ..parallel.tensor import ParamShard, WholeLinear
+from ..parallel.tensor import ParamShard, hold
 
 _SPAN = 4.0
 """Standard deviations that the largest number stands for."""
@@ -41,13 +41,8 @@ def quantize(model: nn.Module, weights: str, table: Mapping[str, ParamShard], dt
         blocks = [weight.shape[1]] if shard is None or shard.dim == 0 else [b - a for a, b in shard.ranges]
         scale = _SPAN * columns**-0.5
         product = _product(weight, blocks, weights, scale, columns, dtype)
-        if product is None:
-            continue
-        if isinstance(linear, Multiplier):
-            linear.hold(product)
-        else:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, WholeLinear(product, linear.bias))
+        if product is not None:
+            hold(model, name, product)
 
 
 def _product(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..mesh import Axis
 from ..parallel.products import Adapted, Instead, Multiplier, Plain, Product, named_weights
-from ..parallel.tensor import Model, ParamShard, WholeLinear
+from ..parallel.tensor import Model, ParamShard, hold
 from .adapters import AdapterSet, Patches, Ranges, branch_of, patch_rows, same_patches, strengths_of
 from .wide_adapters import LocalWeight, patch_together
 
@@ -203,15 +203,7 @@ class AdaptedWeights:
         return False
 
     def _hold(self, name: str, product: Product) -> None:
-        owner, _, _ = name.rpartition(".")
-        linear = self.module.get_submodule(owner)
-        if not isinstance(linear, Multiplier):
-            whole = WholeLinear(product, None)
-            whole.weight, whole.bias = linear.weight, linear.bias
-            parent, _, leaf = owner.rpartition(".")
-            setattr(self.module.get_submodule(parent), leaf, whole)
-            linear = whole
-        linear.hold(product)
+        hold(self.module, name.rpartition(".")[0], product)
 
     def _patch_together(
         self, key: str, held: list[tuple[str, Piece]], changed: Mapping[str, Tensor], adapters: AdapterSet

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel.fp8 import Fp8, can_multiply, has_fp8_units
-from ..parallel.products import Multiplier, Product
+from ..parallel.products import Multiplier
 from ..parallel.quantized import has_units
-from ..parallel.tensor import ParamShard, WholeLinear
+from ..parallel.tensor import ParamShard, hold
 from .file_reader import FileReader, Ranges, Slice, merged, runs
 from .quantized_weight import QuantizedSlice
 from .safetensors_reader import DTYPES, FP8_DTYPES, StoredTensor, Weight, find_weight
@@ -123,11 +123,11 @@ class Target:
         units = units and self.weight.fp8_matmul and has_fp8_units(self.device) and can_multiply(weight, self.units_for)
         if isinstance(scale, Tensor):
             # ComfyUI, too, has no product in 8 bits for scales of rows.
-            _hold(model, self.name, Fp8(weight, scale.to(self.device)))
+            hold(model, self.name.rpartition(".")[0], Fp8(weight, scale.to(self.device)))
         else:
             alpha = 1.0 if scale is None else scale
             inputs = on_device(self.input_scale or 1.0) if units else None
-            _hold(model, self.name, Fp8(weight, on_device(alpha), alpha, inputs))
+            hold(model, self.name.rpartition(".")[0], Fp8(weight, on_device(alpha), alpha, inputs))
 
 
 @dataclass
@@ -185,7 +185,7 @@ class QuantizedTarget:
         layer = self.part.layer
         if self.stays:
             native = units and layer.matmul and has_units(layer.format, self.device)
-            _hold(model, self.name, self.part.product(native))
+            hold(model, self.name.rpartition(".")[0], self.part.product(native))
             return
         if self.tensor is None:
             self.tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -199,17 +199,6 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a parameter in its place."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _hold(model: nn.Module, name: str, product: Product) -> None:
-    """Have a linear multiply with a product in the place of its weight."""
-    owner = name.rpartition(".")[0]
-    module = model.get_submodule(owner)
-    if isinstance(module, Multiplier):
-        module.hold(product)
-    else:
-        parent, _, leaf = owner.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, WholeLinear(product, module.bias))  # type: ignore[arg-type]
 
 
 def targets_of(

@@ -174,6 +174,18 @@ class WholeLinear(Multiplier):
         return product_of(self).product(x, self.bias)
 
 
+def hold(model: nn.Module, name: str, product: Product) -> None:
+    """Have a model's linear multiply with a product; one of torch's gives its place to a `WholeLinear`."""
+    linear = model.get_submodule(name)
+    if not isinstance(linear, Multiplier):
+        whole = WholeLinear(product, None)
+        whole.weight, whole.bias = linear.weight, linear.bias  # type: ignore[assignment]
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, whole)
+        linear = whole
+    linear.hold(product)
+
+
 class ColumnParallelEmbedding(nn.Module):
     """Embedding whose hidden features are split: ids ``[...] -> [..., hidden]``, or ``[..., hidden_local]``."""
 

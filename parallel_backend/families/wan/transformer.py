@@ -28,7 +28,6 @@ MLP_UNITS = (128, 16)
 FIRST_FRAME = "first_frame_channels"
 """Of the configuration, beside what diffusers knows: of a reference image that becomes a frame before the video."""
 IMAGE_TOKENS = 257
-TEXT_TOKENS = 512
 
 
 class WanTransformer(Transformer):
