@@ -93,7 +93,9 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.float())).isfinite().all())
+    # As it is sent: a copy in fp32 of all of a LoRA would take longer than sending it.
+    values = tensor if tensor.dtype in _SENT else tensor.float()
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def _as_sent(tensor: Tensor) -> Tensor:
