@@ -14,11 +14,8 @@ from tests.umt5_file import comfy_config, umt5_tensors, write_umt5
 
 from .graphs import Graph, add_layout, run_well
 from .test_errors import failure, rejection
-from .test_load_clip import save_conditioning, saved_conditioning
+from .test_load_clip import LAYOUT, PARITY, save_conditioning, saved_conditioning
 
-PARITY = 1e-4
-"""See test_load_clip.PARITY."""
-LAYOUT = {"ulysses": 2, "tp": 2}
 PROMPTS = {
     "a sentence": "a red circle on a blue square",
     "nothing": "",

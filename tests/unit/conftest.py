@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel_backend.loading import weight_loader
+from parallel_backend.loading.file_reader import FileReader
 from tests.tiny_pipeline import make_tiny_pipeline
 
 
@@ -19,3 +21,17 @@ def own_home(tmp_path_factory):
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A pipeline folder, shared by all tests: not to be changed."""
     return make_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """The bytes of each read of weights."""
+    found: list[int] = []
+
+    class Counted(FileReader):
+        def read(self, part, into):
+            super().read(part, into)
+            found.append(part.nbytes)
+
+    monkeypatch.setattr(weight_loader, "FileReader", Counted)
+    return found

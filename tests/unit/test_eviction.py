@@ -18,6 +18,7 @@ from parallel_backend.runtime.rank.eviction import Eviction
 from parallel_backend.runtime.rank.transformer_component import TransformerComponent
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, to_fp8, write
+from tests.watched_engine import watched_engine
 
 MIB = 2**20
 
@@ -48,16 +49,7 @@ def device() -> SmallDevice:
 @pytest.fixture
 def engine(device, notices, monkeypatch) -> Engine:
     room = Eviction(torch.device("cpu"), SINGLE, notices.append, device.available, lambda: 10**12)
-    engine = Engine(torch.device("cpu"), notices.append, room)
-    build = engine._build
-
-    def watched(*args):
-        model = build(*args)
-        device.parts += model.components.values()
-        return model
-
-    monkeypatch.setattr(engine, "_build", watched)
-    return engine
+    return watched_engine(room, device.parts, monkeypatch)
 
 
 @pytest.fixture(scope="module")

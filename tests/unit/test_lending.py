@@ -19,6 +19,7 @@ from parallel_backend.runtime.rank.engine import Engine
 from parallel_backend.runtime.rank.eviction import HOST_RESERVE, Eviction
 from tests.single_file import flux2_tensors, write
 from tests.text_encoder_file import write_text
+from tests.watched_engine import watched_engine
 
 HERE = [0]
 """The ranks of a process that is alone."""
@@ -67,16 +68,7 @@ def engine(device, notices, monkeypatch) -> Engine:
         device.held,
         device.trim,
     )
-    engine = Engine(torch.device("cpu"), notices.append, room)
-    build = engine._build
-
-    def watched(*args):
-        model = build(*args)
-        device.parts += model.components.values()
-        return model
-
-    monkeypatch.setattr(engine, "_build", watched)
-    return engine
+    return watched_engine(room, device.parts, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from torch import nn
 
-from parallel_backend.loading import quantized, staging, targets, weight_loader
+from parallel_backend.loading import quantized, staging, targets
 from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.quantized_weight import QuantizedSlice
 from parallel_backend.loading.single_file import open_single_file
@@ -127,15 +127,7 @@ def test_inputs_are_smoothed(files):
 
 @pytest.mark.parametrize("form", ["int8_convrot", "nvfp4"])
 @pytest.mark.parametrize("degree", [1, 2])
-def test_each_byte_is_read_once(files, form, degree, monkeypatch):
-    read = []
-
-    class Counted(FileReader):
-        def read(self, part, into):
-            super().read(part, into)
-            read.append(part.nbytes)
-
-    monkeypatch.setattr(weight_loader, "FileReader", Counted)
+def test_each_byte_is_read_once(files, form, degree, read):
     path, _ = files(form)
     model, _ = load(path, degree, degree - 1)
     stored = open_single_file(path).weights("transformer")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from parallel_backend.loading import staging, targets, weight_loader
+from parallel_backend.loading import staging, targets
 from parallel_backend.loading.file_reader import FileReader
 from parallel_backend.loading.safetensors_reader import Weight, read_header, whole
 from parallel_backend.loading.weight_loader import load_weights
@@ -118,15 +118,7 @@ def test_parameters_of_several_pieces_and_dtypes(tmp_path):
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_just_the_bytes_of_the_shard_are_read(tmp_path, degree, monkeypatch):
-    read = []
-
-    class Counted(FileReader):
-        def read(self, part, into):
-            super().read(part, into)
-            read.append(part.nbytes)
-
-    monkeypatch.setattr(weight_loader, "FileReader", Counted)
+def test_just_the_bytes_of_the_shard_are_read(tmp_path, degree, read):
     weights = stored(random_model(), tmp_path)
     model, _ = load(weights, degree, degree - 1)
     assert sum(read) == sum(parameter.nbytes for parameter in model.parameters())
