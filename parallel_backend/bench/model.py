@@ -46,9 +46,12 @@ def build_transformer(
 
 
 def build_text_model(
-    shape: Shape, mesh: ParallelMesh, dtype: torch.dtype
+    shape: Shape, mesh: ParallelMesh, dtype: torch.dtype, weights: str = ""
 ) -> tuple[Model, Family, Mapping[str, Any]] | None:
-    """This rank's part of a shape's text encoder, its family and its configuration; None where there is none."""
+    """This rank's part of a shape's text encoder, its family and its configuration; None where there is none.
+
+    Its weights are quantized, if that is named; its products are not, as in ComfyUI.
+    """
     if shape.text_config is None:
         return None
     family = family_of_transformer(shape.transformer)
@@ -57,6 +60,8 @@ def build_text_model(
     model = kind.build(config)
     table = shard_text_model(model, kind, config, text_axes(kind, config, mesh)[0])
     fill(model, torch.device(mesh.device_type), dtype, table)
+    if weights:
+        quantize(model, weights, table, dtype, units=False)
     return model, family, config
 
 

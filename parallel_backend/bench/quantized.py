@@ -24,7 +24,9 @@ _E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, weights: str, table: Mapping[str, ParamShard], dtype: torch.dtype) -> None:
+def quantize(
+    model: nn.Module, weights: str, table: Mapping[str, ParamShard], dtype: torch.dtype, units: bool = True
+) -> None:
     """Hold the linears of a model's blocks in one of `shapes.WEIGHTS`; those off a format's grid stay as they are.
 
     Args:
@@ -32,6 +34,7 @@ def quantize(model: nn.Module, weights: str, table: Mapping[str, ParamShard], dt
         weights: which format.
         table: the slices that this rank holds.
         dtype: of the inputs.
+        units: whether they are multiplied as they are held, where the device can.
     """
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear | Multiplier) or not any(part.isdecimal() for part in name.split(".")):
@@ -40,19 +43,25 @@ def quantize(model: nn.Module, weights: str, table: Mapping[str, ParamShard], dt
         columns = weight.shape[1] if shard is None or shard.dim == 0 else shard.size
         blocks = [weight.shape[1]] if shard is None or shard.dim == 0 else [b - a for a, b in shard.ranges]
         scale = _SPAN * columns**-0.5
-        product = _product(weight, blocks, weights, scale, columns, dtype)
+        product = _product(weight, blocks, weights, scale, columns, dtype, units)
         if product is not None:
             hold(model, name, product)
 
 
 def _product(
-    weight: Tensor, blocks: Sequence[int], weights: str, largest: float, columns: int, dtype: torch.dtype
+    weight: Tensor,
+    blocks: Sequence[int],
+    weights: str,
+    largest: float,
+    columns: int,
+    dtype: torch.dtype,
+    units: bool,
 ) -> Product | None:
     device = weight.device
     if weights.startswith("fp8"):
         alpha = largest / torch.finfo(torch.float8_e4m3fn).max
         held = (weight / alpha).clamp(-448, 448).to(torch.float8_e4m3fn)
-        units = weights == "fp8" and has_fp8_units(device) and can_multiply(held, dtype)
+        units = units and weights == "fp8" and has_fp8_units(device) and can_multiply(held, dtype)
         scale = torch.full((), alpha, device=device)
         return Fp8(held, scale, alpha, torch.ones((), device=device) if units else None)
     form = "nvfp4" if weights == "nvfp4" else "int8_tensorwise"
@@ -63,7 +72,7 @@ def _product(
     if any(size % unit for size in blocks) or weight.shape[0] % rows:
         return None
     parts = [_parts(part.float(), form, largest) for part in weight.split(list(blocks), dim=1)]
-    layout = Layout(form, options, tuple(parts[0]), has_units(form, device))
+    layout = Layout(form, options, tuple(parts[0]), units and has_units(form, device))
     made = [Quantized(layout, tuple(one.values())) for one in parts]
     return made[0] if len(made) == 1 else SideBySide(made)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import eight_gpus, neighbours
+from benchmarks import eight_gpus, neighbours, quantized_speed
 from benchmarks.against_cache_dit import cache_of, layout_of, measured, to_markdown
 from benchmarks.eight_gpus import MASKS, Row, rows_of
 from parallel_backend.bench.alone import start_alone
@@ -235,3 +235,55 @@ def test_what_moved_for_neighbours():
     assert neighbours.report(rows).splitlines()[-1] == (
         "| --reserve-vram 2 | ours | 3.00, 1.50, 1.50 | 1: ComfyUI has 1.3 GiB of GPU, 3: tiled decoding |"
     )
+
+
+def quantized_rows(monkeypatch, capsys, tmp_path, failing, *arguments):
+    """What `benchmarks/quantized_speed.py` has its processes measure, those of a list of rows failing, and says."""
+    asked = []
+
+    def in_ranks(arguments, task, rows, seconds, tell):
+        asked.append([(row["model"], row["weights"], row["how"]) for row in rows])
+        for count, row in enumerate(rows, 1):
+            ms = {"bf16": 100.0, "nvfp4": 150.0}.get(row["weights"], 75.0)
+            spread = {"median": ms, "least": ms, "most": ms}
+            figures = {"ms": spread, "peak_bytes": 2**30, "weight_bytes": 2**29, "held": "8 int8 (units)", "first_s": 1}
+            bad = (row["weights"], row["how"]) in failing
+            tell(row | ({"failed": "OutOfMemoryError: no"} if bad else figures))
+            if bad:
+                return count
+        return len(rows)
+
+    monkeypatch.setattr(quantized_speed, "in_ranks", in_ranks)
+    command = ["x", "--shape", "tiny", "--devices", "cpu", "--json", str(tmp_path / "a.json"), *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        quantized_speed.main()
+    return asked, ended.value.code, capsys.readouterr()
+
+
+def test_a_row_that_fails_costs_no_other_and_is_measured_again(monkeypatch, capsys, tmp_path):
+    bad = [("int8", "eager"), ("nvfp4", "eager")]
+    asked, code, said = quantized_rows(monkeypatch, capsys, tmp_path, bad, "--weights", "int8", "--how", "eager")
+    assert code == 1
+    assert [len(rows) for rows in asked] == [4, 2]
+    assert "transformer   int8            eager     failed: OutOfMemoryError: no" in said.out
+    asked, code, said = quantized_rows(monkeypatch, capsys, tmp_path, [], "--weights", "int8")
+    assert code == 0
+    assert asked == [[("transformer", "int8", "eager"), ("text encoder", "nvfp4", "eager"),
+                      ("transformer", "bf16", "compiled"), ("transformer", "int8", "compiled")]]  # fmt: skip
+    assert "text encoder  nvfp4           eager     150.0 (150.0 to 150.0) ms  1.500 x bf16 peak 1.00 GiB" in said.out
+    assert "bf16            eager     100.0 (100.0 to 100.0) ms  1.000 x bf16 peak 1.00 GiB" in said.out
+    _, code, said = quantized_rows(monkeypatch, capsys, tmp_path, [], "--depth-fraction", "0.5")
+    assert code == 2
+    assert "of another measurement" in said.err
+    _, code, said = quantized_rows(monkeypatch, capsys, tmp_path, [], "--weights", "int9")
+    assert code == 2
+    assert "there is no 'int9' to measure; there are: fp8" in said.err
+
+
+def test_part_of_the_depth():
+    shape = quantized_speed.shallower(SHAPES["flux2-dev"], 0.25)
+    _, config = transformer_config(shape)
+    assert (config["num_layers"], config["num_single_layers"], shape.side) == (2, 12, 1024)
+    assert shape.text_config["text_encoder_out_layers"] == [2, 5, 8]
+    assert shape.text_config["text_config"]["hidden_size"] == 5120
