@@ -172,7 +172,8 @@ def draw(server: ComfyServer, prompt: Prompt) -> np.ndarray:
 def draw_latent(server: ComfyServer, prompt: Prompt) -> Tensor:
     """What the only sampler of a graph makes, which is not decoded."""
     (sampler,) = (key for key, node in prompt.items() if node["class_type"] in ("KSampler", "SamplerCustomAdvanced"))
-    kept = {key: node for key, node in prompt.items() if node["class_type"] not in ("VAEDecode", "SaveImage")}
+    drawn = ("VAEDecode", "SaveImage", "SaveImageAdvanced")
+    kept = {key: node for key, node in prompt.items() if node["class_type"] not in drawn}
     save = {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/template"}}
     result = run_well(server, {**kept, "latent": save}, timeout=200)
     (file,) = result.outputs["latent"]["latents"]

@@ -35,7 +35,7 @@ from .conditioning import (
     ReferenceVision,
 )
 from .probes import ReferenceChange, ReferenceControl, ReferenceLook, ReferenceLoraModel, ReferenceStandIn
-from .qwen_image import load_qwen_pipeline
+from .qwen_image import ReferenceQwenClip, ReferenceQwenImage, load_qwen_pipeline
 from .stock_model import stock_model
 from .text_encoders import ReferenceTextEncoder, ReferenceTokenizerOption
 from .vaes import ReferenceClip, ReferenceNoText, ReferenceSaveTensor, ReferenceWanVAE
@@ -411,6 +411,8 @@ _NODES = (
     ReferenceVideoLatent,
     ReferenceVideoVae,
     ReferenceVision,
+    ReferenceQwenClip,
+    ReferenceQwenImage,
     ReferenceZImage,
     ReferenceClip,
     ReferenceNoText,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import torch
 from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.hunyuan_video import llama_detect
 from comfy.text_encoders.llama import Llama2_, Qwen25_7BVLI, Qwen25_7BVLI_Config
 from comfy.text_encoders.qwen_image import QwenImageTokenizer, te
 from comfy.text_encoders.qwen_vl import Qwen2VLVisionTransformer
@@ -40,6 +43,36 @@ def build_qwen_model(transformer: Any) -> comfy.model_patcher.ModelPatcher:
         axes_dims_rope=tuple(config.axes_dims_rope),
     )
     return stock_model(comfy.supported_models.QwenImage(unet_config), weights)
+
+
+def load_qwen_file(path: str) -> comfy.model_patcher.ModelPatcher:
+    """A stock MODEL (float32) of a file whose linears may be quantized; its rotary axes are of Qwen-Image's shares."""
+    weights = comfy.utils.load_torch_file(path, safe_load=True)
+    unet_config = comfy.model_detection.detect_unet_config(weights, "")
+    inner, _ = weights["img_in.weight"].shape
+    (head,) = weights["transformer_blocks.0.attn.norm_q.weight"].shape
+    unet_config.update(
+        attention_head_dim=head,
+        num_attention_heads=inner // head,
+        joint_attention_dim=weights["txt_in.weight"].shape[1],
+        axes_dims_rope=(head // 8, 7 * head // 16, 7 * head // 16),
+    )
+    return stock_model(comfy.supported_models.QwenImage(unet_config), weights)
+
+
+class ReferenceQwenImage:
+    """Takes the place of Load Diffusion Model in a graph."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"unet_name": ("STRING", {})}, "optional": {"weight_dtype": ("STRING", {})}}
+
+    def load(self, unet_name: str, weight_dtype: str = "default") -> tuple[Any]:
+        return (load_qwen_file(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)
 
 
 class _LanguageModel(Qwen25_7BVLI):
@@ -71,15 +104,21 @@ def build_qwen_clip(weights: dict[str, torch.Tensor], text: Any, vision: Any) ->
     """A stock CLIP of ComfyUI's own classes.
 
     Args:
-        weights: of a Qwen2.5-VL, under ComfyUI's names.
+        weights: of a Qwen2.5-VL, under ComfyUI's names; its linears may be quantized.
         text, vision: the parts of its transformers configuration.
     """
     config = {name: getattr(text, name) for name in TEXT_SIZES}
     config["vision"] = {name: getattr(vision, name) for name in ("hidden_size", "intermediate_size", "num_heads")}
     config["vision"]["num_layers"] = vision.depth
+    found = llama_detect(weights)
+    quantized = found.get("llama_quantization_metadata")
     return comfy.sd.CLIP(
         # Without a dtype it would hold the weights in fp16.
-        SimpleNamespace(clip=te(torch.float32), tokenizer=QwenImageTokenizer, params={}),
+        SimpleNamespace(
+            clip=te(found["dtype_llama"] if quantized else torch.float32, quantized),
+            tokenizer=QwenImageTokenizer,
+            params={},
+        ),
         state_dict=[weights],
         model_options={"qwen25_7b_model_config": config, "qwen25_7b_class": _ClipModel},
     )
@@ -107,6 +146,26 @@ def load_qwen_pipeline(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, 
     renamed = {re.sub(r"^model\.(language_model|visual)", _comfy_part, name): w for name, w in weights.items()}
     clip = build_qwen_clip(renamed, config.text_config, config.vision_config)
     return build_qwen_model(transformer), clip, build_qwen_vae(vae)
+
+
+class ReferenceQwenClip:
+    """Takes the place of Load CLIP in a graph; ``config`` is transformers' of the file's model."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip_name": ("STRING", {}), "config": ("STRING", {})}}
+
+    def load(self, clip_name: str, config: str) -> tuple[Any]:
+        from transformers import Qwen2_5_VLConfig
+
+        path = folder_paths.get_full_path_or_raise("text_encoders", clip_name)
+        made = Qwen2_5_VLConfig(**json.loads(config))
+        weights = comfy.utils.load_torch_file(path, safe_load=True)
+        return (build_qwen_clip(weights, made.text_config, made.vision_config),)
 
 
 def _comfy_part(match: re.Match[str]) -> str:
