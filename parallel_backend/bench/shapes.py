@@ -35,7 +35,7 @@ class Shape:
     frames: int = 1
 
 
-WEIGHTS = ("fp8", "fp8 as storage", "int8", "int8_convrot", "nvfp4")
+WEIGHTS = ("fp8", "fp8 as storage", "int8", "int8_convrot", "nvfp4", "mxfp8", "w4a8", "w4a4", "awq")
 """What the blocks' linears can be held as, beside the number format of the rest; all but fp8 need comfy-kitchen."""
 FLUX2 = "Flux2Transformer2DModel"
 WAN = "WanTransformer3DModel"

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from parallel_backend.bench.model import transformer_config
-from parallel_backend.bench.shapes import SHAPES
+from parallel_backend.bench.model import fill, transformer_config
+from parallel_backend.bench.quantized import quantize
+from parallel_backend.bench.shapes import SHAPES, WEIGHTS
 from parallel_backend.cli import main
+from parallel_backend.parallel.products import product_of
+from tests.errors import relative_error
 from tests.quantized_file import needs_kitchen
 
 pytestmark = pytest.mark.timeout(180)
@@ -95,17 +98,48 @@ def broken():
 
 
 @needs_kitchen
-@pytest.mark.parametrize("weights", ["int8_convrot", pytest.param("nvfp4", marks=pytest.mark.thorough),
-                                     pytest.param("fp8", marks=pytest.mark.thorough)])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights",
+    [pytest.param(name, marks=[] if name == "int8_convrot" else [pytest.mark.thorough]) for name in WEIGHTS],
+)
 def test_quantized_weights(tmp_path, capsys, weights):
     report = bench(tmp_path, "--tp", "2", "--weights", weights)
+    # Off a format's grid they stay as they are: no rank of so small a model has half a tile of 128 x 128.
     for rank in report["ranks"]:
-        assert rank["weight_bytes"]["transformer"] < 0.5 * weights_of_tiny()
-    # The same weights on both ranks as on one; int8 rounds inputs in parts, and of nvfp4's tiles of 128 x 64 a rank of
-    # so small a model has no whole ones, where it keeps exact weights.
-    most = {"int8_convrot": 0.05, "nvfp4": 0.2, "fp8": 1e-5}[weights]
-    assert report["ranks"][0]["one_gpu"]["error"] <= most
+        assert rank["weight_bytes"]["transformer"] < (0.5 if weights != "mxfp8" else 0.75) * weights_of_tiny()
+    # The same weights on both ranks as on one; formats that round inputs do it in parts, and of nvfp4's tiles a rank
+    # has no whole ones, where it keeps exact weights.
+    rounded = {"int8": 0.05, "int8_convrot": 0.05, "nvfp4": 0.2, "mxfp8": 0.05, "w4a8": 0.05, "w4a4": 0.5}
+    assert report["ranks"][0]["one_gpu"]["error"] <= rounded.get(weights, 1e-5)
     assert f"weights in {weights}" in capsys.readouterr().out
+
+
+def rotate(weight, group):
+    from comfy_kitchen.backends.eager.convrot_w4a4 import _build_hadamard
+
+    return (weight.view(len(weight), -1, group) @ _build_hadamard(group)).view(weight.shape)
+
+
+@needs_kitchen
+@pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "fp8 as storage"])
+def test_numbers_are_those_of_the_weights(weights):
+    """Dense again they are what was quantized, but for the format's rounding: as files have them."""
+    model = torch.nn.ModuleDict({"0": torch.nn.Linear(512, 256, bias=False)})
+    fill(model, torch.device("cpu"), torch.float32)
+    exact = model["0"].weight.data.clone()
+    quantize(model, weights, {}, torch.float32)
+    product = product_of(model["0"])
+    dense = product.dense(torch.float32)
+    if weights in ("int8_convrot", "w4a8", "w4a4"):
+        # They stand for rotated columns: rotated once more they are the weight.
+        dense = rotate(dense, 256)
+    least, most = {
+        "int8": (0.001, 0.02),
+        "int8_convrot": (0.001, 0.02),
+        "fp8": (0.01, 0.05),
+        "mxfp8": (0.01, 0.05),
+    }.get(weights, (0.05, 0.25))
+    assert least <= relative_error(dense, exact) <= most
 
 
 def test_quantized_weights_without_the_library(capsys, monkeypatch):
