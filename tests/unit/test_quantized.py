@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from parallel_backend.loading import quantized, staging, targets
 from parallel_backend.loading.file_reader import FileReader
@@ -206,23 +207,40 @@ def test_a_product_and_its_parts(form):
     near(restored(adapted.kind, adapted.tensors()).product(x), adapted.product(x))
 
 
+def parts_of(linear, x):
+    """As blocks use a linear: by rows, and by columns, one added to the other."""
+    first, last = product_of(linear).split_rows(128)
+    late, early = product_of(linear).split_columns(512)
+    y = early.product(x[..., 512:], linear.bias)
+    return first.product(x), last.product(x), late.add_to(y, x[..., :512])
+
+
+def draw_linear(form):
+    product, _ = draw(form)
+    return WholeLinear(SideBySide([product.columns(0, 512), product.columns(512, 1024)]), torch.zeros(512))
+
+
 @torch.no_grad()
 @EVERY
 def test_compiled_as_one_graph(form):
-    product, _ = draw(form)
-
-    def block(linear, x):
-        first, last = product_of(linear).split_rows(128)
-        late, early = product_of(linear).split_columns(512)
-        y = early.product(x[..., 512:], linear.bias)
-        return first.product(x), last.product(x), late.add_to(y, x[..., :512])
-
-    x = torch.randn(2, 5, 1024, generator=torch.Generator().manual_seed(2))
-    linear = WholeLinear(SideBySide([product.columns(0, 512), product.columns(512, 1024)]), torch.zeros(512))
-    expected = block(linear, x)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for one, two in zip(compiled(linear, x), expected, strict=True):
+    x, linear = torch.randn(2, 5, 1024, generator=torch.Generator().manual_seed(2)), draw_linear(form)
+    compiled = torch.compile(parts_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for one, two in zip(compiled(linear, x), parts_of(linear, x), strict=True):
         near(one, two)
+
+
+@torch.inference_mode()
+def test_a_format_is_compiled_once():
+    """By inductor: the layers of a format share one graph, whatever lies between them, and none is broken."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(parts_of, fullgraph=True, dynamic=True, backend=graphs)
+    x = torch.randn(2, 5, 1024, generator=torch.Generator().manual_seed(2))
+    for form, count in (("int8_convrot", 1), ("int8_convrot", 1), ("nvfp4", 2), ("int8_convrot", 2), ("nvfp4", 2)):
+        linear = draw_linear(form)
+        for one, two in zip(compiled(linear, x), parts_of(linear, x), strict=True):
+            near(one, two)
+        assert graphs.frame_count == count
 
 
 @EVERY
