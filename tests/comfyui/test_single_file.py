@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from parallel_backend.parallel.formats import FORMATS as KNOWN
 from tests.errors import relative_error
 from tests.quantized_file import FORMATS, NATIVE, needs_kitchen, quantize
 from tests.single_file import flux2_tensors, to_fp8, to_fp8_rows, write
@@ -87,11 +88,13 @@ def test_quantized_weights(server, folder, graph, form, layout):
     loader = add_loader(graph)
     kinds = [("HybridDiT_LoadDiffusionModel", "default"), ("HybridDiT_LoadDiffusionModel", "float32"),
              ("HybridDiT_LoadDiffusionModel", "as storage"), ("UNETLoader", "default")]  # fmt: skip
-    latents = []
+    latents, models, reports = [], [], []
     for node, weight_dtype in kinds:
         given = {} if node == "UNETLoader" else {"layout": place}
-        model = graph.add(node, unet_name=name, weight_dtype=weight_dtype, **given)
-        latents.append(save_latent(graph, add_sampler(graph, loader, model=model, steps=2)))
+        models.append(graph.add(node, unet_name=name, weight_dtype=weight_dtype, **given))
+        latents.append(save_latent(graph, add_sampler(graph, loader, model=models[-1], steps=2)))
+        if given:
+            reports.append(graph.add("HybridDiT_WorkersReport", model=models[-1]))
     result = run_well(server, graph)
     ours, exact, stored, theirs = (saved_latent(server, result, latent) for latent in latents)
     assert relative_error(stored, exact) <= PARITY
@@ -100,6 +103,15 @@ def test_quantized_weights(server, folder, graph, form, layout):
     # Inputs of every layer are rounded to few bits, so what differs in the last bits of fp32 ends in other roundings.
     assert rounding / 2 - PARITY <= relative_error(ours, exact) <= max(1.3 * rounding, PARITY)
     assert relative_error(ours, theirs) <= max(1.5 * rounding, PARITY)
+    # The report and the node say what weights are held as, and how they are multiplied.
+    title = KNOWN[FORMATS[form][0]].title
+    ways = ["units" if form in NATIVE else "dequantized", "", "dequantized"]
+    for model, report, way in zip(models, reports, ways, strict=False):
+        held = f"{title} ({way})" if way else ""
+        for rank in json.loads(result.outputs[str(report)]["text"][0])["ranks"]:
+            assert [name for name in rank["weight_formats"]["transformer"] if "(" in name] == [held] * bool(held)
+        ready = [text.splitlines()[0] for node, text in result.texts if node == str(model) and "ready:" in text]
+        assert ready[-1].endswith(f", {held}" if held else "CPU process" if layout == "one" else "CPU processes")
 
 
 def test_scales_of_rows(server, folder, graph):

@@ -98,10 +98,27 @@ def test_replicas_share_the_reading(world, files, form, name):
         assert max(read) <= 1.5 * held / len(read)
 
 
-@pytest.mark.parametrize("form", ["int8_convrot", pytest.param("nvfp4", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form == "int8_convrot" else [pytest.mark.thorough]) for form in FORMATS]
+)
 @pytest.mark.parametrize("name", ["one rank", "Ulysses-2-TP-2"])
 def test_a_lora_beside_quantized_weights(world, files, form, name):
     for found in world.run(adapter_cases.beside, LAYOUTS.get(name, ONE), files(form)[0]):
         assert found["error"] <= 1e-6
         assert found["count"] == 14
         assert not found["left"]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [pytest.param(form, name, marks=[] if (form, name) == ("int8_convrot", "TP-4") else [pytest.mark.thorough])
+     for form in FORMATS for name in ("one rank", "TP-4", "Ulysses-2-TP-2")],
+)  # fmt: skip
+def test_adapters_that_are_no_low_rank(world, files, form, name):
+    """LoHa, LoKr, DoRA, OFT and differences are of the weights that a file stands for: dense while they are on."""
+    for on, wanted, plain, undone in world.run(
+        quantized_cases.with_other_patches, LAYOUTS.get(name, ONE), *files(form)
+    ):
+        assert relative_error(on, wanted) <= EXACT
+        assert relative_error(on, plain) > 0.1
+        assert undone
