@@ -8,13 +8,15 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parallel_backend.drawing.sampling import load_tokenizer
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from .comfy_clip import refuse_clip_layer, refuse_generation, weight_shapes, wrap_clip
 from .comfy_patcher import RemotePart, meta_state_dict
+from .graph_nodes import this_node
 from .group import ModelHandle, check_interrupted
+from .remote_modules import RemoteModule, add_modules, refuse_reach
 
 TOKENS_KEY = "parallel_text_encoder"
 Conversation = Callable[[str], list[dict[str, Any]]]
@@ -37,8 +39,8 @@ class ChatTokenizer:
         refused = [name for name, value in options.items() if value is not None and name != "tokenizer_options"]
         if refused:
             raise ValueError(
-                f"the text encoder in the parallel workers takes a prompt alone; it was given {', '.join(refused)} "
-                "too; disconnect that input"
+                f"{this_node()} gives the text encoder in the parallel workers {', '.join(refused)}, but it takes a "
+                "prompt alone; disconnect that input"
             )
         encoded = self.tokenizer.apply_chat_template(
             self.conversation(text), add_generation_prompt=False, tokenize=True, return_dict=True
@@ -56,8 +58,8 @@ class ChatTokenizer:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-class RemoteTextEncoder(nn.Module):
-    """Stands where ComfyUI's text encoder model stands, without parameters.
+class RemoteTextEncoder(RemoteModule):
+    """Stands where ComfyUI's text encoder model stands, without weights.
 
     Args:
         handle: of the model in the workers.
@@ -70,9 +72,16 @@ class RemoteTextEncoder(nn.Module):
         self.remote_part = RemotePart(handle, "text_encoder")
         self.dtypes = {torch.float32}
         self._shapes = {f"{name}.transformer.{key}": shape for key, shape in shapes.items()}
+        add_modules(self, self._shapes, torch.float32)
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         return meta_state_dict(self._shapes, destination, prefix)
+
+    def load_sd(self, *_: Any, **__: Any) -> None:
+        refuse_reach("the text encoder")
+
+    def load_state_dict(self, *_: Any, **__: Any) -> None:
+        refuse_reach("the text encoder")
 
     def reset_clip_options(self) -> None:
         pass

@@ -19,7 +19,9 @@ from ..parallel_backend.families import VisionImage
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
 from ..parallel_backend.loading.text_encoder_file import TextEncoderFile
 from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
+from .graph_nodes import this_node
 from .group import check_interrupted
+from .remote_modules import RemoteModule, add_modules, refuse_reach
 
 OPTION = "parallel_text_encoder"
 """Among ComfyUI's model options: the `TextModelSpec` that `RemoteClipModel` is made of."""
@@ -62,19 +64,23 @@ class PromptOnly:
         given = [name for name in refused if options.get(name) is not None and len(options[name])]
         if given:
             raise ValueError(
-                f"the text encoder in the parallel workers takes {' and '.join(('a prompt', *self.accepted_media))} "
-                f"alone; it was given {', '.join(given)} too. Disconnect that input; for a reference image use "
-                "ReferenceLatent"
+                f"{this_node()} gives the text encoder in the parallel workers {', '.join(given)}, but it takes "
+                f"{' and '.join(('a prompt', *self.accepted_media))} alone. Disconnect that input; for a reference "
+                "image use ReferenceLatent"
             )
         return super().tokenize_with_weights(text, return_word_ids=return_word_ids, **options)  # type: ignore[misc]
 
 
-class RemoteTextModel(nn.Module):
-    """Stands where ComfyUI's language model stands, without parameters: the "embeddings" of tokens are their ids."""
+class RemoteTextModel(RemoteModule):
+    """Stands where ComfyUI's language model stands, without weights: the "embeddings" of tokens are their ids."""
+
+    label = "the text encoder"
 
     def __init__(self, spec: TextModelSpec) -> None:
         super().__init__()
         self.spec, self.num_layers = spec, spec.count
+        add_modules(self, spec.shapes, torch.float32)
+        self._sealed = True
 
     def get_input_embeddings(self) -> _Ids:
         return _Ids()
@@ -136,16 +142,16 @@ class RemoteClipModel(SDClipModel):
         for token in (token for section in tokens for token in section):
             if not (isinstance(token, numbers.Integral) or (images and _is_image(token))):
                 raise ValueError(
-                    "the prompt has an embedding (or an image) in it, which the text encoder in the parallel workers "
-                    "does not take; remove 'embedding:...' from the prompt"
+                    f"the prompt of {this_node()} has an embedding (or an image) in it, which the text encoder in the "
+                    "parallel workers does not take; remove 'embedding:...' from the prompt"
                 )
         # One text at a time: of several, ComfyUI would keep the images of the last one alone.
         parts = [super(RemoteClipModel, self).process_tokens([section], device) for section in tokens]
         lengths = sorted({part[0].shape[1] for part in parts})
         if len(lengths) > 1:
             raise ValueError(
-                f"the texts of one batch have {' and '.join(map(str, lengths))} tokens (with their images); encode "
-                "them one by one"
+                f"{this_node()} encodes texts of {' and '.join(map(str, lengths))} tokens (with their images) in one "
+                "batch; use a node that encodes them one by one"
             )
         counts, infos = ([entry for part in parts for entry in part[index]] for index in (2, 3))
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), counts, infos
@@ -169,6 +175,9 @@ class RemoteEncoder:
         refuse_clip_layer(options.get("layer"))
         super().set_clip_options(options)  # type: ignore[misc]
 
+    def load_state_dict(self, *_: Any, **__: Any) -> None:
+        refuse_reach("the text encoder")
+
     def generate(self, *_: Any, **__: Any) -> None:
         refuse_generation()
 
@@ -181,8 +190,8 @@ def vision_image(picture: Tensor) -> VisionImage:
     """
     if picture.shape[-1] != 3:
         raise ValueError(
-            f"an image for the text encoder has {picture.shape[-1]} channels where 3 are expected; remove its alpha "
-            "channel (Split Image with Alpha)"
+            f"an image for the text encoder, of {this_node()}, has {picture.shape[-1]} channels where 3 are expected; "
+            "remove its alpha channel (Split Image with Alpha)"
         )
     patches, grid = process_qwen2vl_images(picture)
     frames, rows, columns = grid[0].tolist()
@@ -201,20 +210,33 @@ class RemoteCLIP(comfy.sd.CLIP):
         clone.__class__ = RemoteCLIP
         return clone
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCLIP:
+        return self.clone()  # the weights are not here
+
     def clip_layer(self, layer_idx: int) -> None:
         refuse_clip_layer(layer_idx)
+
+    def load_sd(self, *_: Any, **__: Any) -> None:
+        refuse_reach("the text encoder")
+
+    def get_sd(self) -> dict[str, Any]:
+        return self.patcher.get_key_patches()  # refuses
 
 
 def refuse_clip_layer(layer: int | None) -> None:
     """Raise ValueError where a node chooses the text encoder's layer."""
     if layer is not None:
-        raise ValueError(f"CLIP Set Last Layer asks for layer {layer}, but the layers are fixed; bypass that node")
+        raise ValueError(
+            f"{this_node()} asks for layer {layer} of the text encoder, as CLIP Set Last Layer does, but in the "
+            "parallel workers its layers are fixed; bypass the node that chooses it"
+        )
 
 
 def refuse_generation() -> NoReturn:
     """Raise ValueError for nodes that have the text encoder write."""
     raise ValueError(
-        "the text encoder in the parallel workers only encodes, it cannot generate text; use ComfyUI's own Load CLIP"
+        f"{this_node()} asks for text, but the text encoder in the parallel workers only encodes, it cannot generate "
+        "text; use ComfyUI's own Load CLIP"
     )
 
 

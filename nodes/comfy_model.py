@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parallel_backend.families import Conditioning
 from ..parallel_backend.loading.checkpoint import Checkpoint
@@ -24,7 +22,7 @@ from .families import Shapes, family_of
 from .graph_nodes import makers_before, nodes_before
 from .group import ModelHandle, check_interrupted
 from .model_options import NodeOf, check_transformer_options
-from .remote_modules import RemoteModule, add_modules, refuse_reach
+from .remote_modules import RemoteStandIn, add_modules
 from .states import refresh
 
 log = logging.getLogger(__name__)
@@ -33,14 +31,7 @@ HOST_MEMORY = 64 * 2**20
 """Bytes that an evaluation takes in ComfyUI's own process, generously."""
 
 
-class _Settings(SimpleNamespace):
-    """The settings of a model, for nodes that look at them."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse_reach(f"its params.{name}")
-
-
-class RemoteDiffusionModel(RemoteModule):
+class RemoteDiffusionModel(RemoteStandIn):
     """Stands where ComfyUI's diffusion model stands, with its attributes and modules but without weights.
 
     To ``isinstance`` it is what it stands for, as to ``hasattr`` and ``named_modules``.
@@ -55,7 +46,7 @@ class RemoteDiffusionModel(RemoteModule):
     label = "the diffusion model"
 
     def __init__(self, handle: ModelHandle, source: Checkpoint, shapes: Shapes, config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(config)
         self.handle, self.source, self.family = handle, source, family_of(source)
         self.part = RemotePart(handle, "transformer")
         self._told = ""
@@ -65,9 +56,7 @@ class RemoteDiffusionModel(RemoteModule):
         self.dtype = getattr(torch, handle.config.dtype)
         self.node_of: NodeOf = lambda path: None
         """Which node of the MODEL whose turn it is put something into its options; `RemotePatcher` sets it."""
-        self.stands_for: Any = None
-        """ComfyUI's class of the diffusion model."""
-        self._shapes, self._config = shapes, config
+        self._shapes = shapes
         add_modules(self, shapes, self.dtype)
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
@@ -77,37 +66,6 @@ class RemoteDiffusionModel(RemoteModule):
         copied = RemoteDiffusionModel(self.handle, self.source, self._shapes, self._config)
         copied.part, copied.stands_for = self.part, self.stands_for
         return copied
-
-    @property
-    def _sealed(self) -> bool:  # type: ignore[override]
-        return self.__dict__.get("stands_for") is not None
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return self.__dict__.get("stands_for") or type(self)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # What ComfyUI's own model has by this name: a setting, or a method that would run blocks.
-            real, config = self.__dict__.get("stands_for"), self.__dict__.get("_config", {})
-            if real is None or name.startswith("__"):
-                raise
-            if name == "params" and name in _set_by(real):
-                return _Settings(**config)
-            if name in config and name in _set_by(real):
-                return config[name]
-            if callable(getattr(real, name, None)):
-                return lambda *_, **__: refuse_reach(f"its {name}")
-            raise
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        real = self.__dict__.get("stands_for")
-        known = self._sealed and (name in self._modules or hasattr(real, name) or name in _set_by(real))
-        if known and name != "training":
-            refuse_reach(f"its {name}")
-        nn.Module.__setattr__(self, name, value)
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, *positional: Any, **named: Any) -> Tensor:
         """Prediction from latent ``[B, C, H, W]`` (``[B, C, F, H, W]`` where latents have frames).
@@ -295,14 +253,6 @@ def _diffusion_class(model: Any) -> Any:
             self.unet_class = given.get("unet_model")
 
     return type("Noted", (type(model), Noted), {})(model.model_config).unet_class
-
-
-@functools.cache
-def _set_by(model_class: Any) -> frozenset[str]:
-    """The attributes that a class' ``__init__`` sets."""
-    inits = [vars(cls)["__init__"] for cls in model_class.__mro__ if "__init__" in vars(cls) and cls is not nn.Module]
-    steps = (step for init in inits if hasattr(init, "__code__") for step in dis.get_instructions(init))
-    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def make_model(handle: ModelHandle, source: Checkpoint) -> RemotePatcher:

@@ -12,7 +12,7 @@ import torch
 
 from ..parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet
 from .comfy_lora import adapter_set, check_patches, title_of
-from .graph_nodes import executing_node
+from .graph_nodes import executing_node, this_node
 from .group import ModelHandle
 from .model_options import SAMPLING_FUNCTIONS, Path, paths, say_once
 from .shared_memory import ANY_REQUEST
@@ -37,6 +37,9 @@ class RemotePart:
     handle: ModelHandle
     component: str
     adapters: AdapterSet = NO_ADAPTERS
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemotePart:
+        return self  # the model in the workers is one
 
 
 def meta_state_dict(
@@ -77,7 +80,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def clone(self, *args: Any, force_deepcopy: bool = False, **kwargs: Any) -> RemotePatcher:
         if force_deepcopy:
             raise ValueError(
-                f"{_this_node()} (such as one that trains) takes a copy of the model's weights to change, which live "
+                f"{this_node()} (such as one that trains) takes a copy of the model's weights to change, which live "
                 "in the parallel workers; use ComfyUI's own loader for it"
             )
         clone = super().clone(*args, **kwargs)
@@ -131,7 +134,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def _keep_device(self, device: Any) -> None:
         self._device_was_chosen = True
         say_once(
-            f"{_this_node()} chooses the device {device} for a model in parallel workers: it stays on those of its "
+            f"{this_node()} chooses the device {device} for a model in parallel workers: it stays on those of its "
             "Parallel Layout"
         )
 
@@ -236,12 +239,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         if not patches and strength and part.component == "transformer":  # few LoRAs have something for a text encoder
             raise ValueError(
                 "the LoRA changes no weight that this model has; it is for another model, or in a form that ComfyUI "
-                "does not read (its log names the weights)"
+                "does not read (its log names the weights); choose another one, or bypass the node"
             )
         check_patches(patches, {key: tensor.shape for key, tensor in self.model.state_dict().items()})
 
     def set_injections(self, key: str, injections: list[Any]) -> None:
-        self._check_injections(key, injections, _this_node())
+        self._check_injections(key, injections, this_node())
         super().set_injections(key, injections)
 
     def _check_injections(self, key: str, injections: list[Any], node: str) -> None:
@@ -259,7 +262,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def set_model_rope_options(self, *_: Any, **__: Any) -> None:
         raise ValueError(
-            f"{_this_node()} changes the model's position encoding (rope_options), which the parallel workers do not "
+            f"{this_node()} changes the model's position encoding (rope_options), which the parallel workers do not "
             "take; bypass it"
         )
 
@@ -278,7 +281,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.patch_hooks(None)
 
     def add_weight_wrapper(self, name: str, function: Any) -> None:
-        self._refuse_weight_wrapper(name, _this_node())
+        self._refuse_weight_wrapper(name, this_node())
 
     def _refuse_weight_wrapper(self, name: str, node: str) -> NoReturn:
         raise ValueError(
@@ -287,7 +290,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         )
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        self._check_object_patch(name, obj, _this_node())
+        self._check_object_patch(name, obj, this_node())
         super().add_object_patch(name, obj)
 
     def _check_object_patch(self, name: str, obj: Any, node: str) -> None:
@@ -312,14 +315,14 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         # TorchCompileModel's key is "torch.compile"; other packs' are much like it.
         if "compile" in str(key).lower():
             raise ValueError(
-                f"{_this_node()} (as TorchCompileModel does) compiles the diffusion model, which lives in the parallel "
+                f"{this_node()} (as TorchCompileModel does) compiles the diffusion model, which lives in the parallel "
                 "workers; bypass it"
             )
         super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
     def set_model_compute_dtype(self, dtype: Any) -> None:
         if not self._device_was_chosen:  # or ComfyUI asks for what that device would need
-            self._refuse_compute_dtype(_this_node())
+            self._refuse_compute_dtype(this_node())
 
     def _refuse_compute_dtype(self, node: str) -> NoReturn:
         raise ValueError(
@@ -328,7 +331,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         raise ValueError(
-            f"{_this_node()} wants the weights of a parallel model, which are not in this process: it can be neither "
+            f"{this_node()} wants the weights of a parallel model, which are not in this process: it can be neither "
             "merged nor saved, and no LoRA can be made of it; use ComfyUI's own loader for that"
         )
 
@@ -339,19 +342,15 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return self.get_key_patches()
 
 
-def _this_node() -> str:
-    return executing_node() or "this node"
-
-
 def _refuse_weights(count: int) -> NoReturn:
     raise ValueError(
-        f"{_this_node()} changes {count} weights of a VAE that lives in the parallel workers, which is not possible; "
+        f"{this_node()} changes {count} weights of a VAE that lives in the parallel workers, which is not possible; "
         "bypass it, or use ComfyUI's own loader"
     )
 
 
 def _refuse_block_patch(what: str) -> NoReturn:
     raise ValueError(
-        f"{_this_node()} patches the model's blocks ({what}), which live in the parallel workers; bypass the node, or "
+        f"{this_node()} patches the model's blocks ({what}), which live in the parallel workers; bypass the node, or "
         "use ComfyUI's own loader"
     )

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+import comfy.diffusers_convert
 import comfy.latent_formats
+import comfy.ldm.models.autoencoder
+import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parallel_backend.loading.pipeline_folder import PipelineFolder
+from ..parallel_backend.loading.safetensors_reader import read_header
 from ..parallel_backend.loading.vae_file import VaeFile
 from ..parallel_backend.runtime.client.remote_model import RemoteModel
 from ..parallel_backend.runtime.errors import OutOfMemoryError
-from .comfy_patcher import RemotePart, RemotePatcher
+from .comfy_patcher import RemotePart, RemotePatcher, meta_state_dict
 from .group import ModelHandle, check_interrupted
+from .remote_modules import RemoteStandIn, add_modules
 
 VaeSource: TypeAlias = PipelineFolder | VaeFile
 HOST_MEMORY = 16 * 2**20
 """Bytes that an image takes on ComfyUI's own device while it is decoded in the workers."""
 FORMATS: dict[int, Any] = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 """Channels of a VAE with frames -> what ComfyUI's latents are converted with before the workers get them, and back."""
+CLASSES: dict[int, Any] = {16: comfy.ldm.wan.vae.WanVAE, 48: comfy.ldm.wan.vae2_2.WanVAE}
+"""Channels of a VAE with frames -> what ComfyUI's own is."""
 
 
 @contextlib.contextmanager
@@ -38,27 +47,42 @@ def _comfyuis_out_of_memory() -> Iterator[None]:
         raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
 
 
-class RemoteAutoencoder(nn.Module):
-    """Stands where ComfyUI's first stage model stands, without parameters. One image or clip travels at a time.
+class RemoteAutoencoder(RemoteStandIn):
+    """Stands where ComfyUI's first stage model stands, without weights. One image or clip travels at a time.
 
     Args:
         handle: of the model in the workers.
         source: its checkpoint.
     """
 
+    label = "the VAE"
+
     def __init__(self, handle: ModelHandle, source: VaeSource) -> None:
         super().__init__()
-        self.handle, self.kind, self.config = handle, source.family.needs_vae(), source.vae_config
-        shape = self.kind.latent_shape(self.config)
+        self.handle, self.kind, self.vae_config = handle, source.family.needs_vae(), source.vae_config
+        shape = self.kind.latent_shape(self.vae_config)
         self.latent_format = FORMATS[shape.channels]() if shape.frames else None
         self.remote_part = RemotePart(handle, "vae")
+        self._source, self._shapes = source, vae_shapes(source)
+        add_modules(self, self._shapes, torch.float32)
+        if shape.frames:
+            self.stands_for = CLASSES[shape.channels]
+        else:
+            engine, kl = comfy.ldm.models.autoencoder.AutoencodingEngine, comfy.ldm.models.autoencoder.AutoencoderKL
+            self.stands_for = kl if "post_quant_conv.weight" in self._shapes else engine
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        return meta_state_dict(self._shapes, destination, prefix)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteAutoencoder:
+        return RemoteAutoencoder(self.handle, self._source)
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]`` in -1..1; with frames ``[B, C, F, h, w]`` -> ``[B, 3, F', H, W]``.
 
         On the CPU, where ComfyUI keeps it: clips are large.
         """
-        self.kind.check_latent(self.config, latent.shape)  # before any worker is started
+        self.kind.check_latent(self.vae_config, latent.shape)  # before any worker is started
         if self.latent_format is not None:
             latent = self.latent_format.process_in(latent)
         return self._each(latent, lambda model, one, told: model.decode(one, check_interrupted, told))
@@ -73,6 +97,22 @@ class RemoteAutoencoder(nn.Module):
         model, bar = self.handle.get("vae"), _Progress(len(batch))
         with _comfyuis_out_of_memory():
             return torch.cat([work(model, one, bar.told(index)) for index, one in enumerate(batch.split(1))])
+
+
+def vae_shapes(source: VaeSource) -> dict[str, tuple[int, ...]]:
+    """The weights and their shapes: under ComfyUI's names, but for Wan's of a pipeline folder, which has diffusers'."""
+    if isinstance(source, VaeFile):
+        shapes = {name: tuple(weight.shape) for name, weight in read_header(source.path).items()}
+    else:
+        model = source.family.needs_vae().build(source.vae_config)
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if "decoder.up_blocks.0.resnets.0.norm1.weight" in shapes:  # by which ComfyUI knows diffusers' names
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in comfy.diffusers_convert.convert_vae_state_dict(tensors).items()
+        }
+    return shapes
 
 
 class _Progress:
@@ -135,6 +175,11 @@ class RemoteVAE(comfy.sd.VAE):
         self.vae_dtype = torch.float32
         self.output_device = comfy.model_management.intermediate_device()
         self.patcher = RemotePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteVAE:
+        copied = copy.copy(self)  # the weights are not here
+        copied.patcher = self.patcher.clone()
+        return copied
 
     def get_sd(self) -> dict[str, Tensor]:
         self.patcher.get_key_patches()  # refuses

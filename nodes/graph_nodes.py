@@ -21,6 +21,11 @@ def executing_node() -> str | None:
     return None if context is None else _named(_prompt(context.prompt_id), context.node_id)
 
 
+def this_node() -> str:
+    """`executing_node` for a message."""
+    return executing_node() or "this node"
+
+
 def nodes_before(input_name: str) -> list[str]:
     """The nodes with an input of a name among those that the executing node's inputs come from, the nearest first."""
     return [_named(prompt, node) for prompt, node in _before() if input_name in prompt[node].get("inputs", {})]

@@ -7,7 +7,10 @@ weight, run one, or hang a hook on it, would change nothing that is computed, an
 
 from __future__ import annotations
 
+import dis
+import functools
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -80,6 +83,66 @@ class RemoteModule(nn.Module):
 
     register_buffer = register_forward_hook = register_forward_pre_hook = _changed  # type: ignore[assignment]
     register_full_backward_hook = register_full_backward_pre_hook = load_state_dict = _changed  # type: ignore
+
+
+class _Settings(SimpleNamespace):
+    """The settings of a model, for nodes that look at them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_reach(f"its params.{name}")
+
+
+class RemoteStandIn(RemoteModule):
+    """Stands for a whole model: to ``isinstance`` it is what it stands for, as to ``hasattr`` and ``named_modules``.
+
+    Args:
+        config: settings of the model, by the names of the attributes that ComfyUI's has them in.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.stands_for: Any = None
+        """ComfyUI's class of the model; once it is there, nothing of the model can be changed."""
+        self._config = dict(config or {})
+
+    @property
+    def _sealed(self) -> bool:  # type: ignore[override]
+        return self.__dict__.get("stands_for") is not None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self.__dict__.get("stands_for") or type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What ComfyUI's own model has by this name: a setting, or a method that would run blocks.
+            real, config = self.__dict__.get("stands_for"), self.__dict__.get("_config", {})
+            if real is None or name.startswith("__"):
+                raise
+            if name == "params" and name in _set_by(real):
+                return _Settings(**config)
+            if name in config and name in _set_by(real):
+                return config[name]
+            if callable(getattr(real, name, None)):
+                return lambda *_, **__: refuse_reach(f"its {name}")
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        real = self.__dict__.get("stands_for")
+        known = self._sealed and (name in self._modules or hasattr(real, name) or name in _set_by(real))
+        if known and name != "training":
+            refuse_reach(f"its {name}")
+        nn.Module.__setattr__(self, name, value)
+
+
+@functools.cache
+def _set_by(model_class: Any) -> frozenset[str]:
+    """The attributes that a class' ``__init__`` sets."""
+    inits = [vars(cls)["__init__"] for cls in model_class.__mro__ if "__init__" in vars(cls) and cls is not nn.Module]
+    steps = (step for init in inits if hasattr(init, "__code__") for step in dis.get_instructions(init))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 class RemoteLinear(RemoteModule, nn.Linear):

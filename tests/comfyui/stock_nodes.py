@@ -15,6 +15,12 @@ from .server import ComfyServer, PromptRejected, RunResult
 SIZE = 64
 """Pixels of a side."""
 LORA, HYPERNETWORK = "stock-nodes.safetensors", "stock-nodes.pt"
+PATCHED = {
+    "diffusion_model.double_blocks.0.img_attn.proj": 128,
+    "diffusion_model.transformer_blocks.0.attn.to_q": 256,
+    "text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj": 256,
+}
+"""Linears that the LoRA changes, of either model and of the text encoder, and their width."""
 SMALL = {"width": SIZE, "height": SIZE, "length": 5, "video_frames": 5, "frames_number": 5, "steps": 2, "batch_size": 1,
          "seed": 1, "noise_seed": 1, "max_length": 4, "octree_level": 2, "lora_name": LORA,
          "hypernetwork_name": HYPERNETWORK, "max_duration": 1.0, "duration": 1.0}  # fmt: skip
@@ -89,6 +95,8 @@ class NodeGraph:
         """The node, with something in each input that it needs, and in those others of which there is something."""
         listed = {**SMALL, **LISTED.get(kind, {})}
         given: dict[str, Source] = {}
+        # What is decoded has to be a latent of the sampler's, which has the dimensions that the VAE takes.
+        decodes = any(entry[0] == "VAE" for entry in self.info[kind]["input"].get("required", {}).values())
 
         def fill(inputs: Mapping[str, Any], above: str = "") -> None:
             for part in ("required", "optional"):
@@ -104,6 +112,8 @@ class NodeGraph:
                         fill(chosen["inputs"], f"{above}{name}.")
                         continue
                     value = self._value(of_type, options, listed.get(name), part == "required")
+                    if of_type == "LATENT" and decodes:
+                        value = self._sampled()
                     if name == "empty_conditioning":  # what it is compared with is not itself
                         value = add_prompt(self.graph, self.loader, "nothing")
                     if value is not None:
@@ -138,7 +148,8 @@ class NodeGraph:
             "CONDITIONING": lambda: add_prompt(self.graph, loader),
             "LATENT": self.latent,
             "IMAGE": lambda: add("EmptyImage", width=SIZE, height=SIZE, batch_size=1, color=0x804020),
-            "MASK": lambda: add("SolidMask", value=1.0, width=SIZE, height=SIZE),
+            # Not the same everywhere, or a picture behind it would be of one colour.
+            "MASK": lambda: add("FeatherMask", mask=self._plain_mask(), left=SIZE // 2, top=8, right=0, bottom=0),
             "SIGMAS": lambda: add("Flux2Scheduler", steps=2, width=SIZE, height=SIZE),
             "SAMPLER": lambda: add("KSamplerSelect", sampler_name="euler"),
             "NOISE": lambda: add("RandomNoise", noise_seed=1),
@@ -146,8 +157,11 @@ class NodeGraph:
             "LATENT_OPERATION": lambda: add("LatentOperationTonemapReinhard", multiplier=0.5),
             "AUDIO": lambda: add("EmptyAudio", duration=1.0, sample_rate=44100, channels=2),
             "LORA_MODEL": lambda: add("ReferenceLoraModel", name=LORA),
-            "HOOKS": lambda: add("CreateHookLoraModelOnly", lora_name=LORA, strength_model=1.0),
-        }
+            "HOOKS": lambda: add("CreateHookLora", lora_name=LORA, strength_model=1.0, strength_clip=1.0),
+        }  # fmt: skip
+
+    def _plain_mask(self) -> NodeId:
+        return self.graph.add("SolidMask", value=1.0, width=SIZE, height=SIZE)
 
     def draw(self, node: NodeId, kind: str) -> None:
         """Have the node's outputs do what they are for."""
@@ -214,11 +228,10 @@ def write_files(server: ComfyServer) -> None:
     folders = [server.models / name for name in ("loras", "hypernetworks")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    base = "diffusion_model.double_blocks.0.img_attn.proj"
-    lora = {
-        f"{base}.lora_A.weight": torch.randn(4, 128, generator=generator),
-        f"{base}.lora_B.weight": torch.randn(128, 4, generator=generator),
-    }
+    lora = {}
+    for base, width in PATCHED.items():
+        lora[f"{base}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+        lora[f"{base}.lora_B.weight"] = torch.randn(width, 4, generator=generator) / 16
     save_file(lora, folders[0] / LORA)
     layer = {"linear.0.weight": torch.eye(8), "linear.0.bias": torch.zeros(8)}
     torch.save({8: (layer, layer)}, folders[1] / HYPERNETWORK)

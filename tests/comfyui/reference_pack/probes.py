@@ -1,4 +1,4 @@
-"""Nodes that look into a MODEL, or change it, as node packs do: with a line of Python."""
+"""Nodes that look into a MODEL, a CLIP or a VAE, or change it, as node packs do: with a line of Python."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from unittest.mock import MagicMock
 
 import comfy.controlnet
 import comfy.ldm.flux.model
+import comfy.ldm.models.autoencoder
 import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.vae
 import comfy.model_base
+import comfy.sd
+import comfy.text_encoders.qwen_image
 import comfy.utils
 import folder_paths
 import torch
 
 
+class _AnyType(str):
+    """A type that goes with each other one."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
 def _names(model: Any) -> dict[str, Any]:
     inside = getattr(getattr(model, "model", None), "diffusion_model", None)
+    inside = getattr(model, "cond_stage_model", getattr(model, "first_stage_model", inside))
     return {"m": model, "dm": inside, "comfy": comfy, "copy": copy, "torch": torch, "types": types}
 
 
 class ReferenceLook:
-    """The value of an expression, of a MODEL ``m`` and its diffusion model ``dm``, as text."""
+    """The value of an expression as text, of a MODEL (CLIP, VAE) ``m`` and ``dm``, the model that is in it."""
 
     RETURN_TYPES = ()
     FUNCTION = "look"
@@ -31,25 +43,25 @@ class ReferenceLook:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"model": ("MODEL",), "expression": ("STRING", {})}}
+        return {"required": {"model": (_AnyType("*"),), "expression": ("STRING", {})}}
 
     def look(self, model: Any, expression: str) -> dict[str, Any]:
         return {"ui": {"text": [repr(eval(expression, _names(model)))]}}
 
 
 class ReferenceChange:
-    """A clone of a MODEL, with which statements do something."""
+    """A clone of a MODEL or a CLIP, or a VAE itself, with which statements do something."""
 
-    RETURN_TYPES = ("MODEL",)
+    RETURN_TYPES = (_AnyType("*"),)
     FUNCTION = "change"
     CATEGORY = "tests"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"model": ("MODEL",), "statements": ("STRING", {})}}
+        return {"required": {"model": (_AnyType("*"),), "statements": ("STRING", {})}}
 
     def change(self, model: Any, statements: str) -> tuple[Any]:
-        names = _names(model.clone())
+        names = _names(model.clone() if hasattr(model, "clone") else model)
         exec(statements, names)
         return (names["m"],)
 
@@ -77,13 +89,6 @@ class ReferenceControl:
 
     def make(self) -> tuple[Any]:
         return (_Control(),)
-
-
-class _AnyType(str):
-    """An output type that each input takes."""
-
-    def __ne__(self, other: object) -> bool:
-        return False
 
 
 class ReferenceStandIn:
