@@ -139,6 +139,7 @@ FORMATS: dict[str, Format] = {
             "pre_quant_scale": Part(_FLOATS, lambda rows, columns, _: ((columns,),), rows=0, columns=1, optional=True),
         },
         packed=2,
+        capability=(10, 0),
     ),
     "mxfp8": Format(
         "mxfp8",
@@ -146,6 +147,7 @@ FORMATS: dict[str, Format] = {
             "weight": _weight(("F8_E4M3",)),
             "weight_scale": Part(("F8_E8M0", "U8"), _tiles(32), TILE_ROWS, 32 * TILE_BLOCKS, TILE_BYTES),
         },
+        capability=(10, 0),
     ),
     "asym_w4a8_int8": Format(
         "w4a8",

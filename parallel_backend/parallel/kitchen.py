@@ -14,6 +14,10 @@ import torch
 REMEDY = "install comfy-kitchen into ComfyUI's Python (pip install comfy-kitchen), or take the model in bf16 or fp8"
 
 
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Its numbers for dtypes."""
+
+
 def has_kitchen() -> bool:
     """Whether it is installed; it is not imported."""
     return importlib.util.find_spec("comfy_kitchen") is not None

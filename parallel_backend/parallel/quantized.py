@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .block_scaled import DTYPES, PADDED, fits, multiply, works
 from .formats import FORMATS, TILE_ROWS, Options
-from .kitchen import has_kernels, kitchen
+from .kitchen import CODES, has_kernels, kitchen
 from .products import KINDS, Plain, Product
 
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""comfy-kitchen's numbers for dtypes."""
 _library = torch.library.Library("hybrid_dit", "FRAGMENT")
 
 
@@ -28,7 +27,9 @@ def has_units(format: str, device: torch.device) -> bool:
     needed = FORMATS[format].capability
     if needed is None or not has_kernels(device):
         return False
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= needed
+    if device.type == "cpu":
+        return format not in PADDED
+    return torch.cuda.get_device_capability(device) >= needed and (format not in PADDED or works(format, device))
 
 
 class Layout:
@@ -49,6 +50,11 @@ class Layout:
         self.grid = about.grid(options)
         rules = [about.parts[name] for name in parts]
         self.rules = tuple((rule.rows, rule.columns_of(options), rule.run, rule.turned) for rule in rules)
+
+    def multiplies(self, weight: Tensor) -> bool:
+        """Whether a weight is multiplied as it is stored: where there are units, and they take its shape."""
+        rows, columns = weight.shape
+        return self.native and (self.format not in PADDED or fits((rows, columns * self.packed)))
 
 
 @functools.cache
@@ -82,7 +88,8 @@ class Quantized(Product):
 
     @property
     def title(self) -> str:
-        return f"{FORMATS[self.layout.format].title} ({'units' if self.layout.native else 'dequantized'})"
+        how = "units" if self.layout.multiplies(self.parts[0]) else "dequantized"
+        return f"{FORMATS[self.layout.format].title} ({how})"
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -121,7 +128,7 @@ class Quantized(Product):
         return _dense(self.layout, self.parts, dtype)
 
     def repeated(self, dtype: torch.dtype) -> Product:
-        return self if self.layout.native else Plain(self.dense(dtype))
+        return self if self.layout.multiplies(self.parts[0]) else Plain(self.dense(dtype))
 
     def tensors(self) -> Sequence[Tensor]:
         return self.parts
@@ -226,14 +233,18 @@ def _product(x: Tensor, layout: Layout, parts: Sequence[Tensor], bias: Tensor | 
     named: dict[str, Any] = dict(zip(layout.names, parts, strict=True))
     if "pre_quant_scale" in named:
         x = x * named["pre_quant_scale"].to(x.dtype)
-    if not layout.native or not x.numel():
+    weight, options = parts[0], layout.options
+    in_blocks = layout.format in PADDED
+    if not x.numel() or not layout.multiplies(weight) or (in_blocks and x.dtype not in DTYPES):
         return F.linear(x, _dense(layout, parts, x.dtype, smoothed=False), bias)
-    weight, options, x = parts[0], layout.options, x.contiguous()
+    x = x.contiguous()
     if layout.format == "int8_tensorwise":
         return torch.ops.comfy_kitchen.int8_linear(
-            x, weight, named["weight_scale"], bias, _CODES[x.dtype], options["convrot"], options["convrot_groupsize"]
+            x, weight, named["weight_scale"], bias, CODES[x.dtype], options["convrot"], options["convrot_groupsize"]
         )
     flat = x.view(-1, x.shape[-1])
+    if in_blocks:
+        return multiply(layout.format, flat, named, bias).view(*x.shape[:-1], -1)
     if layout.format == "asym_w4a8_int8":
         y = kitchen().w4a8_int8_linear(
             flat, weight, named["weight_s_rel"], named["weight_s_channel"], named.get("weight_codebook"), None, bias,
@@ -256,10 +267,10 @@ def _dense(layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype, smoothed
     """The weight; ``smoothed`` where inputs are not multiplied by their ``pre_quant_scale``."""
     named = dict(zip(layout.names, parts, strict=True))
     weight, options = parts[0], layout.options
-    if dtype not in _CODES:
+    if dtype not in CODES:
         return _dense(layout, parts, torch.float32, smoothed).to(dtype)
     kitchen()
-    ops, code = torch.ops.comfy_kitchen, _CODES[dtype]
+    ops, code = torch.ops.comfy_kitchen, CODES[dtype]
     if layout.format == "int8_tensorwise":
         if options["convrot"]:
             group = options["convrot_groupsize"]

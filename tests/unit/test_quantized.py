@@ -276,6 +276,7 @@ def test_which_are_multiplied_as_they_are(files, full_precision):
 @pytest.mark.parametrize(
     ("form", "capability", "kernels", "native"),
     [
+        ("nvfp4", (10, 0), True, True), ("mxfp8", (12, 0), True, True), ("nvfp4", (12, 0), False, False),
         ("int8_tensorwise", (7, 5), True, True), ("int8_tensorwise", (7, 0), True, False),
         ("int8_tensorwise", (9, 0), False, False), ("asym_w4a8_int8", (7, 5), True, False),
         ("convrot_w4a4", (9, 0), True, True), ("nvfp4", (9, 0), True, False), ("mxfp8", (9, 0), True, False),
@@ -284,7 +285,10 @@ def test_which_are_multiplied_as_they_are(files, full_precision):
 def test_gpus_with_units(monkeypatch, form, capability, kernels, native):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("parallel_backend.parallel.quantized.has_kernels", lambda device: kernels)
+    monkeypatch.setattr("parallel_backend.parallel.quantized.works", lambda form, device: True)
     assert has_units(form, torch.device("cuda")) == native
+    monkeypatch.setattr("parallel_backend.parallel.quantized.works", lambda form, device: False)
+    assert has_units(form, torch.device("cuda")) == (native and form not in ("nvfp4", "mxfp8"))
 
 
 def spoiled(tmp_path, form, change):
