@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
 from ..config import Speed
@@ -110,6 +110,10 @@ class _Runner:
         if self.compiled is None or kept is not None:
             # Batches whose prompts differ in length drop keys sample by sample, which no one graph does.
             return self.core(block, self.attention, *tensors, lengths, kept)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                # Features, of which some decide which kernel runs: their number is the model's.
+                torch._dynamo.mark_static(tensor, tensor.ndim - 1)
         before = shape_config.use_duck_shape
         # Two sizes that happen to be equal in the first forward need not be in the next.
         shape_config.use_duck_shape = False
