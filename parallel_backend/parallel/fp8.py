@@ -1,4 +1,7 @@
-"""Linears whose weight is stored in 8 bits: multiplied in the input's dtype, or in 8 bits by the GPU's fp8 units."""
+"""Linears whose weight is stored in 8 bits: multiplied in the input's dtype, or in 8 bits by the GPU's fp8 units.
+
+Between 8 bits and more there is one pass of a kernel of ours where Triton can: PyTorch's casts take many times as long.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import elementwise
 from .products import KINDS, Plain, Product
 
 MULTIPLE = 16
 """Both sides of a weight have to be multiples of it for cuBLAS's fp8 products."""
 _OUTPUTS = (torch.bfloat16, torch.float16)
+_library = torch.library.Library("hybrid_dit", "FRAGMENT")
 
 
 def has_fp8_units(device: torch.device) -> bool:
@@ -72,7 +77,7 @@ class Fp8(Product):
         if self.alpha is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
             # The compiler makes one pass of both; and one number a layer would be one graph a layer.
             return F.linear(x, self.dense(x.dtype), bias)
-        inputs, weight = x.reshape(-1, x.shape[-1]), self.weight.to(x.dtype).t()
+        inputs, weight = x.reshape(-1, x.shape[-1]), widened(self.weight, x.dtype).t()
         if bias is None:
             y = torch.addmm(x.new_empty(1), inputs, weight, beta=0, alpha=self.alpha)
         else:
@@ -84,7 +89,7 @@ class Fp8(Product):
             return super().add_to(y, x)
         if torch.is_grad_enabled():
             return y + self.product(x)
-        weight = self.weight.to(x.dtype).t()
+        weight = widened(self.weight, x.dtype).t()
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight, alpha=self.alpha)
         return y
 
@@ -97,9 +102,7 @@ class Fp8(Product):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight times its scale, both rounded to ``dtype`` first, as ComfyUI does."""
-        weight = self.weight.to(dtype)
-        scale = self.scale.to(dtype)
-        return weight * scale if torch.compiler.is_compiling() or dtype == self.dtype else weight.mul_(scale)
+        return widened(self.weight, dtype, self.scale.to(dtype))
 
     def repeated(self, dtype: torch.dtype) -> Product:
         return self if self.input_scale is not None and can_multiply(self.weight, dtype) else Plain(self.dense(dtype))
@@ -116,7 +119,43 @@ def _restored(options: str, tensors: Sequence[Tensor]) -> Fp8:
 KINDS["fp8"] = _restored
 
 
+def widened(x: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """``x [rows, columns]`` in 8 bits in a wider dtype, times a factor of that, a scalar or ``[rows, 1]``."""
+    if elementwise.has_kernels(x) and dtype != x.dtype:
+        return (torch.ops.hybrid_dit.widened if torch.compiler.is_compiling() else _widened)(x, dtype, factor)
+    return _plainly_widened(x, dtype, factor)
+
+
+def _plainly_widened(x: Tensor, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
+    y = x.to(dtype)
+    if factor is None:
+        return y
+    return y * factor if torch.compiler.is_compiling() or dtype == x.dtype else y.mul_(factor)
+
+
+def _widened(x: Tensor, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
+    # Triton has the conversion where the GPU has.
+    if not x.numel() or x.stride(1) != 1 or not has_fp8_units(x.device):
+        return _plainly_widened(x, dtype, factor)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    elementwise.triton_kernels.widen(x, y, factor)
+    return y
+
+
+_library.define("widened(Tensor x, ScalarType dtype, Tensor? factor) -> Tensor")
+_library.impl("widened", _widened, "CUDA")
+torch.library.register_fake(
+    "hybrid_dit::widened", lambda x, dtype, factor: x.new_empty(x.shape, dtype=dtype), lib=_library
+)
+
+
 def quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` over a scale, cut off at the ends of an 8-bit format and rounded to it; in the same steps as ComfyUI."""
-    limit = torch.finfo(dtype).max
-    return (x * scale.reciprocal().to(x.dtype)).clamp_(-limit, limit).to(dtype)
+    limit, factor = torch.finfo(dtype).max, scale.reciprocal().to(x.dtype)
+    kernels = elementwise.has_kernels(x) and not torch.compiler.is_compiling() and has_fp8_units(x.device)
+    if not kernels or not x.numel() or x.stride(-1) != 1:
+        return (x * factor).clamp_(-limit, limit).to(dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    elementwise.triton_kernels.narrow(rows, y.view(rows.shape), factor, limit)
+    return y

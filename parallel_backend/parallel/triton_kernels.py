@@ -54,6 +54,29 @@ def _swiglu_kernel(x, out, x_row, out_row, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _widen_kernel(x, out, factor, x_row, out_row, factor_row, width, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_row + columns, mask=inside).to(tl.float32)
+    if FACTOR:
+        value *= tl.load(factor + row * factor_row).to(tl.float32)
+    tl.store(out + row * out_row + columns, value, mask=inside)
+
+
+@triton.jit
+def _narrow_kernel(x, out, factor, x_row, out_row, width, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    stored = tl.load(x + row * x_row + columns, mask=inside, other=0.0)
+    # Rounded before it is cut off, as by PyTorch.
+    value = (stored.to(tl.float32) * tl.load(factor).to(tl.float32)).to(stored.dtype).to(tl.float32)
+    value = tl.clamp(value, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + row * out_row + columns, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rotate_heads(
     x, out, weight, cos, sin, factor, heads, local_heads, part_stride, eps, first,
     TOGETHER: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,6 +231,25 @@ def swiglu(x: Tensor, out: Tensor) -> None:
         block = min(2048, triton.next_power_of_2(width))
         grid = (rows, triton.cdiv(width, block))
         _swiglu_kernel[grid](x, out, x.stride(-2), out.stride(-2), width, BLOCK=block, num_warps=4)
+
+
+def widen(x: Tensor, out: Tensor, factor: Tensor | None) -> None:
+    """``out = x * factor`` of ``[rows, columns]``: rounded once. The factor is a scalar, one for each row, or None."""
+    rows, width = x.shape
+    block = min(4096, triton.next_power_of_2(width))
+    _widen_kernel[(rows, triton.cdiv(width, block))](
+        x, out, factor, x.stride(0), out.stride(0), 0 if factor is None or factor.numel() == 1 else 1, width,
+        FACTOR=factor is not None, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+def narrow(x: Tensor, out: Tensor, factor: Tensor, limit: float) -> None:
+    """``out = (x * factor)``, rounded to the dtype of ``x``, cut off at ``limit`` and rounded to that of ``out``."""
+    rows, width = x.shape
+    block = min(4096, triton.next_power_of_2(width))
+    _narrow_kernel[(rows, triton.cdiv(width, block))](
+        x, out, factor, x.stride(0), out.stride(0), width, LIMIT=limit, BLOCK=block, num_warps=8
+    )
 
 
 def pack(

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from parallel_backend.parallel import elementwise
+from parallel_backend.parallel import elementwise, fp8
 from parallel_backend.parallel.elementwise import HeadInputs, Pieces, Table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and elementwise.triton_kernels is not None
@@ -180,3 +180,56 @@ def test_merge(monkeypatch, dtype):
     assert out.dtype == dtype
     assert error(out, expected) <= TOLERANCE[dtype]
     assert error(lse, expected_lse) <= 1e-6
+
+
+@pytest.fixture
+def fp8_kernels(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(fp8, "has_fp8_units", lambda device: True)
+    elif not fp8.has_fp8_units(torch.device("cuda")):
+        pytest.skip("needs a GPU of compute capability 8.9 or higher")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("factor", ["none", "one", "rows"])
+def test_widened(fp8_kernels, dtype, stored, cut, factor):
+    """To the bit as PyTorch's cast and product, for every number of 8 bits, in columns of a wider matrix, too.
+
+    Others than numbers are refused when a file is read.
+    """
+    every = torch.arange(256, dtype=torch.uint8).view(stored)
+    x = every.view(torch.uint8)[every.float().isfinite()].repeat(6, 25).view(stored).to(DEVICE)
+    x = x[:, 16:5000] if cut else x
+    times = {"none": None, "one": draw(1, dtype=dtype)[0], "rows": draw(6, 1, dtype=dtype)}[factor]
+    y = fp8.widened(x, dtype, times)
+    wanted = x.to(dtype) if times is None else x.to(dtype) * times
+    assert y.is_contiguous()
+    if INTERPRETED and dtype == torch.bfloat16:  # which cuts off
+        assert error(y, wanted) <= TOLERANCE[dtype]
+    else:
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (1, 3, 6144), (1, 0, 48)], ids=str)
+def test_quantized_inputs(fp8_kernels, monkeypatch, dtype, shape):
+    """To the bit in the same steps; what is no number stays none."""
+    x, scale = 300 * draw(*shape, dtype=dtype), torch.tensor(0.7, device=DEVICE)
+    if x.numel() and not INTERPRETED:  # where nothing is no number
+        x[0, 0, :2] = float("nan")
+    for inputs in (x, x[..., : shape[-1] // 2]):
+        y = fp8.quantized(inputs, scale, torch.float8_e4m3fn)
+        with monkeypatch.context() as patch:
+            patch.setattr(elementwise, "has_kernels", lambda _: False)
+            wanted = fp8.quantized(inputs, scale, torch.float8_e4m3fn)
+        assert y.is_contiguous()
+        y, wanted = y.float(), wanted.float()
+        if INTERPRETED:  # which cuts off, so that a number in 8 bits is another at times
+            assert error(y, wanted) <= 0.05
+        else:
+            assert torch.equal(y.nan_to_num(7.0), wanted.nan_to_num(7.0))
+            assert torch.equal(y.isnan(), wanted.isnan())
+    if x.numel():
+        assert wanted.abs().nan_to_num(0.0).max() == 448
