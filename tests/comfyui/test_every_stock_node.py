@@ -33,12 +33,14 @@ def info(server: ComfyServer) -> dict[str, Any]:
     return server.object_info()
 
 
-def documented(kind: str) -> set[str]:
-    """The nodes that docs/comfyui_nodes.md says are refused."""
+def documented(kind: str) -> tuple[set[str], dict[str, int]]:
+    """The nodes that docs/comfyui_nodes.md says are refused, and how many it says do what."""
     page = (CHECKOUT / "docs" / "comfyui_nodes.md").read_text()
     section = page.partition("## ComfyUI's own nodes")[2]
     (row,) = [line for line in section.splitlines() if line.startswith(f"| {kind} |")]
-    return set(re.findall(r"`([^`]+)`", row))
+    nodes, same, failing = map(int, re.findall(r"\| (\d+) (?=\|)", row))
+    refused = set(re.findall(r"`([^`]+)`", row))
+    return refused, {"nodes": nodes, EQUAL: same, STOCK_FAILS: failing}
 
 
 def judged(server: ComfyServer, info: Mapping[str, Any], kind: str, pipeline: str) -> str:
@@ -83,10 +85,10 @@ def all_judged(server: ComfyServer, info: Mapping[str, Any], kind: str, nodes: I
 @pytest.mark.parametrize("kind", ["MODEL", "CLIP", "VAE"])
 def test_draws_what_stock_draws_or_says_why_not(kind, qwen, info):
     found = all_judged(qwen, info, kind, takers(info, kind))
-    refused = {node for node, result in found.items() if result == REFUSED}
-    assert refused == documented(kind)
-    # Most of the others are compared; those that fail on both are for models of another kind.
-    assert list(found.values()).count(EQUAL) >= {"MODEL": 50, "CLIP": 22, "VAE": 30}[kind]
+    refused, counts = documented(kind)
+    assert {node for node, result in found.items() if result == REFUSED} == refused
+    results = list(found.values())
+    assert {"nodes": len(found), **{result: results.count(result) for result in (EQUAL, STOCK_FAILS)}} == counts, found
 
 
 OF_MANY_GRAPHS = {

@@ -26,7 +26,8 @@ MESH_AXES = ("ulysses", "ring", "tp", "ring and ulysses", "all ranks")
 """Axes on which ranks exchange something tiny when a mesh is built; "mesh tp" is the moment before."""
 ENGINE, WORKER = "parallel_backend.runtime.rank.engine", "parallel_backend.runtime.rank.worker"
 IMPORTER = "parallel_backend.runtime.hosts.fork_server"
-METHODS = ("load", "encode_text", "keep", "adapt", "predict", "end_run", "decode", "encode", "offload")
+METHODS = ("load", "encode_text", "keep", "adapt", "predict", "end_run", "decode", "encode", "offload",
+           "lend")  # fmt: skip
 """Moments that bear the name of what the engine is asked for."""
 ALONE = {"vae_decode": ("VAEComponent", "decode"), "vae_encode": ("VAEComponent", "encode")}
 """Moments within work that rank 0 does alone, and the class and method that do it."""

@@ -179,7 +179,13 @@ class WorkerGroup(Ranks):
         with self.lock:
             if not self.ready:
                 return 0, 0
-            answers, _ = self.call(Lend(self.next_id(), size, [rank]), {})
+            try:
+                answers, _ = self.call(Lend(self.next_id(), size, [rank]), {})
+            except BaseException:
+                # Such as Ctrl-C: ranks that are there lend it all the same, and how much is not known.
+                for model in self.models.values():
+                    model.lent = {component: sum(held.values()) for component, held in model.formats.items()}
+                raise
             data = answers[rank].data
             for model in self.models.values():
                 model.lent.update(data.get("lent", {}).get(model.name, {}))
