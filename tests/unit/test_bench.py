@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import eight_gpus, neighbours, quantized_speed
+from benchmarks import eight_gpus, neighbours, quantized_speed, wan_rows, wan_speed
 from benchmarks.against_cache_dit import cache_of, layout_of, measured, to_markdown
 from benchmarks.eight_gpus import MASKS, Row, rows_of
 from parallel_backend.bench.alone import start_alone
@@ -287,3 +288,72 @@ def test_part_of_the_depth():
     assert (config["num_layers"], config["num_single_layers"], shape.side) == (2, 12, 1024)
     assert shape.text_config["text_encoder_out_layers"] == [2, 5, 8]
     assert shape.text_config["text_config"]["hidden_size"] == 5120
+
+
+def wan_speed_rows(monkeypatch, capsys, tmp_path, failing, *arguments):
+    """What `benchmarks/wan_speed.py` has its processes measure, rows of a list failing, and what it says."""
+    asked = []
+
+    def in_ranks(task, rows, devices, seconds):
+        asked.append(list(rows))
+        for row in rows:
+            seen = {"peak_bytes": 2**30 // row.ranks, "weight_bytes": 2**29, "first_s": 1.0, "finite": True}
+            ms = 100.0 * (0.6 if row.half else 1) * (1.25 if row.side == "diffusers" else 1) / row.ranks
+            seen |= {"ms": {"median": ms, "least": ms, "most": ms}, "seconds": 0.3 if row.layout else 1.0}
+            seen |= {"held": {"experts": 2**30}, "peaks": {"decoding": 2**31}}
+            key = {name: getattr(row, name) for name in ("what", "size", "layout", "alone", "side", "half")}
+            yield key | ({"failed": "OutOfMemoryError: no"} if row in failing else seen)
+            if row in failing:
+                return
+
+    monkeypatch.setattr(wan_speed, "in_ranks", in_ranks)
+    command = ["x", "--shape", "tiny", "--devices", "cpu", "--json", str(tmp_path / "a.json"), *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        wan_speed.main()
+    return asked, ended.value.code, capsys.readouterr()
+
+
+def test_wans_benchmark_goes_on_after_a_row_that_fails(monkeypatch, capsys, tmp_path):
+    bad = wan_rows.Row(wan_rows.STEP, "720p", "tp=4")
+    asked, code, said = wan_speed_rows(monkeypatch, capsys, tmp_path, [bad])
+    assert code == 1
+    assert [len({row.ranks for row in rows}) for rows in asked] == [1] * len(asked)
+    assert {row for rows in asked for row in rows} == set(wan_rows.rows_of(""))
+    assert "step 720p tp=4, rank 0 alone, ours 8 blocks: failed: OutOfMemoryError: no" in said.out
+    # 8 blocks take 100 ms and 4 take 60: 10 a block, and 20 beside.
+    assert "x 40 blocks: 420 ms" in said.out
+    assert "step 480p whole, diffusers 8 blocks: 125.0 (125.0 to 125.0) ms" in said.out
+    assert "ours / diffusers 0.800" in said.out
+    assert "VAE decode 720p rank 0 of 4, ours: 0.30 s, peak 1.00 GiB, 0.300 of one rank's time" in said.out
+    assert "step 480p ulysses=8, rank 0 alone, ours 8 blocks: 12.5 (12.5 to 12.5) ms" in said.out
+    assert "0.125 of one rank's" in said.out
+    assert "memory 480p tp=2, rank 0 alone, ours: peak 0.50 GiB of weights experts 1.00" in said.out
+    asked, code, _ = wan_speed_rows(monkeypatch, capsys, tmp_path, [])
+    assert (asked, code) == ([[bad]], 0)
+    asked, _, _ = wan_speed_rows(monkeypatch, capsys, tmp_path, [], "--layout", "cfg")
+    assert [(row.layout, row.alone, row.side) for rows in asked for row in rows] == [("cfg", False, "ours")] * 2
+    _, code, said = wan_speed_rows(monkeypatch, capsys, tmp_path, [], "--blocks", "4")
+    assert code == 2
+    assert "of another measurement" in said.err
+    _, code, said = wan_speed_rows(monkeypatch, capsys, tmp_path, [], "--layout", "tp2")
+    assert code == 2
+    assert "a layout is like ulysses=2" in said.err
+
+
+def test_wans_benchmark_measures_steps_of_both_sides_and_decoding():
+    task = wan_rows.Task("tiny", 1, 1, "cpu", "native")
+    ranks, predictions = wan_rows.Ranks(task), []
+    shape = task.model(1)
+    x, inputs = ranks._inputs(shape, "480p")
+    ours = build_transformer(shape, ParallelismConfig(), build_mesh(ParallelismConfig(), "cpu"), torch.float32)
+    theirs = ranks._theirs(wan_rows.Row(wan_rows.STEP, "480p", side="diffusers"), shape)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        predictions = [wan_rows.WAN.transformer.evaluate(ours, inputs, x), theirs(**inputs, return_dict=False)[0]]
+    torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-4)
+    work = []
+    for layout in ("", wan_rows.OF_FOUR):
+        with FlopCounterMode(display=False) as flops:
+            assert ranks.measure(wan_rows.Row(wan_rows.VAE, "480p", layout))["seconds"] > 0
+        work.append(flops.get_total_flops())
+    assert 0 < work[1] < 0.5 * work[0]
