@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_backend.cli.doctor import check_formats
 from parallel_backend.config import ParallelismConfig
 from parallel_backend.families import FAMILIES, family_of_name
 from parallel_backend.planning.fits import best_fit, fits_table, usable
@@ -191,6 +192,25 @@ def test_fp8_files_as_the_workers_hold_them(family, transformer, text):
     assert whole.text_encoder == pytest.approx(text, rel=0.01)
     half = reference_memory(family, ParallelismConfig(tp_size=2), fp8=True).weights
     assert half.transformer == pytest.approx(whole.transformer / 2, rel=0.02)
+
+
+def test_both_experts_of_wan_fit_two_gpus_of_24_gb_in_fp8():
+    """At 480p, 81 frames, from the shapes of both experts, umT5-XXL and the VAE."""
+    layout = ParallelismConfig(tp_size=2)
+    need, reference = reference_memory(WAN, layout, fp8=True), WAN.reference_model
+    assert (reference.width, reference.height, reference.frames, reference.transformers) == (832, 480, 81, 2)
+    experts, text = need.weights.transformer + need.others, need.weights.text_encoder
+    assert need.others == need.weights.transformer  # both are resident
+    # Files have 14.295 GB of each expert; of umT5 the embedding, 1.96 GiB, and 24 layers of 192 M weights in a byte.
+    assert experts == pytest.approx(14.295e9, rel=0.03)
+    assert text == pytest.approx((256384 * 4096 * 2 + 24 * (4 * 4096**2 + 3 * 4096 * 10240)) / 2, rel=0.01)
+    held = experts + text + need.weights.vae + RUNTIME_BYTES
+    assert held + reference_step_bytes(WAN, layout) <= usable(24)
+    # Decoding by the workers takes more than a step; the prompt's encoder is not needed by then.
+    assert held + need.activations > usable(24) >= held + need.activations - text
+    assert str(best_fit(WAN, 2, usable(24), fp8=True)) == "TP-2"
+    assert reference_memory(WAN, ParallelismConfig(ulysses_size=2), fp8=True).total > usable(24)
+    assert any("_fp8_scaled" in one.text and "2 x 24 GB: TP-2," in one.text for one in check_formats(WAN, []))
 
 
 def test_what_fits_is_what_the_readme_says():
