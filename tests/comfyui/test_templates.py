@@ -35,6 +35,8 @@ SIZES = {
     "image_flux2_text_to_image": (128, 96),
     # 240 x 160 scaled to MEGAPIXELS is 177 x 118, of which whole tokens of 16 x 16 pixels are drawn.
     "image_flux2": (176, 112),
+    # Two images, and a text encoder in fp8.
+    "image_flux2_fp8": (176, 112),
 }
 """Templates, and width and height of their pictures here."""
 INPUT_SIZE, MEGAPIXELS = (240, 160), 0.02
@@ -90,12 +92,15 @@ def frontend(server: ComfyServer) -> Iterator[Frontend]:
 DRAWN = pytest.mark.parametrize(
     # The edit's nodes also draw in test_our_own_workflows.
     "edited",
-    ["image_flux2_text_to_image", pytest.param("image_flux2", marks=pytest.mark.thorough)],
+    [name if name == "image_flux2_text_to_image" else pytest.param(name, marks=pytest.mark.thorough) for name in SIZES],
     indirect=True,
 )
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.thorough] if name.endswith("fp8") else []) for name in SIZES],
+)
 def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Frontend) -> Edited:
     name: str = request.param
     workflow = fetch_template(server, name)
