@@ -29,9 +29,12 @@ from .server import ComfyServer, PromptRejected
 from .test_model import TOLERANCE
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _still_draws_after_it(server: ComfyServer) -> Iterator[None]:
+    """After all of them, in the process and the workers that have refused them."""
+    process = server.process
     yield
+    assert server.process is process
     assert_still_draws(server)
 
 

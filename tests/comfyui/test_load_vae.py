@@ -21,7 +21,8 @@ from .test_errors import rejection
 
 PARITY = 1e-4
 """Both sides compute in fp32 from the same numbers. A wrong frame, row or mean gives 1e-2 and more."""
-FOUR = {"ulysses": 2, "ring": 2, "tp": 1}
+TWO = {"ulysses": 2, "ring": 1, "tp": 1}
+"""tests/distributed has those with more ranks."""
 TILING = {"tile_size": 64, "overlap": 32, "temporal_size": 8, "temporal_overlap": 4}
 _names = itertools.count()
 
@@ -38,7 +39,7 @@ def vaes(server):
 
 
 def add_vae(graph, name, **layout):
-    return graph.add("HybridDiT_LoadVAE", vae_name=name, layout=add_layout(graph, **(layout or FOUR)))
+    return graph.add("HybridDiT_LoadVAE", vae_name=name, layout=add_layout(graph, **(layout or TWO)))
 
 
 def add_stock(graph, name):
@@ -142,7 +143,7 @@ def test_video_nodes(vaes, node, name):
 
 def test_it_joins_the_workers_of_its_layout(vaes):
     graph = Graph()
-    layout = add_layout(graph, **FOUR)
+    layout = add_layout(graph, **TWO)
     models = vaes.models / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
     name = write(models / "with_vae.safetensors", flux2_tensors(heads=4)).name
@@ -152,7 +153,7 @@ def test_it_joins_the_workers_of_its_layout(vaes):
     saved(graph, images=graph.add("VAEDecode", samples=(add_clip(graph, 1, 16, 1, 5, 5), 0), vae=vae))
     before = set(worker_ranks(vaes))
     run_well(vaes, graph)
-    assert len(set(worker_ranks(vaes)) - before) in (0, 4)
+    assert len(set(worker_ranks(vaes)) - before) in (0, 2)
 
 
 def test_progress_and_cancel(vaes):

@@ -241,7 +241,8 @@ ENCODERS: dict[str, Callable[[Graph, object], NodeId]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "file"])
+# What is read of a folder is in tests/runtime.
+@pytest.mark.parametrize("kind", [pytest.param("pipeline", marks=pytest.mark.thorough), "file"])
 def test_same_conditioning(kind, qwen):
     """All in one graph, so that what belongs to one prompt could reach another."""
     graph = Graph()

@@ -125,10 +125,10 @@ def small(prompt: Prompt) -> Prompt:
     return prompt
 
 
-# The edit in fp8 is the one in int8 but for its file.
+# Those in fp8 are the one in int8 but for their files; test_qwen_workflows draws ours of them.
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.thorough] if name.endswith("2511") else []) for name in TEMPLATES],
+    params=[pytest.param(name, marks=[] if name.endswith("_int8") else [pytest.mark.thorough]) for name in TEMPLATES],
 )
 def edited(request, qwen: ComfyServer, frontend: Frontend, pipelines: dict[str, str]) -> tuple[str, Edited]:
     workflow = fetch_template(qwen, request.param)

@@ -74,10 +74,10 @@ def frontend(server: ComfyServer) -> Iterator[Frontend]:
         yield frontend
 
 
-# FLUX.2 klein's are FLUX.2-dev's but for the guider; test_templates draws our workflow of it.
+# FLUX.2 klein's are FLUX.2-dev's but for the guider; test_templates draws our workflows of it and of Z-Image.
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.thorough] if "klein" in name else []) for name in TEMPLATES],
+    params=[pytest.param(name, marks=[] if name.endswith("_int8") else [pytest.mark.thorough]) for name in TEMPLATES],
 )
 def edited(request: pytest.FixtureRequest, server: ComfyServer, frontend: Frontend) -> Edited:
     name: str = request.param

@@ -175,7 +175,11 @@ def latents(wan: ComfyServer) -> Latents:
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# tests/distributed has each variant on every layout.
+EITHER = [pytest.param("Ulysses-2", marks=pytest.mark.thorough), "TP-2"]
+
+
+@pytest.mark.parametrize("layout", EITHER)
 @pytest.mark.parametrize("case", [*VARIANTS, "two experts"])
 def test_same_latent(case: str, layout: str, latents: Latents):
     ours, theirs = latents(layout)[case], latents("ComfyUI")[case]
@@ -207,7 +211,7 @@ def latents_of(server: ComfyServer, graph: Graph, *samples: NodeId) -> list[Tens
     return [saved_latent(server, result, save) for save in saves]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EITHER)
 def test_fp8_scaled(wan: ComfyServer, latents: Latents, layout: str):
     graph = Graph()
     experts = (
@@ -219,7 +223,7 @@ def test_fp8_scaled(wan: ComfyServer, latents: Latents, layout: str):
     assert relative_error(ours, latents("ComfyUI")["two experts"]) > 1e-3  # the file is not the one in fp32
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)])
 def test_files_in_16_bits(wan: ComfyServer, dtype: str):
     name = f"wan_{dtype}.safetensors"
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in wan_tensors(1).items()}
@@ -266,7 +270,12 @@ def differences() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("file", "stock", "kind"), [(HIGH, HIGH, "lora"), (FP8, DEQUANTIZED, "lora"), (HIGH, HIGH, "differences")]
+    ("file", "stock", "kind"),
+    [
+        pytest.param(HIGH, HIGH, "lora", marks=pytest.mark.thorough),
+        (FP8, DEQUANTIZED, "lora"),
+        (HIGH, HIGH, "differences"),
+    ],
 )
 def test_a_lora_on_each_expert(wan: ComfyServer, file: str, stock: str, kind: str):
     """As lightx2v's 4 steps are used; each expert has its own, and without them everything is as it was."""
@@ -304,7 +313,9 @@ def test_block_cache(wan: ComfyServer):
     assert 1e-4 < relative_error(cached, uncached) < 1
 
 
-@pytest.mark.parametrize("sampler", ["uni_pc", "res_multistep", "heun"])
+@pytest.mark.parametrize(
+    "sampler", ["uni_pc", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("res_multistep", "heun"))]
+)
 def test_other_samplers(wan: ComfyServer, sampler: str):
     """uni_pc is what the templates of one model have."""
     graph = Graph()

@@ -83,7 +83,12 @@ def test_each_kind_of_prompt(server, file):
 
 @pytest.mark.parametrize(
     ("heads", "layout"),
-    [(8, {"ulysses": 1, "tp": 1}), (6, {"ulysses": 2, "tp": 2}), (8, {"ulysses": 1, "ring": 3, "tp": 1})],
+    [
+        (8, {"ulysses": 1, "tp": 1}),
+        # As in tests/distributed.
+        pytest.param(6, {"ulysses": 2, "tp": 2}, marks=pytest.mark.thorough),
+        pytest.param(8, {"ulysses": 1, "ring": 3, "tp": 1}, marks=pytest.mark.thorough),
+    ],
     ids=["one process", "6 heads on 4 ranks", "8 heads on 3 ranks"],
 )
 def test_other_sizes_and_layouts(server, folder, heads, layout):

@@ -68,11 +68,11 @@ class Template:
 
 I2V, I2V_21, LARGE_VAE = {"channels": 36}, {"channels": 36, "image": True}, (48, 16)
 TEMPLATES = {
-    "video_wan2_2_14B_i2v": Template(I2V, 2),
+    "video_wan2_2_14B_i2v": Template(I2V, 2, thorough=True),
     "video_wan2_2_14B_flf2v": Template(I2V, 2, thorough=True),
     "video_wan2_2_5B_ti2v": Template({"channels": 48, "out": 48}, vae=LARGE_VAE),
     "text_to_video_wan": Template(thorough=True),
-    "image_to_video_wan": Template(I2V_21),
+    "image_to_video_wan": Template(I2V_21, thorough=True),
     "wan2.1_flf2v_720_f16": Template({**I2V_21, "image_places": FLF_IMAGES}, vision=IMAGES),
     "video_wan2_2_14B_fun_inpaint": Template(I2V, 2, thorough=True),
     "video_wan2_2_14B_fun_control": Template({"channels": 52, "first_frame": 16}, 2),
@@ -228,7 +228,10 @@ def t2v(server: ComfyServer, frontend: Frontend) -> tuple[Prompt, Prompt]:
     return stock, ours
 
 
-@pytest.mark.parametrize("on", [False, True], ids=["20 steps", "4 steps with lightx2v"])
+# test_template has two experts with CFG, too.
+@pytest.mark.parametrize(
+    "on", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["20 steps", "4 steps with lightx2v"]
+)
 def test_two_experts(server: ComfyServer, t2v: tuple[Prompt, Prompt], on: bool):
     """The switch chooses CFG and 20 steps, or both LoRAs and 4."""
     stock, ours = (small(prompt, Template()) for prompt in t2v)

@@ -106,14 +106,15 @@ LAYOUTS = {
 """As shipped, layouts are automatic: one rank on the CPU. These have more to show; others run on 2 x 2."""
 
 
-def on_four_ranks(file: Path, steps: int | None = None) -> dict[str, Any]:
-    """A shipped workflow with a layout that splits it, and with another number of steps."""
+def on_ranks(file: Path, steps: int | None = None) -> dict[str, Any]:
+    """A shipped workflow with a layout that splits it: on four ranks as it is, on two with another number of steps."""
     workflow = json.loads(file.read_text())
     for node in nodes_of(workflow, *STEPPING) if steps else ():
         node["inputs"]["steps"] = steps
     (layout,) = nodes_of(workflow, "HybridDiT_ParallelLayout")
     assert layout["inputs"]["auto"] is True
-    layout["inputs"] |= {"auto": False, **LAYOUTS.get(file.stem, {"ulysses": 2, "tp": 2})}
+    degrees = {"ulysses": 2} if steps else LAYOUTS.get(file.stem, {"ulysses": 2, "tp": 2})
+    layout["inputs"] |= {"auto": False, **degrees}
     return workflow
 
 
@@ -126,7 +127,7 @@ def test_there_are_workflows():
 )
 @pytest.mark.parametrize("file", API_WORKFLOWS, ids=lambda file: file.stem)
 def test_workflow(file: Path, steps: int | None, server: ComfyServer):
-    workflow = without_caches(on_four_ranks(file, steps))
+    workflow = without_caches(on_ranks(file, steps))
     result = run_well(server, workflow)
     ours = picture(server, result)
     reference = picture(server, run_well(server, with_reference(workflow)))
@@ -165,7 +166,7 @@ WITH_CACHE = pytest.mark.parametrize(
 @pytest.mark.thorough
 @WITH_CACHE
 def test_cached_workflow(file: Path, server: ComfyServer):
-    workflow = on_four_ranks(file)
+    workflow = on_ranks(file)
     result = run_well(server, workflow)
     cached = picture(server, result)
     uncached = picture(server, run_well(server, without_caches(workflow)))
@@ -185,7 +186,7 @@ def test_cached_workflow(file: Path, server: ComfyServer):
 @WITH_CACHE
 def test_a_cache_leaves_nothing_behind(file: Path, server: ComfyServer):
     """The picture without it is the one that was there before it."""
-    workflow = on_four_ranks(file)
+    workflow = on_ranks(file)
     uncached = picture(server, run_well(server, without_caches(workflow)))
     run_well(server, workflow)
     again = without_caches(workflow)

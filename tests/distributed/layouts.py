@@ -24,7 +24,7 @@ REFERENCE_TABLE = {
 }
 
 TYPICAL = ("TP-4", "Ring-4", "Ulysses-8", "Ulysses-2-TP-4", "Ring-4-TP-2", "USP-2-2-TP-2")
-"""Each axis alone and with each other: enough for what goes on beside a forward, which is compared on every layout."""
+"""Each axis alone and with each other: enough for all but FLUX.2's forward, which is compared on every layout."""
 
 
 def all_layouts(*values: object, names: Iterable[str] = tuple(REFERENCE_TABLE)) -> list:

@@ -8,7 +8,6 @@ from tests.distributed.layouts import REFERENCE_TABLE, TEXT_ENCODER_LAYOUTS, all
 TOLERANCE = 1e-5
 """fp32: the layouts only reorder sums; a wrong token, head or mask costs more than 1e-2."""
 
-EVERY_LAYOUT = pytest.mark.parametrize("name", REFERENCE_TABLE)
 ODD_LENGTHS = dict(text=7, sizes=[(5, 7)], batch=1)
 REFERENCES = dict(text=9, sizes=[(3, 4), (4, 3), (2, 2)], batch=2)
 MASKS_OF_DIFFERENT_LENGTHS = dict(text=11, sizes=[(3, 5), (2, 3)], batch=2, masked=[[8, 9, 10], [2, 5, 10]])
@@ -16,7 +15,7 @@ FEWER_TOKENS_THAN_RANKS = dict(text=1, sizes=[(1, 3)], batch=1)
 NO_TEXT_AT_ALL, HOLES = (dict(text=5, sizes=[(4, 3)], batch=1, masked=[hidden]) for hidden in ([0, 1, 2, 3, 4], [1, 3]))
 
 
-@EVERY_LAYOUT
+@pytest.mark.parametrize("name", all_layouts())
 def test_transformer(world, name):
     shapes = [ODD_LENGTHS, MASKS_OF_DIFFERENT_LENGTHS, FEWER_TOKENS_THAN_RANKS]
     for errors in world.run(qwen_cases.transformer_errors, REFERENCE_TABLE[name], shapes):

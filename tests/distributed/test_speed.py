@@ -80,8 +80,8 @@ class TestEager:
     ("name", "changes"),
     [
         ("Ulysses-2", {}),
-        ("Ring-2", {}),
         ("TP-2", LONG),
+        pytest.param("Ring-2", {}, marks=pytest.mark.thorough),
         pytest.param("Ulysses-2", LONG, marks=pytest.mark.thorough),
         pytest.param("TP-2", {}, marks=pytest.mark.thorough),
     ],
