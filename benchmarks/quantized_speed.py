@@ -17,6 +17,7 @@ import gc
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -335,6 +336,7 @@ def main() -> None:
     if arguments.ranks:
         of_ranks(arguments)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its processes end with it
     try:
         raise SystemExit(run(arguments))
     except ValueError as error:
