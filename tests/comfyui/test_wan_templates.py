@@ -7,6 +7,7 @@ random; what stands for text encoder, vision encoder and VAE is random, too, and
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.wan_file import CONTEXT, IMAGE, wan_tensors
 from ..browser.edits import replace, wire
 from ..browser.frontend import Frontend, what_is_missing
 from .graphs import Graph, run_well, saved_latent
-from .server import ComfyServer
+from .server import CHECKOUT, ComfyServer
 from .template_models import all_nodes
 from .test_templates import LAYOUT, LOADER, Prompt, fetch_template, linked, picture, show
 from .test_wan import TOLERANCE, from_fp8, lora, write_lora
@@ -84,6 +85,7 @@ TEMPLATES = {
     "wan2.1_fun_inp": Template(I2V_21, thorough=True),
 }
 T2V = "video_wan2_2_14B_t2v"
+SHIPPED = "13_wan2_2_text_to_video"
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,30 @@ def test_two_experts(server: ComfyServer, t2v: tuple[Prompt, Prompt], on: bool):
     assert tuple(drawn.shape) == (1, 16, 3, SIDE // 8, SIDE // 8)
     assert relative_error(drawn, theirs) <= TOLERANCE
     assert relative_error(last_latent(server, other_words(ours)), drawn) > DIFFERENT
+
+
+@pytest.mark.thorough  # test_workflow_formats and test_template show its parts
+def test_the_shipped_workflow(server: ComfyServer, frontend: Frontend):
+    """It draws what stock loaders do, as it is sent to ComfyUI and as the page opens it."""
+    prompt = json.loads((CHECKOUT / "workflows" / "api" / f"{SHIPPED}.json").read_text())
+    workflow = json.loads((CHECKOUT / "workflows" / f"{SHIPPED}.json").read_text())
+    write_files(server, workflow, {})
+    show(frontend, workflow, SHIPPED)
+    assert linked(frontend.prompt(), {}) == linked(prompt, {})
+    ours = small(prompt, Template())
+    stock = {key: node for key, node in copy.deepcopy(ours).items() if node["class_type"] != LAYOUT}
+    for node in ours.values():
+        if node["class_type"] == LAYOUT:
+            node["inputs"] |= {"auto": False, "ulysses": 2, "devices": "cpu"}
+    replaced = [node for node in stock.values() if node["class_type"] == LOADER]
+    assert len(replaced) == 2
+    for node in replaced:
+        node["class_type"] = "UNETLoader"
+        del node["inputs"]["layout"]
+    drawn = last_latent(server, ours)
+    assert tuple(drawn.shape) == (1, 16, 3, SIDE // 8, SIDE // 8)
+    assert drawn.std() > 0.1
+    assert relative_error(drawn, last_latent(server, stock)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
