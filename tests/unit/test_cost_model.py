@@ -1,6 +1,7 @@
 """The cost model against figures that others measured, and its bytes against what a rank's collectives are handed."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from parallel_backend.planning.cost_model import (
 )
 from parallel_backend.planning.gpu_speed import NVLINK, PCIE, device_of
 from parallel_backend.planning.memory import reference_config
-from parallel_backend.planning.workload import count_workload
+from parallel_backend.planning.workload import count_workload, sample_workload
 
 FLUX2_DEV = Workload(**measured()["workload"])
 
@@ -209,3 +210,20 @@ def test_bytes_and_calls_are_those_that_a_rank_hands_over(monkeypatch, degrees):
         calls, sent = Counting.sent[axis]
         assert counted(Link(1e30, 1.0)) == pytest.approx(calls)  # 1 ms a call, and nothing for bytes
         assert counted(Link(1e-6, 0.0)) == pytest.approx(sent, rel=1e-6)  # 1 ms a byte
+
+
+def test_a_prompt_a_gpu_beside_both_on_all_gpus_as_the_docs_have_it():
+    wan = family_of_name("wan")
+    work = sample_workload(wan, reference_config(wan))
+
+    def seconds(link: Link, **degrees: int) -> float:
+        return step_cost(work, ParallelismConfig(**degrees), uniform(link)).ms / 1000
+
+    rows = []
+    for link, name in ((NVLINK, "NVLink"), (PCIE, "PCIe 4.0 x16")):
+        both = [2 * seconds(link, ulysses_size=2), 2 * seconds(link, ring_size=2), seconds(link)]
+        rows.append(f"| two GPUs, {name} | {both[0]:.2f} | {both[1]:.2f} | {both[2]:.2f} |")
+        both = [2 * seconds(link, ulysses_size=4), 2 * seconds(link, ring_size=4), seconds(link, ring_size=2)]
+        rows.append(f"| four GPUs, {name} | {both[0]:.2f} | {both[1]:.2f} | {both[2]:.2f} (Ring-2 each) |")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text()
+    assert [row for row in rows if row not in text] == []
