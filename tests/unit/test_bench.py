@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import eight_gpus, neighbours, quantized_speed, wan_rows, wan_speed
+from benchmarks import eight_gpus, lora, neighbours, quantized_speed, wan_rows, wan_speed
 from benchmarks.against_cache_dit import cache_of, layout_of, measured, to_markdown
 from benchmarks.eight_gpus import MASKS, Row, rows_of
 from parallel_backend.bench.alone import start_alone
@@ -357,3 +357,26 @@ def test_wans_benchmark_measures_steps_of_both_sides_and_decoding():
             assert ranks.measure(wan_rows.Row(wan_rows.VAE, "480p", layout))["seconds"] > 0
         work.append(flops.get_total_flops())
     assert 0 < work[1] < 0.5 * work[0]
+
+
+def test_rows_of_a_lora_are_kept_and_those_that_fail_are_tried_again(tmp_path, capsys):
+    figures = dict.fromkeys(("file_gib", "on_s", "read_s", "strength_s", "off_s", "on_again_s", "step_percent"), 1.0)
+    figures |= {"plain_step_s": 0.2, "step_s": 0.21}
+    asked, kept = [], tmp_path / "rows.json"
+
+    def measure(what):
+        asked.append(what)
+        if what == "rank 64" and len(asked) < 4:
+            raise RuntimeError("a rank ended")
+        return {"host_mib": [1.0], "gpu_mib": [2.0]} if what == "cycles" else dict(figures)
+
+    names, labels = lora.names_of("fp8", [16, 64]), {"layout": "TP-2", "form": "fp8"}
+    lora.measure_all(names, measure, labels, kept)
+    assert asked == ["rank 16", "rank 64", "cycles"]
+    assert "TP-2, fp8, rank 64: failed: RuntimeError: a rank ended" in capsys.readouterr().out
+    rows = lora.measure_all(names, measure, labels, kept)
+    assert asked[3:] == ["rank 64"]
+    assert "rank 64 (1.00 GiB): on 1.00 s" in capsys.readouterr().out
+    assert not any("error" in row for row in rows)
+    lora.measure_all(names, measure, {**labels, "form": "bf16"}, kept)
+    assert asked[4:] == names
