@@ -43,6 +43,20 @@ def diffusers_names() -> dict[str, Tensor]:
     return tensors
 
 
+def other_names() -> dict[str, Tensor]:
+    """Names of diffusers' layers behind nothing, as peft calls its first adapter, and behind two more prefixes."""
+    width = SHAPES["img_in.weight"][0]
+    tensors = {}
+    for base in ("transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_out.0"):
+        tensors[f"{base}.lora_A.default.weight"] = random(RANK, width) * 0.2
+        tensors[f"{base}.lora_B.default.weight"] = random(width, RANK) * 0.2
+    for base in ("lycoris_transformer_blocks_0_attn_add_q_proj", "lora_transformer_transformer_blocks_1_attn_to_v"):
+        tensors[f"{base}.lora_down.weight"] = random(RANK, width) * 0.2
+        tensors[f"{base}.lora_up.weight"] = random(width, RANK) * 0.2
+        tensors[f"{base}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
 def kohya() -> dict[str, Tensor]:
     """With an alpha, in bf16, of blocks of both kinds."""
     tensors = {}
@@ -116,6 +130,7 @@ def low_rank(base: str, rows: int, columns: int) -> dict[str, Tensor]:
 STYLES = {
     "every layer": every_layer,
     "diffusers": diffusers_names,
+    "other names": other_names,
     "kohya": kohya,
     "lycoris": lycoris,
     "lengths": lengths,

@@ -48,6 +48,22 @@ def test_several_and_other_strengths(server, loras):
     assert relative_error(first, second) > 100 * PARITY
 
 
+def test_sixteen_in_a_row_in_all_numbers(server, loras):
+    """The first of rank 256 in fp16, the second in fp8."""
+    for name, rank, dtype in (("fp16", 256, torch.float16), ("fp8", RANK, torch.float8_e4m3fn)):
+        tensors = {}
+        for key in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear2"):
+            rows, columns = SHAPES[f"{key}.weight"]
+            tensors[f"diffusion_model.{key}.lora_A.weight"] = (random(rank, columns) / columns**0.5).to(dtype)
+            tensors[f"diffusion_model.{key}.lora_B.weight"] = (random(rows, rank) / rank**0.5).to(dtype)
+        save_file(tensors, server.models / "loras" / f"numbers-{name}.safetensors")
+    first = [("numbers-fp16.safetensors", 0.3), ("numbers-fp8.safetensors", -0.3)]
+    sixteen = first + [(loras["kohya" if number % 2 else "diffusers"], 0.1 + number / 50) for number in range(14)]
+    mine, two, fp16, theirs = draw(server, ("TP-2", sixteen), ("TP-2", first), ("TP-2", first[:1]), ("stock", sixteen))
+    assert relative_error(mine, theirs) <= PARITY
+    assert all(relative_error(one, other) > 100 * PARITY for one, other in ((mine, two), (two, fp16)))
+
+
 def test_it_lasts(server, loras):
     """After its group was killed, after ComfyUI has asked for all memory or for models', and on another layout."""
     on = [(loras["kohya"], 1.0)]
