@@ -91,3 +91,34 @@ def test_freed_models_are_gone_until_they_are_loaded_again(server, large):
     assert again.equal(latent)
     assert ranks <= set(worker_ranks(server))
     assert_still_draws(server)
+
+
+LENDS = """
+import sys
+from types import SimpleNamespace
+shared = sys.modules[type(m).__module__.rpartition(".")[0] + ".shared_memory"]
+def ended(size, name):
+    raise shared.WorkersFailedError("rank 1 ended, killed by signal 9 (SIGKILL)")
+kept = shared.find_group, shared.name_of
+shared.find_group, shared.name_of = lambda group: SimpleNamespace(lend=ended), lambda device: "a GPU"
+try:
+    config = SimpleNamespace(group=None, devices=SimpleNamespace(visible=("a GPU",)))
+    given = shared.lend(config, torch.device("cpu"), 3 * 2**30)
+finally:
+    shared.find_group, shared.name_of = kept
+    shared._needs.pop("a GPU", None)
+assert given == 0, given
+"""
+
+
+def test_comfyui_goes_on_where_workers_end_while_it_takes_their_memory(server):
+    """It asks in the middle of its own node, which must not fail by it: a line in the log, and the picture is drawn."""
+    graph = Graph()
+    loader = add_loader(graph, **LAYOUT)
+    lends = graph.add("ReferenceChange", model=(loader, 0), statements=LENDS)
+    save_latent(graph, add_sampler(graph, loader, model=lends, seed=5))
+    before = len(server.log_text())
+    run_well(server, graph)
+    said = server.log_text()[before:]
+    assert "asked for 3.0 GiB of GPU a GPU: rank 1 ended, killed by signal 9 (SIGKILL)" in said
+    assert_still_draws(server)
