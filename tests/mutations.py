@@ -86,7 +86,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a stale context",
-        "parallel_backend/runtime/client/remote_model.py",
+        "parallel_backend/runtime/client/same_content.py",
         "    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):\n        return False\n",
         "    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape)\n",
         "tests/runtime/test_group.py",
@@ -245,6 +245,48 @@ MUTATIONS = (
         'const EVENT = "hybrid_dit.state";',
         'const EVENT = "hybrid_dit.states";',
         "tests/browser/test_drag_and_drop.py",
+    ),
+    Mutation(
+        "a step that may take any time where it is the first",
+        "parallel_backend/runtime/client/deadlines.py",
+        "        if self.is_first(shape):\n            return least\n",
+        "        if self.is_first(shape):\n            return None\n",
+        "tests/unit/test_deadlines.py",
+    ),
+    Mutation(
+        "a LoRA whose strength is dropped",
+        "parallel_backend/loading/adapters.py",
+        "part.add_(patch.strength * added)",
+        "part.add_(added)",
+        "tests/unit/test_adapters.py",
+    ),
+    Mutation(
+        "a lost zero point",
+        "parallel_backend/parallel/quantized.py",
+        " + zeros.t().unsqueeze(-1).to(dtype)",
+        "",
+        "tests/unit/test_quantized.py",
+    ),
+    Mutation(
+        "scales of the first columns on every rank",
+        "parallel_backend/loading/quantized_weight.py",
+        "across = (first // columns, -(-end // columns)) if columns else (0, 0)",
+        "across = (0, -(-end // columns) - first // columns) if columns else (0, 0)",
+        "tests/unit/test_quantized.py",
+    ),
+    Mutation(
+        "a rotation that is left out",
+        "parallel_backend/parallel/formats.py",
+        'rotated = "convrot_groupsize" in self.options and options.get("convrot", True)',
+        "rotated = False",
+        "tests/unit/test_quantized.py",
+    ),
+    Mutation(
+        "too little memory is lent",
+        "parallel_backend/runtime/client/worker_group.py",
+        "Lend(self.next_id(), size, [rank])",
+        "Lend(self.next_id(), size // 2, [rank])",
+        "tests/unit/test_worker_group.py",
     ),
 )
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.text_encoder_file import comfy_config
+
 from . import load_audit
 from .graphs import Graph
 from .qwen_models import PIPELINE, ZERO, make_qwen_pipeline, make_zero_pipeline, write_text_encoder, write_transformer
@@ -20,6 +22,13 @@ REFERENCE_PACK = HERE / "reference_pack"
 EXAMPLE_IMAGE = "hybrid-dit-example.png"
 TRUNCATED, UNSUPPORTED = "truncated", "unsupported"
 """Pipeline folders with which something is wrong."""
+KLEIN = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 28, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+"""A text encoder of FLUX.2 klein, which the workers do not know, as small as a context of 192 features asks for."""
+SIZES = {"Mistral3Small24BConfig": comfy_config(), "Qwen3_4BConfig": KLEIN}
+"""What ComfyUI's own loaders take for text encoders."""
 TEST_SECONDS = 180
 """A test that takes longer hangs; the first one also starts the server and makes the pipelines."""
 
@@ -83,13 +92,14 @@ def graph() -> Graph:
 
 
 def new_server(comfyui: Path, home: Path) -> ComfyServer:
-    """A server with the tests' pipelines and the reference pack, not started."""
+    """A server with the tests' pipelines and the reference pack, whose own loaders take small text encoders."""
     return ComfyServer(
         comfyui=comfyui,
         diffusers_folder=home / "models",
-        packs=[REFERENCE_PACK],
+        packs=[REFERENCE_PACK, HERE / "small_sizes"],
         environment={
             "HYBRID_DIT_HOME": str(home),
+            "HYBRID_DIT_TEST_SIZES": json.dumps(SIZES),
             "HYBRID_DIT_TEST_HOOKS": load_audit.__file__,
             load_audit.LOG: str(home / "load.log"),
         },

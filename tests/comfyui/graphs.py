@@ -39,7 +39,7 @@ def _value(source: Source) -> Any:
     return source
 
 
-def add_layout(graph: Graph, ulysses: int = 2, ring: int = 1, tp: int = 2, devices: str = "cpu", **more: Any) -> NodeId:
+def add_layout(graph: Graph, ulysses: int = 2, ring: int = 1, tp: int = 1, devices: str = "cpu", **more: Any) -> NodeId:
     """A Parallel Layout; the default is the one that most tests share, so that they share a group."""
     return graph.add("HybridDiT_ParallelLayout", ulysses=ulysses, ring=ring, tp=tp, devices=devices, **more)
 

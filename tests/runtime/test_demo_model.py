@@ -53,9 +53,9 @@ def test_it_draws_what_it_is_asked_for(group):
 @pytest.mark.parametrize("prompt", ["", "ein Fahrrad im Regen, oil on canvas, 8k", "日本 🚲 \x00"])
 def test_unknown_words_still_give_a_picture(group, prompt):
     began = time.perf_counter()
-    picture = np.asarray(draw(group, ImageRequest(prompt, width=192, height=320, steps=8, seed=4)))
+    picture = np.asarray(draw(group, ImageRequest(prompt, width=192, height=320, steps=2, seed=4)))
     assert picture.shape == (320, 192, 3)
-    assert time.perf_counter() - began < 40  # 2 s on two cores
+    assert time.perf_counter() - began < 40  # 1 s on two cores
 
 
 def test_the_outline_lora_names_comfyuis_layers():
