@@ -288,6 +288,20 @@ MUTATIONS = (
         "Lend(self.next_id(), size // 2, [rank])",
         "tests/unit/test_worker_group.py",
     ),
+    Mutation(
+        "memory of another GPU is lent",
+        "parallel_backend/runtime/client/worker_group.py",
+        "rank = self._local[self.config.devices.visible.index(device)]",
+        "rank = self._local[0]",
+        "tests/unit/test_worker_group.py",
+    ),
+    Mutation(
+        "a VAE's band takes the wrong lines of the one before",
+        "parallel_backend/parallel/bands.py",
+        "gathered[self.index - 1].narrow(self.dim, after, before)",
+        "gathered[self.index - 1].narrow(self.dim, 0, before)",
+        "tests/distributed/test_wan_vae.py",
+    ),
 )
 
 
