@@ -15,7 +15,7 @@ from .graphs import Graph, add_layout, add_loader, add_sampler, run_well, save_l
 from .test_errors import rejection
 
 PARITY = 1e-4
-LAYOUTS = {"Ulysses-2": {"ulysses": 2, "tp": 1}, "TP-2": {"ulysses": 1, "tp": 2}}
+LAYOUTS = {"Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}, "TP-2": {"ulysses": 1, "tp": 2}}
 QUANTIZED = (("int8_convrot", "Ulysses-2"), ("nvfp4", "TP-2"))
 FILES = {
     "fp32": lambda tensors: (tensors, {}),
@@ -47,7 +47,7 @@ def weight_bytes(server, result, node):
 
 @pytest.mark.parametrize(
     ("kind", "layout", "prefix"),
-    [("fp32", "Ulysses-2", ""), ("fp8, a table in the header", "TP-2", ""),
+    [("fp32", "Ulysses-2-TP-2", ""), ("fp8, a table in the header", "TP-2", ""),
      ("fp8, a marker", "TP-2", "model.diffusion_model.")],
 )  # fmt: skip
 def test_the_same_latents_as_with_comfyuis_own_loader(server, folder, graph, kind, layout, prefix):
