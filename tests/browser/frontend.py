@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ SETTINGS = {
 """What a user has who has been here before, and the classic nodes, whose look does not depend on the release."""
 
 READY = "() => window.app?.vueAppReady && window.app.rootGraphInternal && window.app.extensionManager"
+
+OPENED = "app.extensionManager.workflow?.activeWorkflow"
+"""What has a tab of the frontend: set, with the graph's state, when all of a graph is there."""
+
+# The same workflow that is opened again keeps its tab, and gets nodes and a state anew.
+MARK = f"() => {{ window.before = [...app.graph.nodes, {OPENED}.activeState]; }}"
+ANOTHER = f"""id => app.graph.id === id && {OPENED}?.activeState?.id === id &&
+  ![...app.graph.nodes, {OPENED}.activeState].some(one => window.before.includes(one))"""
 
 # As a file manager would do it: the file travels in the DataTransfer of a real drop event on the canvas.
 DROP = """async ({ name, type, data }) => {
@@ -91,9 +99,15 @@ class Frontend:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._console)
         self.page.goto(self.server.url)
+        self.wait_until_open()
+
+    def wait_until_open(self) -> None:
+        """Wait until the page, which was opened or loaded again, takes another workflow."""
         self.page.wait_for_function(READY, timeout=60_000)
         self.page.wait_for_selector("#graph-canvas", timeout=60_000)
-        # The frontend opens its empty workflow last; what is loaded before would be replaced.
+        # The frontend opens a workflow of its own last; what is loaded before would be replaced.
+        self.page.wait_for_function(f"() => {OPENED}?.activeState", timeout=60_000)
+        # It asks for the sizes of that workflow's files, and errors of this come a little later.
         self.page.wait_for_timeout(1500)
 
     @contextmanager
@@ -124,6 +138,12 @@ class Frontend:
         """Drop a file onto the middle of the canvas."""
         data = base64.b64encode(file.read_bytes()).decode()
         self.page.evaluate(DROP, {"name": file.name, "type": mime_type, "data": data})
+
+    def wait_for_another(self, act: Callable[[], None], graph: str) -> None:
+        """Do what opens another workflow, and wait until the graph with this id is whole, with what it lacks told."""
+        self.page.evaluate(MARK)
+        act()
+        self.page.wait_for_function(ANOTHER, arg=graph, timeout=20_000)
 
     def graph(self) -> dict[str, Any]:
         """The open workflow in UI format, as its menu would save it."""

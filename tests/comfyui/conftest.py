@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from tests.text_encoder_file import comfy_config
 
+from ..browser.frontend import Frontend
 from . import load_audit
 from .graphs import Graph
 from .qwen_models import PIPELINE, ZERO, make_qwen_pipeline, make_zero_pipeline, write_text_encoder, write_transformer
@@ -112,6 +113,13 @@ def server(comfyui: Path, home: Path, example_image: Image.Image) -> Iterator[Co
     with new_server(comfyui, home) as server:
         server.add_input_image(EXAMPLE_IMAGE, example_image)
         yield server
+
+
+@pytest.fixture(scope="package")
+def frontend(server: ComfyServer) -> Iterator[Frontend]:
+    """The real front end of the session's server; closed before tests that may have a browser of their own."""
+    with Frontend(server) as frontend:
+        yield frontend
 
 
 @pytest.fixture(scope="session")

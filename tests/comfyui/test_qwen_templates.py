@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +65,6 @@ class Edited:
     text_encoder: Replaced
     model: Replaced
     layout: str
-
-
-@pytest.fixture(scope="module")
-def frontend(qwen: ComfyServer) -> Iterator[Frontend]:
-    with Frontend(qwen) as frontend:
-        yield frontend
 
 
 def write_lightning(server: ComfyServer, prompt: Prompt) -> None:
@@ -140,7 +133,7 @@ def edited(request, qwen: ComfyServer, frontend: Frontend, pipelines: dict[str, 
     stock = frontend.prompt()
     text_encoder = replace(frontend, "CLIPLoader", TEXT_LOADER, type="qwen_image")
     model = replace(frontend, "UNETLoader", LOADER)
-    layout = wire(frontend, LAYOUT, "layout", devices="cpu", auto=False, ulysses=2, tp=2)
+    layout = wire(frontend, LAYOUT, "layout", devices="cpu", auto=False, ulysses=2)
     ours = frontend.prompt()
     write_lightning(qwen, ours)
     return pipelines[request.param], Edited(stock, ours, text_encoder, model, layout)

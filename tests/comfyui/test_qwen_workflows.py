@@ -116,7 +116,7 @@ def small(name: str, references: bool) -> Prompt:
     prompt = shipped(name)
     for node in prompt.values():
         if node["class_type"] == LAYOUT:  # automatic, which would be one rank on the CPU
-            node["inputs"] |= {"auto": False, "ulysses": 2, "tp": 2}
+            node["inputs"] |= {"auto": False, "ulysses": 2}
         if node["class_type"] == "EmptySD3LatentImage":
             node["inputs"]["width"], node["inputs"]["height"] = SIZE
         if node["class_type"] == "FluxKontextImageScale":  # which makes it a million pixels

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import urllib.error
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +82,6 @@ def other_image(server: ComfyServer) -> None:
     server.add_input_image(OTHER_IMAGE, picture(9))
 
 
-@pytest.fixture(scope="module")
-def frontend(server: ComfyServer) -> Iterator[Frontend]:
-    with Frontend(server) as frontend:
-        yield frontend
-
-
 DRAWN = pytest.mark.parametrize(
     # The edit's nodes also draw in test_our_own_workflows.
     "edited",
@@ -153,10 +146,9 @@ def picture(number: int) -> Image.Image:
 
 
 def show(frontend: Frontend, workflow: dict[str, Any], name: str) -> None:
-    frontend.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
-    frontend.page.wait_for_function("id => app.graph.id === id", arg=workflow["id"], timeout=20_000)
-    # Widgets of subgraphs get their values, and what is missing is said, a little later.
-    frontend.page.wait_for_timeout(700)
+    load = "([graph, name]) => app.loadGraphData(graph, true, true, name)"
+    frontend.wait_for_another(lambda: frontend.page.evaluate(load, [workflow, name]), workflow["id"])
+    frontend.page.wait_for_timeout(200)  # widgets of subgraphs get their values a little later
 
 
 def both_ways(frontend: Frontend) -> dict[bool, Prompt]:

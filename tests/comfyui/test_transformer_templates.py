@@ -6,7 +6,6 @@ As in test_templates, each is opened in the real front end, on small random mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +65,6 @@ class Edited:
     ours: Prompt
     models: list[Replaced] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def frontend(server: ComfyServer) -> Iterator[Frontend]:
-    with Frontend(server) as frontend:
-        yield frontend
 
 
 # FLUX.2 klein's are FLUX.2-dev's but for the guider; test_templates draws our workflows of it and of Z-Image.

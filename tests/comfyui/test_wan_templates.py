@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +85,6 @@ TEMPLATES = {
 }
 T2V = "video_wan2_2_14B_t2v"
 SHIPPED = "13_wan2_2_text_to_video"
-
-
-@pytest.fixture(scope="module")
-def frontend(server: ComfyServer) -> Iterator[Frontend]:
-    with Frontend(server) as frontend:
-        yield frontend
 
 
 def write_files(server: ComfyServer, workflow: dict[str, Any], size: dict[str, Any]) -> None:
