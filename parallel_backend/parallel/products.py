@@ -84,6 +84,11 @@ class Product(ABC):
     def tensors(self) -> Sequence[Tensor]:
         """All that it holds, the same ones each time: what is moved is their `Tensor.data`."""
 
+    def fix_sizes(self) -> None:
+        """Tell the compiler that sizes are the model's: it takes all but a module's parameters for dynamic ones."""
+        for tensor in self.tensors():
+            torch._dynamo.mark_static(tensor)
+
 
 class Plain(Product):
     """A weight that is multiplied as it is."""
@@ -187,6 +192,12 @@ class Adapted(Product):
 
     def tensors(self) -> Sequence[Tensor]:
         return (*self.base.tensors(), self.down, self.up, self.strengths)
+
+    def fix_sizes(self) -> None:
+        """As of any product, but for the rank, which may be another one with the next LoRA."""
+        self.base.fix_sizes()
+        torch._dynamo.mark_static(self.down, 1)
+        torch._dynamo.mark_static(self.up, 0)
 
 
 class Instead(Plain):
@@ -299,6 +310,7 @@ class Multiplier(nn.Module):
 
     def hold(self, product: Product) -> None:
         """Multiply with it instead of the parameter, which stays where it is a part of the product."""
+        product.fix_sizes()
         parameter = self._parameters.get("weight")
         if parameter is None or all(parameter is not tensor for tensor in product.tensors()):
             if parameter is not None:
