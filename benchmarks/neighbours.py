@@ -2,7 +2,8 @@
 
 A FLUX.2 transformer at its width and a quarter of its depth (16 GiB), a VAE and a text encoder (11 GiB), all with
 random weights, are written (and kept); then memory of the GPU is taken until ``--leave`` GiB are free beside the
-transformer. Rows are drawn one after another, each in a server of its own, all with ComfyUI's own VAE:
+transformer: the contexts of two processes take 2 of them, where ComfyUI by itself has one of 0.8 GiB. Rows are drawn
+one after another, each in a server of its own, all with ComfyUI's own VAE:
 
 * ``ours``: Load Diffusion Model (Parallel) on GPU 0, five pictures,
 * ``stock``: ComfyUI's Load Diffusion Model in its place,
@@ -12,7 +13,7 @@ transformer. Rows are drawn one after another, each in a server of its own, all 
 * ``stock --lowvram`` and so on.
 
 The other rows get random numbers for a text's features. Seconds are ComfyUI's own, from the start of a prompt to its
-end. ``python benchmarks/neighbours.py /tmp/weights [--leave 3] [--rows 'ours*,stock'] [--json FILE] [--seconds 230]``
+end. ``python benchmarks/neighbours.py /tmp/weights [--leave 4] [--rows 'ours*,stock'] [--json FILE] [--seconds 230]``
 needs a ComfyUI (``COMFYUI_PATH``), one GPU and 30 GiB of disk. No row is begun after ``--seconds``; what is in the JSON
 file is not drawn again, and a row that failed is, last: call it until nothing is left. ``--small`` has tiny models on
 the CPU, where nothing is taken (and --lowvram and --highvram are refused), to see that it runs.
@@ -269,7 +270,7 @@ def compared(rows: dict[str, dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the models are, or are written")
-    parser.add_argument("--leave", type=float, default=3.0, help="GiB that others leave free (default: %(default)s)")
+    parser.add_argument("--leave", type=float, default=4.0, help="GiB that others leave free (default: %(default)s)")
     parser.add_argument("--pixels", type=int, help="along a side of the picture (default: 1024; small: 64)")
     parser.add_argument("--rows", default="*", help="patterns of names, with commas between them (default: all)")
     parser.add_argument("--seconds", type=float, default=230.0, help="no row is begun later (default: %(default)s)")
