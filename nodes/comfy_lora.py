@@ -126,6 +126,12 @@ def _kind_of(key: str, value: Any) -> Patch:
             raise _refused(key, "a difference that makes a weight larger")
         return Patch(kind, (tensor,))
     what = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else type(value).__name__
+    if what == "model_as_lora":
+        raise ValueError(
+            f"the weight {key} is changed by all of another checkpoint's weights (Create Hook Model as LoRA), which "
+            "parallel models do not take in this version; use Create Hook LoRA, with a LoRA that Extract and Save Lora "
+            "makes of that checkpoint and this one in ComfyUI's own loaders, or bypass the node"
+        )
     raise _refused(key, f"{what!r}")
 
 

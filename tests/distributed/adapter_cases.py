@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch as replaced
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_backend.config import AS_IT_IS, ParallelismConfig
+from parallel_backend.loading import adapters, wide_adapters
 from parallel_backend.loading.adapters import NO_ADAPTERS, AdapterSet, Patch
 from parallel_backend.loading.checkpoint import open_checkpoint
 from parallel_backend.mesh import ParallelMesh
@@ -122,6 +127,34 @@ def wide(mesh: ParallelMesh, layout: ParallelismConfig, path: str, patched_path:
     error = max(float((now[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
     part.adapt(NO_ADAPTERS)
     return {"error": error, "undone": all(torch.equal(t, clean[name]) for name, t in parameters(part).items())}
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in found if isinstance(found, list | tuple) else [found]:
+            self.nbytes = max(self.nbytes, one.nbytes if isinstance(one, Tensor) else 0)
+        return found
+
+
+def largest(mesh: ParallelMesh, layout: ParallelismConfig, path: str, wide: bool) -> tuple[int, int, int]:
+    """Bytes in fp32 of the largest tensor that there is while patches are merged, of a slice, and of a full weight."""
+    part = component(mesh, layout, path)
+    slices = max(parameter.numel() for parameter in part.module.parameters())
+    wanted, few = wide_patches() if wide else patches(), 2**16  # the chunks of larger weights
+    with (
+        Largest() as seen,
+        replaced.object(adapters, "CHUNK_ELEMENTS", few),
+        replaced.object(wide_adapters, "CHUNK_ELEMENTS", few),
+    ):
+        part.adapt(wanted)
+    return seen.nbytes, 4 * slices, 4 * max(map(math.prod, flux2_shapes(**SIZE).values()))
 
 
 def patched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,6 +72,14 @@ def test_in_the_place_of_8_bits(world, files, name):
         assert not found["left"]
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["each by itself", "together"])
+def test_no_rank_holds_a_full_weight(world, files, wide):
+    """Nothing is ever larger than a rank's slice in fp32, nor is what ranks exchange."""
+    for seen, of_slice, full in world.run(adapter_cases.largest, LAYOUTS["TP-4"], files["plain"], wide):
+        assert 0 < seen <= of_slice
+        assert 3 * of_slice < full
+
+
 def test_what_no_weight_takes_changes_nothing(world, files):
     for text, same in world.run(adapter_cases.refused, LAYOUTS["TP-4"], files["plain"]):
         assert "1 of 2 weights that the LoRA changes are not in the model, the first is not_there.weight" in text
