@@ -92,7 +92,11 @@ def test_what_no_weight_takes_changes_nothing(world, files):
         (ParallelismConfig(), {}),
         (ParallelismConfig(tp_size=2), {}),
         (ParallelismConfig(ulysses_size=2, tp_size=2), {"kv_heads": 1}),
-        (ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2), {"heads": 8, "kv_heads": 2}),
+        pytest.param(
+            ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2),
+            {"heads": 8, "kv_heads": 2},
+            marks=pytest.mark.thorough,
+        ),
         (ParallelismConfig(ulysses_size=2, ring_size=2, tp_size=2), {"heads": 4, "kv_heads": 1}),
     ],
     ids=["one rank", "2 ranks", "4 ranks, one kv head", "8 ranks, 2 kv heads", "2 copies over 4, one kv head"],

@@ -48,7 +48,7 @@ def test_same_decisions_and_latents_on_every_layout(world, name, run, order):
         assert relative_error(result.latents, expected.latents) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", all_layouts(names=["Ulysses-2-TP-4", "TP-8", "Ulysses-4-TP-2", "Ring-2-TP-4"]))
+@pytest.mark.parametrize("name", all_layouts(names=["TP-4", "Ulysses-2-TP-4", "TP-8", "Ulysses-4-TP-2", "Ring-2-TP-4"]))
 def test_qwen_image_decides_alike_too(world, name):
     run = (11, [(5, 7), (3, 4)], 2, cases.settings(1), False, True)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_qwen_image_decides_alike_too(world, name):
         assert relative_error(result.latents, expected.latents) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", all_layouts(names=["Ring-4-TP-2", "Ulysses-4-TP-2", "Ring-8"]))
+@pytest.mark.parametrize("name", all_layouts(names=["USP-2-2-TP-2", "Ring-4-TP-2", "Ulysses-4-TP-2", "Ring-8"]))
 def test_one_all_reduce_and_one_host_sync_a_measured_step(world, name):
     layout, run = REFERENCE_TABLE[name], RUNS[ODD]
     mask = (1, 1, 1, *(0, 0, 1) * 3)

@@ -25,7 +25,7 @@ def test_transformer(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "USP-2-2-TP-2", "Ring-8"])
+@pytest.mark.parametrize("name", all_layouts(names=["Ulysses-4-TP-2", "USP-2-2-TP-2", "Ring-8"]))
 def test_three_references_and_batch_4(world, name):
     for errors in world.run(cases.transformer_errors, REFERENCE_TABLE[name], [THREE_REFERENCES]):
         assert max(errors) <= TOLERANCE

@@ -29,13 +29,13 @@ def test_references_at_timestep_zero(world, name):
         assert max(errors) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Ring-8", "Ulysses-8", "USP-2-2-TP-2"])
+@pytest.mark.parametrize("name", all_layouts(names=["USP-2-2-TP-2", "Ring-8", "Ulysses-8"]))
 def test_masks_of_one_sample(world, name):
     for errors in world.run(qwen_cases.transformer_errors, REFERENCE_TABLE[name], [NO_TEXT_AT_ALL, HOLES]):
         assert max(errors) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Ulysses-4-TP-2", "Ring-4-TP-2"])
+@pytest.mark.parametrize("name", all_layouts(names=["USP-2-2-TP-2", "Ulysses-4-TP-2", "Ring-4-TP-2"]))
 def test_reference_methods_and_odd_latents(world, name):
     sizes = [(5, 7), (8, 3), (3, 8)]
     for errors in world.run(qwen_cases.latent_errors, REFERENCE_TABLE[name], sizes=sizes, batch=2):

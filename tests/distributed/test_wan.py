@@ -59,7 +59,7 @@ def test_timesteps_of_tokens(world, name):
 
 
 @pytest.mark.parametrize("case", FRAMES, ids=["two", "batch", "each"])
-@pytest.mark.parametrize("name", ["single", "Ring-3", "Ulysses-2-TP-4"])
+@pytest.mark.parametrize("name", ["single", "Ring-3", pytest.param("Ulysses-2-TP-4", marks=pytest.mark.thorough)])
 def test_timesteps_of_frames(world, name, case):
     """Distinct values become rows: two where a frame is given, however many tokens there are."""
     for error, rows in world.run(wan_cases.frames_error, LAYOUTS[name], case):
@@ -67,7 +67,7 @@ def test_timesteps_of_frames(world, name, case):
         assert rows == len(set(case.timesteps))
 
 
-@pytest.mark.parametrize("name", ["single", "TP-2", "Ulysses-2-TP-4"])
+@pytest.mark.parametrize("name", ["single", "TP-2", pytest.param("Ulysses-2-TP-4", marks=pytest.mark.thorough)])
 def test_mlp_in_pieces(world, name):
     for errors in world.run(wan_cases.transformer_errors, LAYOUTS[name], PLAIN[1:], piece=2):
         assert max(errors) <= TOLERANCE
@@ -89,7 +89,7 @@ def test_keys_of_a_conditioning_are_made_once(world, name, tp):
         assert found["grown"] == 0  # more rows than are kept of all
 
 
-@pytest.mark.parametrize("name", ["TP-2", "Ring-3", "Ulysses-4-TP-2"])
+@pytest.mark.parametrize("name", ["TP-2", "Ring-3", pytest.param("Ulysses-4-TP-2", marks=pytest.mark.thorough)])
 def test_cache(world, name):
     """All layouts compute the same steps."""
     ((expected, wanted),) = world.run(wan_cases.cached_run, LAYOUTS["single"])
@@ -100,7 +100,7 @@ def test_cache(world, name):
         assert all(torch.isfinite(one).all() for one in predictions)
 
 
-@pytest.mark.parametrize("name", ["single", "USP-2-2-TP-2"])
+@pytest.mark.parametrize("name", ["single", pytest.param("USP-2-2-TP-2", marks=pytest.mark.thorough)])
 def test_presets_for_two_experts(world, name):
     """Those for few steps leave out most of both halves; the others compute the first 8 of each 10."""
     for found in world.run(wan_cases.preset_runs, LAYOUTS[name]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +29,16 @@ for name, count in (("short", 200), ("thorough", 500)):
 settings.register_profile("long", max_examples=3000, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 TEST_SECONDS = 180
-STEP_DEADLINE = 8.0
+STEP_DEADLINE = 4.0
 """Seconds; the tiny model's steps take a few hundredths of one."""
-MESH_DEADLINE = 4.0
+MESH_DEADLINE = 2.0
 """Seconds; the exchanges when a mesh is built take milliseconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Those that need no server come first: it starts meanwhile.
+    # Those that need no server come first: it starts meanwhile. Those that end it come last.
     places = [place for place, item in enumerate(items) if HERE in item.path.parents]
-    ours = sorted((items[place] for place in places), key=needs_server)
+    ours = sorted((items[place] for place in places), key=lambda item: needs_server(item) + ends_server(item))
     for place, item in zip(places, ours, strict=True):
         items[place] = item
     for item in items:
@@ -47,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def needs_server(item: pytest.Item) -> bool:
     """Whether a test of this folder uses the session's server."""
     return "server" in getattr(item, "fixturenames", ())
+
+
+def ends_server(item: pytest.Item) -> bool:
+    """Whether a test of this folder ends the session's server."""
+    return "doomed" in getattr(item, "fixturenames", ())
 
 
 def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # noqa: F811
@@ -70,6 +77,16 @@ def faulty_server(comfyui: Path, home: Path, orders: Orders) -> ComfyServer:  # 
     )
 
 
+@contextlib.contextmanager
+def hangups_end_processes() -> Iterator[None]:
+    """Those started meanwhile, as in a user's terminal: tests that run under nohup hand on that SIGHUP is ignored."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
+
+
 @pytest.fixture(scope="session")
 def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
     """Where faults are ordered from the session's server."""
@@ -84,7 +101,8 @@ def _launched(request: pytest.FixtureRequest) -> Iterator[ComfyServer | None]:
         yield None
         return
     server = faulty_server(*map(request.getfixturevalue, ("comfyui", "home", "orders")))
-    server.launch()
+    with hangups_end_processes():
+        server.launch()
     yield server
     server.stop()
 

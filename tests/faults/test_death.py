@@ -36,7 +36,7 @@ WORDS = {
     "raise": [rf"rank {{rank}} failed: RuntimeError: {INJECTED}", "Traceback"],
     "oom": [r"rank {rank} ran out of memory: it asked for 2\.50 GiB where 1\.25 GiB were free", "What would help: "],
     "cuda": [r"^the CPU of rank {rank} failed: AcceleratorError: CUDA error: unspecified launch failure"],
-    "stop": [r"rank {rank} is stopped \(SIGSTOP\), and the group did not answer within 8 s"],
+    "stop": [rf"rank {{rank}} is stopped \(SIGSTOP\), and the group did not answer within {STEP_DEADLINE:g} s"],
 }
 NO_REQUEST = ("start", "rendezvous", "between")
 """Moments at which a rank is not at work on a request: what is raised ends it."""

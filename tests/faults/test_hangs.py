@@ -24,6 +24,7 @@ from .test_death import FAIL_SECONDS, GONE_SECONDS, assert_all_gone
 AXES = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "tp": {"tp": 2}, "all ranks": {"ulysses": 2, "tp": 2}}
 """What of a mesh is exchanged over, and degrees with which it is."""
 FOREVER = 600.0
+SILENT = f"did not answer within {STEP_DEADLINE:g} s"
 TEXT = "a yellow square"
 _seeds = itertools.count(7000)
 _widths = itertools.count(160, 32)
@@ -72,7 +73,7 @@ def fails(server: ComfyServer, orders: Orders, graph: Drawing, moment: str, axis
     [
         pytest.param(axis, moment, marks=[] if few else [pytest.mark.thorough])
         for axis, moment, few in (
-            *((axis, "mesh", axis != "all ranks") for axis in AXES),
+            *((axis, "mesh", axis == "ulysses") for axis in AXES),
             *((axis, "first", axis == "ring") for axis in AXES),
             *((axis, "later", axis == "tp") for axis in AXES),
         )
@@ -93,11 +94,11 @@ def test_an_exchange_that_never_ends(axis, moment, server, orders):
     assert deadline - 1 < took < deadline + FAIL_SECONDS
     if moment == "mesh":
         names = ", ".join(f"rank {rank} (the CPU)" for rank in others)
-        who = f"{names} and rank {last} (the CPU) did not reach each other within 4 s, on the axis {axis}"
-        assert text.startswith(who), text
+        who = f"{names} and rank {last} (the CPU) did not reach each other"
+        assert text.startswith(f"{who} within {MESH_DEADLINE:g} s, on the axis {axis}"), text
         assert "What would help: " in text
     else:
-        assert text.startswith(f"rank {', '.join(map(str, (*others, last)))} did not answer within 8 s"), text
+        assert text.startswith(f"rank {', '.join(map(str, (*others, last)))} {SILENT}"), text
     assert "the next run starts a fresh group" in text
     orders.withdraw()
     again = drawing(axis, **size)
@@ -120,7 +121,7 @@ def test_cancel_while_a_first_step_hangs(server: ComfyServer, orders: Orders):
     print(f"an exchange that never ends, behind Cancel: told after {took:.1f} s")
     assert took < STEP_DEADLINE + FAIL_SECONDS
     assert result.error is not None
-    assert "did not answer within 8 s" in result.error["exception_message"]
+    assert SILENT in result.error["exception_message"]
     orders.withdraw()
     drawing("ulysses").run_well(server)
 

@@ -197,6 +197,7 @@ def test_rank_killed_on_the_other_host(model, hosts, worker, untouched):
     assert seconds < DIED_SECONDS
 
 
+@pytest.mark.thorough
 def test_client_killed(hosts, worker, folder, tmp_path):
     close_groups()
     said = len(worker.said())

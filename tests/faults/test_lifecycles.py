@@ -18,7 +18,7 @@ from tests.comfyui.graphs import unload
 from tests.comfyui.processes import Watch, group_processes, worker_ranks
 from tests.comfyui.server import ComfyServer, ServerDied
 
-from .conftest import faulty_server
+from .conftest import hangups_end_processes
 from .drawings import Drawing, other_drawing
 from .injection import Order, Orders
 from .leaks import holdings, temporary_files
@@ -31,15 +31,10 @@ GONE_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
-def doomed(comfyui: Path, home: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A server that is killed, and started again, and where faults are ordered from it."""
-    # Tests that run under nohup hand on that SIGHUP is ignored; a server that a user starts in a terminal does not.
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    orders = Orders(tmp_path_factory.mktemp("orders"))
-    server = faulty_server(comfyui, home, orders)
-    yield server, orders
-    server.stop()
-    signal.signal(signal.SIGHUP, inherited)
+def doomed(server: ComfyServer, orders: Orders):
+    """The session's server, which is killed, and started again where that is not the last that happens to it."""
+    with hangups_end_processes():
+        yield server, orders
 
 
 # Any client's end at other moments, also by a signal to its process group, is in tests/runtime.
@@ -66,6 +61,7 @@ def ends(server: ComfyServer, orders: Orders, moment: str, end) -> None:
     """End the server while one rank is held up at a moment: everything of it goes."""
     if server.process is None:
         server.start()
+    unload(server)  # groups of earlier tests
     assert temporary_files(server) == set()
     orders.give(Order(1, moment, "sleep", seconds=60))
     drawing = Drawing(f"ended in {moment}", seed=8)

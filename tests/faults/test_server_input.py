@@ -27,6 +27,8 @@ from .leaks import holdings
 
 RUN_SECONDS = 90.0
 """A group of several ranks may have to start."""
+EXAMPLES = settings.default.max_examples // (20 if settings.get_current_profile_name() == "short" else 10)
+"""Prompts and files of a kind."""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,10 @@ def test_prompts(server: ComfyServer, pictures, forbidden, kind):
     graph = pictures[kind]
     answers = {"refused": 0, "failed": 0, "ran": 0}
 
-    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 10)
+    # Those that need no workers cost little, and few of them are wrong.
+    count = settings.default.max_examples // 10 if kind == "no workers" else EXAMPLES
+
+    @settings(suppress_health_check=list(HealthCheck), max_examples=count)
     @given(spoiled(graph, names_of_inputs(graph), forbidden))
     def try_out(prompt):
         answers[answered(server, prompt)] += 1
@@ -214,7 +219,7 @@ def test_workflow_files(server: ComfyServer, frontend: Frontend, forbidden):
     proper = frontend.call(OPEN, json.dumps(workflow))
     answers = {"not opened": 0, "refused": 0, "failed": 0, "ran": 0}
 
-    @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 10)
+    @settings(suppress_health_check=list(HealthCheck), max_examples=EXAMPLES)
     @given(spoiled_workflows(workflow, forbidden))
     def try_out(spoilt):
         prompt = frontend.call(OPEN, json.dumps(spoilt))
