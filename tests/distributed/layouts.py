@@ -32,5 +32,8 @@ def all_layouts(*values: object, names: Iterable[str] = tuple(REFERENCE_TABLE)) 
     return [pytest.param(*values, name, marks=[] if name in TYPICAL else [pytest.mark.thorough]) for name in names]
 
 
-TEXT_ENCODER_LAYOUTS = ("TP-2", "USP-2-2-TP-2")
-"""Text encoders are sharded over all ranks of a layout, whatever its axes: one axis, and all."""
+TEXT_ENCODER_LAYOUTS = [
+    *("TP-2", "USP-2-2-TP-2"),
+    *(pytest.param(name, marks=pytest.mark.thorough) for name in ("Ring-4", "Ulysses-8")),
+]
+"""Text encoders are sharded over all ranks of a layout, whatever its axes: each number of ranks and each axis once."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from parallel_backend.runtime.group_config import ModelConfig
 pytestmark = pytest.mark.timeout(180)
 
 REQUEST = ImageRequest("a large red circle left of a small blue star on a grey background", 192, 192, steps=20, seed=3)
+SHORT = replace(REQUEST, width=64, height=64, steps=2)
+"""What shows that workers are as they were, without a cache."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,12 @@ def plain(group):
     return np.asarray(draw(group, REQUEST))
 
 
-def test_presets_trade_quality_for_speed(group, plain):
+@pytest.fixture(scope="module")
+def short(group):
+    return np.asarray(draw(group, SHORT))
+
+
+def test_presets_trade_quality_for_speed(group, plain, short):
     psnr, cached = {}, {}
     for name in ("quality", "speed"):
         settings = PRESETS[name]
@@ -45,6 +53,7 @@ def test_presets_trade_quality_for_speed(group, plain):
     assert psnr["quality"] >= 30
     assert psnr["speed"] >= 22
     assert cached["speed"] > cached["quality"] >= 2
+    assert np.array_equal(np.asarray(draw(group, SHORT)), short)
 
 
 def test_a_picture_that_is_given_up_leaves_nothing_at_the_workers(group):
@@ -57,10 +66,10 @@ def test_a_picture_that_is_given_up_leaves_nothing_at_the_workers(group):
     assert [rank["cache_bytes"] for rank in group.report()["ranks"]] == [0, 0]
 
 
-def test_settings_that_leave_nothing_to_skip(group, plain):
+def test_settings_that_leave_nothing_to_skip(group, short):
     with pytest.raises(ValueError, match=r"Fn_compute_blocks=15 .* this Flux2Transformer2DModel has 15 blocks"):
         draw(group, REQUEST, cache=parse_cache("Fn_compute_blocks=15"))
-    assert np.array_equal(np.asarray(draw(group, REQUEST)), plain)
+    assert np.array_equal(np.asarray(draw(group, SHORT)), short)
 
 
 def test_the_demo_reports_its_cache(tmp_path, capsys):

@@ -184,49 +184,48 @@ def test_generate_takes_single_files(flux2_files, photos, tmp_path):
 
 
 @pytest.mark.usefixtures("kept_group")
-def test_loras(flux2_files, pipeline, qwen_folder, tmp_path):
+@pytest.mark.parametrize("name", ["flux2", pytest.param("qwen", marks=pytest.mark.thorough), "files"])
+def test_loras(flux2_files, pipeline, qwen_folder, tmp_path, name):
     """On a folder, and beside the weights of a file in fp8: several, their strengths, and none again."""
     transformer, text, vae = flux2_files
-    models = {
-        "flux2": (["--model", str(pipeline)], "transformer.transformer_blocks.0.attn.to_q", None),
-        "qwen": (["--model", str(qwen_folder("QwenImagePipeline"))], "transformer_blocks.0.attn.to_q", None),
-        "files": (
-            ["--model", transformer, "--text-encoder", text, "--vae", vae],
-            "diffusion_model.single_blocks.0.linear2",
-            flux2_tensors()["single_blocks.0.linear2.weight"].shape,
-        ),
-    }
-    for name, (parts, layer, shape) in models.items():
-        out, report = tmp_path / f"{name}.png", tmp_path / f"{name}.json"
-        if shape is None:
-            stored = load_file(next((Path(parts[1]) / "transformer").glob("*.safetensors")))
-            shape = stored[f"{layer.removeprefix('transformer.')}.weight"].shape
-        files = []
-        for number in (1, 2):
-            generator = torch.Generator().manual_seed(number)
-            tensors = {
-                f"{layer}.lora_A.weight": torch.randn(4, shape[1], generator=generator),
-                f"{layer}.lora_B.weight": torch.randn(shape[0], 4, generator=generator),
-            }
-            files.append(str(tmp_path / f"{name}-{number}.safetensors"))
-            save_file(tensors, files[-1])
+    if name == "files":
+        parts = ["--model", transformer, "--text-encoder", text, "--vae", vae]
+        layer = "diffusion_model.single_blocks.0.linear2"
+        shape = flux2_tensors()["single_blocks.0.linear2.weight"].shape
+    else:
+        folder = pipeline if name == "flux2" else qwen_folder("QwenImagePipeline")
+        parts = ["--model", str(folder)]
+        layer = "transformer_blocks.0.attn.to_q"
+        stored = load_file(next((folder / "transformer").glob("*.safetensors")))
+        shape = stored[f"{layer}.weight"].shape
+        layer = f"transformer.{layer}" if name == "flux2" else layer
+    out, report = tmp_path / f"{name}.png", tmp_path / f"{name}.json"
+    files = []
+    for number in (1, 2):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {
+            f"{layer}.lora_A.weight": torch.randn(4, shape[1], generator=generator),
+            f"{layer}.lora_B.weight": torch.randn(shape[0], 4, generator=generator),
+        }
+        files.append(str(tmp_path / f"{name}-{number}.safetensors"))
+        save_file(tensors, files[-1])
 
-        def drawn(*loras: str, parts=parts, out=out, report=report) -> np.ndarray:
-            given = ["--lora", *loras] if loras else []
-            command = ["generate", *parts, "--prompt", "a cat", *LAYOUT, *SMALL, *given]
-            assert main([*command, "--out", str(out), "--report", str(report)]) == 0
-            with Image.open(out) as picture:
-                return np.asarray(picture, int)
+    def drawn(*loras: str) -> np.ndarray:
+        given = ["--lora", *loras] if loras else []
+        command = ["generate", *parts, "--prompt", "a cat", *LAYOUT, *SMALL, *given]
+        assert main([*command, "--out", str(out), "--report", str(report)]) == 0
+        with Image.open(out) as picture:
+            return np.asarray(picture, int)
 
-        plain = drawn()
-        one = drawn(files[0])
-        assert np.abs(one - plain).max() > 2
-        assert np.array_equal(drawn(f"{files[0]}:1.0", f"{files[1]}:0"), one)
-        assert np.abs(drawn(f"{files[0]}:0.5") - one).max() > 2
-        both = drawn(files[0], f"{files[1]}:-1.5")
-        assert np.abs(both - one).max() > 2
-        assert json.loads(report.read_text())["request"]["loras"] == [[files[0], 1.0], [files[1], -1.5]]
-        assert np.array_equal(drawn(), plain)
+    plain = drawn()
+    one = drawn(files[0])
+    assert np.abs(one - plain).max() > 2
+    assert np.array_equal(drawn(f"{files[0]}:1.0", f"{files[1]}:0"), one)
+    assert np.abs(drawn(f"{files[0]}:0.5") - one).max() > 2
+    both = drawn(files[0], f"{files[1]}:-1.5")
+    assert np.abs(both - one).max() > 2
+    assert json.loads(report.read_text())["request"]["loras"] == [[files[0], 1.0], [files[1], -1.5]]
+    assert np.array_equal(drawn(), plain)
 
 
 def test_loras_that_are_not_to_be_had(pipeline, tmp_path, capsys, monkeypatch):
@@ -299,10 +298,9 @@ def test_files_beside_a_folder_are_refused(pipeline, capsys):
 
 def test_a_missing_package_is_named_with_a_way_out(tmp_path):
     # A Python without any package but its own library.
-    code = "import sys; sys.argv = ['x', 'demo']; from parallel_backend.cli import main; sys.exit(main())"
-    command = [sys.executable, "-S", "-c", code]
+    command = [sys.executable, "-S", *COMMAND[1:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env={"PYTHONPATH": ROOT})
-    assert done.returncode == 2
+    assert done.returncode == 2  # main's own reaches the shell
     (line,) = done.stderr.splitlines()
     assert re.search(rf"has no package '\w+'; .*pip install {re.escape(ROOT)} \(if it is ", line), line
     assert line.endswith(f"{ROOT}/install.py)")
@@ -418,6 +416,7 @@ def test_wrong_input_is_one_line_with_the_remedy(pipeline, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.thorough
 def test_the_exit_status_reaches_the_shell(tmp_path):
     command = [*COMMAND[:-1], "worker", "--nnodes", "1", "--rdzv-endpoint", "192.0.2.1:29500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
