@@ -215,18 +215,3 @@ class TestRefusals:
         decoded = graph.add("VAEDecode", samples=add_latent(graph), vae=(ours(graph, name), 2))
         graph.add("SaveImage", images=decoded, filename_prefix="none")
         assert "VAE is invalid" in failure(server, graph, decoded)
-
-
-def test_a_hook_that_takes_a_model_as_a_lora_is_refused_by_name(server):
-    """Its patches are another model's whole weights."""
-    name = write_flux2(checkpoints(server) / "as-lora.safetensors").name
-    graph = Graph()
-    loader = ours(graph, name)
-    prompt = graph.add("CLIPTextEncode", text="a cat", clip=(loader, 1))
-    hooks = graph.add("CreateHookModelAsLoraModelOnly", ckpt_name=name, strength_model=1.0)
-    hooked = graph.add("ConditioningSetProperties", cond_NEW=prompt, strength=1.0, set_cond_area="default", hooks=hooks)
-    sampler = add_sampler(graph, loader, positive=hooked, negative=prompt, cfg=3.0, steps=2)
-    save_latent(graph, sampler)
-    text = failure(server, graph, sampler)
-    assert ".weight is changed by 'model_as_lora', which parallel models do not take" in text
-    assert "Bypass the node, or load a checkpoint that it is merged into" in text
