@@ -302,6 +302,34 @@ MUTATIONS = (
         "gathered[self.index - 1].narrow(self.dim, 0, before)",
         "tests/distributed/test_wan_vae.py",
     ),
+    Mutation(
+        "positions of a video's tokens are off by the rank",
+        "parallel_backend/families/wan/entrance.py",
+        "self.shards.shard(_angles(grid, dim, device, start=int(first)), 0, 0)",
+        "self.shards.shard(_angles(grid, dim, device, start=int(first)), 0, 0).roll(self.shards.mesh.cp.rank, 0)",
+        "tests/distributed/test_wan.py",
+    ),
+    Mutation(
+        "a LoRA's rows begin where the weight's do",
+        "parallel_backend/loading/adapted_weights.py",
+        "yield Piece(local + a - first, key, (part - number) * height + a, b - a)",
+        "yield Piece(local + a - first, key, part * height, b - a)",
+        "tests/distributed/test_adapters.py",
+    ),
+    Mutation(
+        "a text encoder's keys are cut within a head",
+        "parallel_backend/families/text_encoders/decoder.py",
+        'kv = Shard("column", units=kv_heads)',
+        'kv = Shard("column")',
+        "tests/distributed/test_text_file.py",
+    ),
+    Mutation(
+        "the size of a head is left open to the compiler",
+        "parallel_backend/blocks/forwards.py",
+        "torch._dynamo.mark_static(tensor, tensor.ndim - 1)",
+        "pass",
+        "tests/unit/test_compiled_blocks.py",
+    ),
 )
 
 
