@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 SLOWEST = 10
-ORDER = ("faults", "browser", "unit", "comfyui", "runtime", "distributed")
-"""Folders as they are begun. The first two wait much and judge time, so they run beside each other and light ones."""
+ORDER = ("faults", "browser", "comfyui", "runtime", "distributed", "unit")
+"""Folders as they are begun: the first two wait much and judge time, so they run beside each other; then the longest
+ones, so that both processes end at about the same time."""
 
 
 def folder_of(nodeid: str) -> str:
@@ -32,12 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2`` of pytest-xdist: each folder is one process's, so that its tests share servers and groups."""
+    """With ``-n 2`` of pytest-xdist: each folder is one process's, so that its tests share servers and groups.
+
+    Those of ``unit`` share nothing but within a file; they fill what time is left.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return folder_of(nodeid)
+            folder = folder_of(nodeid)
+            return nodeid.partition("::")[0] if folder == "tests/unit" else folder
 
     config.option.loadscopereorder = False
     return ByFolder(config, log)

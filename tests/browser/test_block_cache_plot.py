@@ -96,6 +96,7 @@ def values_of(workflow: dict[str, Any]) -> dict[str, Any]:
 
 def test_another_run_replaces_the_plot(frontend: Frontend):
     drop(frontend, WORKFLOW)
+    set_widgets(frontend, 6, width=128, height=128)
     set_widgets(frontend, 7, steps=6, seed=2)
     run(frontend)
     (plot,) = frontend.call(PLOTS)
@@ -113,6 +114,7 @@ def test_another_run_replaces_the_plot(frontend: Frontend):
 
 def test_in_a_subgraph(frontend: Frontend):
     drop(frontend, WORKFLOW)
+    set_widgets(frontend, 6, width=128, height=128)
     set_widgets(frontend, 7, steps=4, seed=3)
     frontend.page.evaluate("id => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", CACHE_ID)
     runs = run(frontend)

@@ -39,6 +39,7 @@ def short(group):
     return np.asarray(draw(group, SHORT))
 
 
+@pytest.mark.thorough
 def test_presets_trade_quality_for_speed(group, plain, short):
     psnr, cached = {}, {}
     for name in ("quality", "speed"):

@@ -23,6 +23,8 @@ from parallel_backend.planning.workload import count_workload
 from tests.distributed.layouts import REFERENCE_TABLE
 
 TINY = SHAPES["tiny"]
+FEW = ("tiny", "qwen-image", "wan-5b")
+"""Of each family one that is quickly counted."""
 
 
 def test_shares_of_a_step():
@@ -132,7 +134,9 @@ def test_shards_are_slices_of_the_whole_models_weights(degree):
             assert torch.equal(parameter, expected), name
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.thorough) for name in SHAPES]
+)
 def test_shapes_are_of_models_that_run(name):
     shape = SHAPES[name]
     family, config = transformer_config(shape)
@@ -232,10 +236,17 @@ def test_what_moved_for_neighbours():
         {"seconds": 1.5, "moves": [], "tiled": False},
         {"seconds": 1.5, "moves": [], "tiled": True},
     ]
-    rows = [{"flags": ("--reserve-vram", "2"), "side": "ours", "pictures": pictures}]
-    assert neighbours.report(rows).splitlines()[-1] == (
-        "| --reserve-vram 2 | ours | 3.00, 1.50, 1.50 | 1: ComfyUI has 1.3 GiB of GPU, 3: tiled decoding |"
+    ours = {"name": "ours --reserve-vram 2", "pictures": pictures}
+    assert neighbours.line(ours) == (
+        "| ours --reserve-vram 2 | 3.00, 1.50, 1.50 | 1: ComfyUI has 1.3 GiB of GPU, 3: tiled decoding | - |"
     )
+    failed = {"name": "ours", "pictures": [], "error": "ServerDied: it ended\nwith a log\nValueError: no"}
+    assert neighbours.line(failed) == "| ours | - | none | ServerDied: it ended ... ValueError: no |"
+    stock = {"name": "stock --reserve-vram 2", "pictures": [{**picture, "seconds": 1.0} for picture in pictures]}
+    rows = {row["name"]: row for row in (ours, stock, failed, {**failed, "name": "stock"})}
+    assert neighbours.compared(rows) == [
+        "--reserve-vram 2: 1.50 s a picture, stock 1.00 s: 1.50 times (ABOVE 1.10); moves after the second picture: 0"
+    ]
 
 
 def quantized_rows(monkeypatch, capsys, tmp_path, failing, *arguments):

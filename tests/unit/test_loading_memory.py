@@ -1,6 +1,5 @@
 """Host memory while a rank loads its shards: a few buffers above what it keeps, whatever the size of the checkpoint."""
 
-import itertools
 import json
 import math
 import os
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.timeout(180)
 TP = 4
 UNSPLIT = 1.3
 """A rank's share of so small a model may be so many times what it would be if all of it were split."""
-DTYPES = (torch.bfloat16, torch.float32)
 MORE_BYTES = 0.3e9
 """What the large one has more than the small one, at least."""
 SIZES = {"small": {"heads": 12, "double": 1, "single": 2}, "large": {"heads": 12, "double": 1, "single": 8}}
@@ -73,11 +71,11 @@ def random_file(path, size):
     return write(path, tensors)
 
 
-def measure_all(folder: str) -> None:
-    """Measure each file there with each dtype, in forks of this process: imports take longer than the rest."""
+def measure_all(folder: str, dtype: torch.dtype) -> None:
+    """Measure each file there with a dtype, in forks of this process: imports take longer than the rest."""
     from parallel_backend.loading.single_file import open_single_file  # noqa: F401
 
-    for name, dtype in itertools.product(SIZES, DTYPES):
+    for name in SIZES:
         if not (pid := os.fork()):
             measure(f"{folder}/{name}.safetensors", dtype)
             sys.stdout.flush()
@@ -85,28 +83,24 @@ def measure_all(folder: str) -> None:
         os.waitpid(pid, 0)
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict[tuple[str, torch.dtype], tuple[int, int, int]]:
-    """By size and dtype: bytes stored and held, and the peak."""
-    folder = tmp_path_factory.mktemp("sizes")
-    stored = {}
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.thorough)], ids=["as stored", "cast"]
+)
+def test_it_does_not_grow_with_the_model(tmp_path, dtype):
+    found = []
     for name, size in SIZES.items():
-        file = random_file(folder / f"{name}.safetensors", size)
-        stored[name] = sum(tensor.nbytes for tensor in read_header(file).values())
-    code = f"from tests.unit.test_loading_memory import measure_all; measure_all({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    shutil.rmtree(folder)
-    lines = done.stdout.splitlines()
-    return {
-        key: (stored[key[0]], *json.loads(line))
-        for key, line in zip(itertools.product(SIZES, DTYPES), lines, strict=True)
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["as stored", "cast"])
-def test_it_does_not_grow_with_the_model(measured, dtype):
-    small, small_held, small_peak = measured["small", dtype]
-    large, large_held, large_peak = measured["large", dtype]
+        file = random_file(tmp_path / f"{name}.safetensors", size)
+        found.append([sum(tensor.nbytes for tensor in read_header(file).values())])
+    code = (
+        f"import torch; from tests.unit.test_loading_memory import measure_all; measure_all({str(tmp_path)!r}, {dtype})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, arguments], capture_output=True, text=True, timeout=120, check=True
+    )
+    shutil.rmtree(tmp_path)
+    for one, line in zip(found, done.stdout.splitlines(), strict=True):
+        one += json.loads(line)
+    (small, small_held, small_peak), (large, large_held, large_peak) = found
     assert large - small > MORE_BYTES
     for stored, held in ((small, small_held), (large, large_held)):
         assert stored / TP <= held / (dtype.itemsize / 2) <= UNSPLIT * stored / TP

@@ -77,7 +77,11 @@ def imported_by_the_nodes() -> list[str]:
     ("system", "says"),
     [
         ("win32", r"parallel workers need Linux, and this is Windows; run ComfyUI in WSL 2, where they work"),
-        ("darwin", r"parallel workers need Linux, and this is macOS; run ComfyUI on a Linux machine"),
+        pytest.param(
+            "darwin",
+            r"parallel workers need Linux, and this is macOS; run ComfyUI on a Linux machine",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_it_is_imported_and_says_what_it_needs(system, says):

@@ -104,7 +104,9 @@ def test_what_is_cut_off_its_grid_is_held_dense(files, form):
     assert isinstance(out, Product) == (form != "int8_convrot")
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.thorough) if form == "w4a8" else form for form in FORMATS]
+)  # whose bytes are the slowest to make
 def test_the_header_s_table_and_bytes_for_what_has_no_name(files, form):
     for options in ({"table": True}, {"as_bytes": True}, {"nested": True}):
         path, meant = files(form, **options)

@@ -7,10 +7,10 @@ import logging
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
-import pip
 import pytest
 
 from parallel_backend.requirements import COMFYUI, REQUIRED, comfyui_problem, older, one_line, problems
@@ -127,7 +127,7 @@ class Environment:
         self.index, pips = folder / "index", folder / "pip"
         self.index.mkdir()
         pips.mkdir()
-        (pips / "pip").symlink_to(Path(pip.__file__).parent, target_is_directory=True)
+        (pips / "pip").symlink_to(Path(distribution("pip").locate_file("pip")), target_is_directory=True)
         self.environment = {
             "PYTHONPATH": str(pips), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index),
             "PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": "/usr/bin:/bin",
