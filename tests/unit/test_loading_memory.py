@@ -94,9 +94,7 @@ def test_it_does_not_grow_with_the_model(tmp_path, dtype):
     code = (
         f"import torch; from tests.unit.test_loading_memory import measure_all; measure_all({str(tmp_path)!r}, {dtype})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, arguments], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     shutil.rmtree(tmp_path)
     for one, line in zip(found, done.stdout.splitlines(), strict=True):
         one += json.loads(line)
