@@ -57,6 +57,7 @@ def test_a_picture_that_fitted_before_costs_no_reload(comfyui, flags):
     assert found["free"] >= 0
 
 
+@pytest.mark.thorough
 def test_who_takes_all_that_it_asks_for_gets_it_each_time(comfyui):
     """Weights come and go, of the text encoder alone, and as many as it lacks."""
     free = TOTAL - TRANSFORMER - TEXT - KEPT

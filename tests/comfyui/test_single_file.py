@@ -16,7 +16,7 @@ from .test_errors import rejection
 
 PARITY = 1e-4
 LAYOUTS = {"Ulysses-2-TP-2": {"ulysses": 2, "tp": 2}, "TP-2": {"ulysses": 1, "tp": 2}}
-QUANTIZED = (("int8_convrot", "Ulysses-2"), ("nvfp4", "TP-2"))
+QUANTIZED = (("int8_convrot", "TP-2"), ("nvfp4", "TP-2"))
 FILES = {
     "fp32": lambda tensors: (tensors, {}),
     "fp8, a table in the header": lambda tensors: to_fp8(
