@@ -31,7 +31,7 @@ from . import pretended_device
 pytestmark = pytest.mark.timeout(180)
 
 GPUS = ("0", "1")
-DEADLINE = 4.0
+DEADLINE = 15.0
 """Seconds of a step, and of a rank that is stopped."""
 SLEEP, REST = 20.0, 0.5
 """How long a rank would take, and from when on it is let."""
