@@ -180,12 +180,12 @@ def measured(file: Path | None, report: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if file is None or not file.exists():
         return []
-    found = json.loads(file.read_text())
+    found, report = json.loads(file.read_text()), json.loads(json.dumps(report))
     others = [name for name in report if found.get(name) != report[name]]
     if others:
         theirs, wanted = ({name: one.get(name) for name in others} for one in (found, report))
         raise ValueError(f"{file} is of another measurement ({theirs}, not {wanted}); name another file")
-    return [row for row in found["rows"] if "error" not in row]
+    return [row for row in found["rows"] if "error" not in row and "failed" not in row]
 
 
 def of_mask(rows: Sequence[dict[str, Any]], mask: str) -> str:

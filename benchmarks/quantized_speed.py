@@ -18,7 +18,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.against_cache_dit import measured
+from benchmarks.row_process import RowProcess
 from parallel_backend.bench.model import (
     build_text_model,
     build_transformer,
@@ -91,17 +92,6 @@ def shallower(shape: Shape, fraction: float) -> Shape:
         layers = family.needs_text_encoder().layers(full)
         text = full | {"text_encoder_out_layers": sorted({max(1, round(layer * fraction)) for layer in layers})}
     return replace(shape, config=dict(shape.config) | depths, text_config=text)
-
-
-def measured(file: Path | None, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a file has that was measured well; ValueError where it is of another measurement."""
-    if file is None or not file.exists():
-        return []
-    stored = json.loads(file.read_text())
-    rows: list[dict[str, Any]] = stored.pop("rows")
-    if stored != json.loads(json.dumps(report)):
-        raise ValueError(f"{file} is of another measurement ({stored}); name another file")
-    return [row for row in rows if "failed" not in row]
 
 
 def line_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -204,31 +194,14 @@ def in_ranks(
         if task.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = arguments.devices
         command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--ranks", str(job)]
-        log = Path(name) / "log"
-        began, count, out = time.perf_counter(), 0, job.with_name("job-rows.jsonl")
-        with log.open("w") as said:
-            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-            try:
-                while True:
-                    ended = process.poll() is not None
-                    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
-                    for line in lines[count:]:
-                        if line.endswith("\n"):
-                            tell(json.loads(line))
-                            count += 1
-                    if ended:
-                        break
-                    if time.perf_counter() - began > seconds:
-                        print(f"{seconds:.0f} s are over; what is left is measured by a further run with --json")
-                        break
-                    time.sleep(0.2)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                process.wait()
-        if ended and not count:
-            print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
-        return count
+        process = RowProcess(command, environment, job.with_name("job-rows.jsonl"), job.with_name("log"))
+        for row in process.rows(seconds):
+            tell(row)
+        if process.returncode is None:
+            print(f"{seconds:.0f} s are over; what is left is measured by a further run with --json")
+        elif not process.count:
+            print("\n".join(process.last_lines(20)), file=sys.stderr)
+        return process.count
 
 
 def task_of(arguments: argparse.Namespace) -> Task:

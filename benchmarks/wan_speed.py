@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.against_cache_dit import measured
+from benchmarks.row_process import RowProcess
 from benchmarks.wan_rows import DEPTH, MEMORY, SIDES, STEP, VAE, Row, Task, layout_of, of_ranks, rows_of
 from parallel_backend.bench.rank import device_name
 from parallel_backend.bench.timing import Spread
@@ -55,26 +56,10 @@ def in_ranks(task: Task, rows: Sequence[Row], devices: str, seconds: float) -> I
         if task.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = devices
         command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--ranks", str(job)]
-        began, count, ended = time.perf_counter(), 0, False
-        with log.open("w") as said:
-            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-            try:
-                while not ended:
-                    ended = process.poll() is not None
-                    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
-                    for line in lines[count:]:
-                        if line.endswith("\n"):
-                            yield json.loads(line)
-                            count += 1
-                    if not ended and time.perf_counter() - began > seconds:
-                        return
-                    time.sleep(0.2)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                process.wait()
-        if not count:
-            said_last = (log.read_text().strip() or "nothing was said").splitlines()[-1]
+        process = RowProcess(command, environment, out, log)
+        yield from process.rows(seconds)
+        if process.returncode is not None and not process.count:
+            (said_last,) = process.last_lines(1) or ["nothing was said"]
             yield {**asdict(rows[0]), "failed": f"exit code {process.returncode}: {said_last[:300]}"}
 
 
@@ -126,17 +111,6 @@ def extrapolated(ms: float, half_ms: float, blocks: int) -> float:
     if fewer == blocks:
         return ms * DEPTH / blocks
     return ms + (DEPTH - blocks) * (ms - half_ms) / (blocks - fewer)
-
-
-def measured(file: Path | None, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a file has that was measured well; ValueError where it is of another measurement."""
-    if file is None or not file.exists():
-        return []
-    stored = json.loads(file.read_text())
-    rows: list[dict[str, Any]] = stored.pop("rows")
-    if stored != json.loads(json.dumps(report)):
-        raise ValueError(f"{file} is of another measurement ({stored}); name another file")
-    return [row for row in rows if "failed" not in row]
 
 
 def run(arguments: argparse.Namespace) -> int:
