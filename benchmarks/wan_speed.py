@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -174,6 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.ranks:
         of_ranks(arguments.ranks)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its processes end with it
     try:
         raise SystemExit(run(arguments))
     except ValueError as error:
