@@ -21,7 +21,7 @@ from comfy.text_encoders.llama import Llama2_, Qwen25_7BVLI, Qwen25_7BVLI_Config
 from comfy.text_encoders.qwen_image import QwenImageTokenizer, te
 from comfy.text_encoders.qwen_vl import Qwen2VLVisionTransformer
 
-from .stock_model import stock_model
+from .stock_model import StockLoader, stock_model
 from .wan_names import to_wan_names
 
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -60,19 +60,8 @@ def load_qwen_file(path: str) -> comfy.model_patcher.ModelPatcher:
     return stock_model(comfy.supported_models.QwenImage(unet_config), weights)
 
 
-class ReferenceQwenImage:
-    """Takes the place of Load Diffusion Model in a graph."""
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "load"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"unet_name": ("STRING", {})}, "optional": {"weight_dtype": ("STRING", {})}}
-
-    def load(self, unet_name: str, weight_dtype: str = "default") -> tuple[Any]:
-        return (load_qwen_file(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)
+class ReferenceQwenImage(StockLoader):
+    read = staticmethod(load_qwen_file)
 
 
 class _LanguageModel(Qwen25_7BVLI):

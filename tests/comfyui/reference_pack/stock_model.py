@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 
 
@@ -34,3 +35,20 @@ def stock_model(
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+
+
+class StockLoader:
+    """Takes the place of Load Diffusion Model in a graph, for files of sizes that it does not know."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+    read: Callable[[str], Any]
+    """Makes the MODEL of a file."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"unet_name": ("STRING", {})}, "optional": {"weight_dtype": ("STRING", {})}}
+
+    def load(self, unet_name: str, weight_dtype: str = "default") -> tuple[Any]:
+        return (type(self).read(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
-import folder_paths
 import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
 
-from .stock_model import stock_model
+from .stock_model import StockLoader, stock_model
 
 TIME, TIME_HIDDEN = 256, 1024
 WIDE = (torch.bfloat16, torch.float16)
@@ -41,16 +38,5 @@ def load_z_image(path: str) -> comfy.model_patcher.ModelPatcher:
     return stock_model(comfy.supported_models.ZImage(unet_config), weights, widen)
 
 
-class ReferenceZImage:
-    """Takes the place of Load Diffusion Model in a graph."""
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "load"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"unet_name": ("STRING", {})}, "optional": {"weight_dtype": ("STRING", {})}}
-
-    def load(self, unet_name: str, weight_dtype: str = "default") -> tuple[Any]:
-        return (load_z_image(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),)
+class ReferenceZImage(StockLoader):
+    read = staticmethod(load_z_image)
